@@ -1,0 +1,323 @@
+"""The shape of a Puzzle child: dimensions that all layers share, and one `BlockConfig` a layer.
+
+A Puzzle child is a gpt-oss mixture-of-experts model whose layers differ in two things: how many experts they keep and
+how far they look back. `PuzzleArchitecture` is read from a Hugging Face `config.json` (types `gpt_oss` and
+`gpt_oss_puzzle`), cannot change, is validated when it is made, and is the only source of parameter counts, weight bytes
+and KV-cache bytes.
+
+Forms of the per-layer part in the wild, tried in this order:
+1. `block_configs`, flat: `{"num_local_experts": n, "sliding_window": w | null}` (the released child);
+2. `block_configs`, nested as ModelOpt writes it: `{"attention": {"sliding_window": w}, "ffn": {"moe":
+   {"num_local_experts": n}}}`;
+3. `per_layer_config` as transformers (5.14 and later) keeps it: `{"0": {"num_local_experts": n, ...}, ...}`, overrides
+   on top of the shared values;
+4. nothing: a plain gpt-oss model, `num_local_experts` everywhere and the window where `layer_types` says so.
+
+A window w counts the query's own token: a key is seen if and only if key > query - w.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from puzzle_trtllm.errors import ArchitectureError
+from puzzle_trtllm.rope import RopeConfig
+
+ExpertsFormat = Literal["mxfp4", "bf16"]
+KvDtype = Literal["bf16", "fp8"]
+
+KV_BYTES_PER_VALUE: Mapping[KvDtype, int] = {"bf16": 2, "fp8": 1}
+PARENT_MODEL_TYPE = "gpt_oss"
+CHILD_MODEL_TYPE = "gpt_oss_puzzle"
+CHILD_CLASS = "GptOssPuzzleForCausalLM"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """What one layer decides for itself."""
+
+    num_local_experts: int
+    sliding_window: int | None
+    """Tokens a query sees, its own included; None is full attention."""
+
+    def to_json(self) -> dict[str, int | None]:
+        return {"num_local_experts": self.num_local_experts, "sliding_window": self.sliding_window}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PuzzleArchitecture:
+    """The dimensions of a gpt-oss model and its per-layer blocks. Raises ArchitectureError when they are impossible."""
+
+    blocks: tuple[BlockConfig, ...]
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    experts_per_token: int
+    max_position_embeddings: int
+    rope: RopeConfig
+    rms_norm_eps: float = 1e-5
+    swiglu_limit: float = 7.0
+    attention_bias: bool = True
+    tie_word_embeddings: bool = False
+    experts_format: ExpertsFormat = "mxfp4"
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, source: str | Path = "config.json") -> PuzzleArchitecture:
+        """Read a Hugging Face config. `source` names the file in errors."""
+        model_type = config.get("model_type")
+        if model_type not in (PARENT_MODEL_TYPE, CHILD_MODEL_TYPE) and "block_configs" not in config:
+            raise ArchitectureError(
+                "not a gpt-oss model",
+                file=source,
+                key="model_type",
+                found=model_type,
+                expected=f"{PARENT_MODEL_TYPE} or {CHILD_MODEL_TYPE}",
+            )
+        quantization = config.get("quantization_config") or {}
+        try:
+            return cls(
+                blocks=_read_blocks(config, source),
+                hidden_size=_integer(config, "hidden_size", source),
+                intermediate_size=_integer(config, "intermediate_size", source),
+                num_attention_heads=_integer(config, "num_attention_heads", source),
+                num_key_value_heads=_integer(config, "num_key_value_heads", source),
+                head_dim=_integer(config, "head_dim", source),
+                vocab_size=_integer(config, "vocab_size", source),
+                experts_per_token=_integer(config, _top_k_key(config), source),
+                max_position_embeddings=_integer(config, "max_position_embeddings", source),
+                rope=RopeConfig.from_config(config, source=source),
+                rms_norm_eps=float(config.get("rms_norm_eps", 1e-5)),
+                swiglu_limit=float(config.get("swiglu_limit", 7.0)),
+                attention_bias=bool(config.get("attention_bias", True)),
+                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+                experts_format="mxfp4" if quantization.get("quant_method") == "mxfp4" else "bf16",
+            )
+        except ArchitectureError as error:
+            if str(source) in str(error):
+                raise
+            raise ArchitectureError(str(error), file=source) from None
+
+    @classmethod
+    def from_path(cls, path: str | Path) -> PuzzleArchitecture:
+        """Read `path`, a config.json or a folder that holds one."""
+        file = Path(path)
+        file = file / "config.json" if file.is_dir() else file
+        return cls.from_config(read_json_object(file), source=file)
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def with_blocks(self, blocks: Sequence[BlockConfig]) -> PuzzleArchitecture:
+        """The same dimensions with other blocks (the child of this parent)."""
+        return replace(self, blocks=tuple(blocks))
+
+    def child_config(self, parent_config: Mapping[str, Any]) -> dict[str, Any]:
+        """The config.json of a `gpt_oss_puzzle` child with these blocks, everything else as in the parent's."""
+        config = dict(parent_config)
+        config.update(
+            architectures=[CHILD_CLASS],
+            model_type=CHILD_MODEL_TYPE,
+            block_configs=[block.to_json() for block in self.blocks],
+            layer_types=self.layer_types,
+            num_hidden_layers=self.num_layers,
+            num_local_experts=max(block.num_local_experts for block in self.blocks),
+            sliding_window=min((w for w in self.windows if w is not None), default=None),
+        )
+        return config
+
+    # -- derived values ----------------------------------------------------------------------------------------------
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Hugging Face's name for each layer's attention."""
+        return ["full_attention" if b.sliding_window is None else "sliding_attention" for b in self.blocks]
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Distinct windows, ascending, full attention (None) last."""
+        distinct = {block.sliding_window for block in self.blocks}
+        return (*sorted(w for w in distinct if w is not None), *((None,) if None in distinct else ()))
+
+    @property
+    def is_heterogeneous(self) -> bool:
+        """True when no plain gpt-oss config can say this: expert counts differ, or windows of two sizes."""
+        counts = {block.num_local_experts for block in self.blocks}
+        return len(counts) > 1 or len([w for w in self.windows if w is not None]) > 1
+
+    def kv_bytes_per_token_and_layer(self, kv_dtype: KvDtype) -> int:
+        """Bytes of K and V for one token in one layer."""
+        return 2 * self.num_key_value_heads * self.head_dim * KV_BYTES_PER_VALUE[kv_dtype]
+
+    def kv_bytes_per_token(self, kv_dtype: KvDtype = "bf16") -> int:
+        """Bytes of K and V for one token in all layers, before any window has filled."""
+        return self.num_layers * self.kv_bytes_per_token_and_layer(kv_dtype)
+
+    def kv_bytes_per_sequence(self, num_tokens: int, kv_dtype: KvDtype = "bf16") -> int:
+        """Bytes that a sequence of `num_tokens` keeps: a window layer keeps its window, without block rounding."""
+        kept = sum(min(block.sliding_window or num_tokens, num_tokens) for block in self.blocks)
+        return kept * self.kv_bytes_per_token_and_layer(kv_dtype)
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold one object. Raises ArchitectureError naming the file."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArchitectureError(f"cannot be read: {error.strerror}", file=file) from None
+    except ValueError as error:
+        raise ArchitectureError(f"not valid JSON: {error}", file=file) from None
+    if not isinstance(value, dict):
+        raise ArchitectureError("not a JSON object", file=file, found=type(value).__name__, expected="object")
+    return value
+
+
+def read_blocks(path: str | Path, parent: PuzzleArchitecture) -> tuple[BlockConfig, ...]:
+    """Read a child architecture file: `{"block_configs": [...]}` or a whole config.json, and hold it to its parent.
+
+    Raises ArchitectureError naming the layer when the layer count, an expert count (0, above the parent's, below top-k)
+    or a window cannot be the child's.
+    """
+    file = Path(path)
+    config = read_json_object(file)
+    if "block_configs" not in config and "model_type" not in config:
+        raise ArchitectureError("no such key", file=file, key="block_configs", expected="one entry a layer")
+    blocks = _read_blocks(config, file)
+    if len(blocks) != parent.num_layers:
+        raise ArchitectureError(
+            "wrong number of layers", file=file, key="block_configs", found=len(blocks), expected=parent.num_layers
+        )
+    for layer, (block, parents) in enumerate(zip(blocks, parent.blocks, strict=True)):
+        key = f"block_configs[{layer}]"
+        if not parent.experts_per_token <= block.num_local_experts <= parents.num_local_experts:
+            raise ArchitectureError(
+                "impossible expert count",
+                file=file,
+                key=f"{key}.num_local_experts",
+                found=block.num_local_experts,
+                expected=f"{parent.experts_per_token} (top-k) to {parents.num_local_experts} (the parent's)",
+            )
+        if block.sliding_window is not None and block.sliding_window < 1:
+            raise ArchitectureError(
+                "impossible window",
+                file=file,
+                key=f"{key}.sliding_window",
+                found=block.sliding_window,
+                expected="null or at least 1 token",
+            )
+    return blocks
+
+
+def _read_blocks(config: Mapping[str, Any], source: str | Path) -> tuple[BlockConfig, ...]:
+    if config.get("block_configs") is not None:
+        entries = config["block_configs"]
+        if not isinstance(entries, list) or not entries:
+            raise ArchitectureError("must be a list with one entry a layer", file=source, key="block_configs")
+        blocks = tuple(_read_block(entry, f"block_configs[{i}]", source) for i, entry in enumerate(entries))
+        num_layers = config.get("num_hidden_layers", len(blocks))
+        if num_layers != len(blocks):
+            raise ArchitectureError(
+                "disagrees with num_hidden_layers",
+                file=source,
+                key="block_configs",
+                found=f"{len(blocks)} entries",
+                expected=num_layers,
+            )
+        return blocks
+    num_layers = _integer(config, "num_hidden_layers", source)
+    layer_types = config.get("layer_types") or [
+        "full_attention" if i % 2 else "sliding_attention" for i in range(num_layers)
+    ]
+    if len(layer_types) != num_layers:
+        raise ArchitectureError(
+            "wrong number of layers", file=source, key="layer_types", found=len(layer_types), expected=num_layers
+        )
+    overrides = config.get("per_layer_config") or {}
+    blocks = []
+    for layer, layer_type in enumerate(layer_types):
+        own = dict(overrides.get(str(layer)) or overrides.get(layer) or {})
+        merged = {
+            "num_local_experts": config.get("num_local_experts"),
+            "sliding_window": config.get("sliding_window") if layer_type == "sliding_attention" else None,
+            **own,
+        }
+        blocks.append(_read_block(merged, f"layer {layer}", source))
+    return tuple(blocks)
+
+
+def _read_block(entry: Any, key: str, source: str | Path) -> BlockConfig:
+    if not isinstance(entry, Mapping):
+        raise ArchitectureError("must be an object", file=source, key=key, found=type(entry).__name__)
+    if "ffn" in entry or "attention" in entry:
+        moe = (entry.get("ffn") or {}).get("moe") or {}
+        entry = {
+            "num_local_experts": moe.get("num_local_experts"),
+            "sliding_window": (entry.get("attention") or {}).get("sliding_window"),
+        }
+    experts = entry.get("num_local_experts")
+    window = entry.get("sliding_window")
+    for name, value, optional in (("num_local_experts", experts, False), ("sliding_window", window, True)):
+        if not (optional and value is None) and (isinstance(value, bool) or not isinstance(value, int)):
+            expected = "an integer or null" if optional else "an integer"
+            raise ArchitectureError(
+                "wrong type", file=source, key=f"{key}.{name}", found=json.dumps(value), expected=expected
+            )
+    return BlockConfig(num_local_experts=int(experts or 0), sliding_window=window)
+
+
+def _top_k_key(config: Mapping[str, Any]) -> str:
+    return "num_experts_per_tok" if "num_experts_per_tok" in config else "experts_per_token"
+
+
+def _integer(config: Mapping[str, Any], key: str, source: str | Path) -> int:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArchitectureError("must be a positive integer", file=source, key=key, found=json.dumps(value))
+    return value
+
+
+def _validate(a: PuzzleArchitecture) -> None:
+    if not a.blocks:
+        raise ArchitectureError("no layers", key="block_configs")
+    if a.num_attention_heads % a.num_key_value_heads:
+        raise ArchitectureError(
+            "must divide num_attention_heads",
+            key="num_key_value_heads",
+            found=a.num_key_value_heads,
+            expected=f"a divisor of {a.num_attention_heads}",
+        )
+    if a.head_dim % 2:
+        raise ArchitectureError("must be even (rotary pairs)", key="head_dim", found=a.head_dim)
+    if a.experts_format == "mxfp4":
+        for key in ("hidden_size", "intermediate_size"):
+            if getattr(a, key) % 32:
+                raise ArchitectureError("MXFP4 needs a multiple of 32", key=key, found=getattr(a, key))
+    for layer, block in enumerate(a.blocks):
+        if block.num_local_experts < a.experts_per_token:
+            raise ArchitectureError(
+                "fewer experts than the router picks",
+                key=f"block_configs[{layer}].num_local_experts",
+                found=block.num_local_experts,
+                expected=f"at least {a.experts_per_token}",
+            )
+        if block.sliding_window is not None and block.sliding_window < 1:
+            raise ArchitectureError(
+                "impossible window",
+                key=f"block_configs[{layer}].sliding_window",
+                found=block.sliding_window,
+                expected="null or at least 1 token",
+            )

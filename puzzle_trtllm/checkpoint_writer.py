@@ -1,0 +1,193 @@
+"""Writing checkpoint folders: streamed, sharded, and never a byte more than needed.
+
+Two rules hold for every folder we write. `mlp.experts.*` tensors sit in shards of their own, so that a later step that
+changes only small tensors can hard-link the big shards. And no tensor name occurs in two files of a folder: TensorRT-
+LLM's loader globs the files and ignores the index, so a stale duplicate would win silently.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from puzzle_trtllm.checkpoint import INDEX_NAME, Checkpoint
+from puzzle_trtllm.folders import link_or_copy
+from puzzle_trtllm.safetensors_file import TensorEntry, encode_header
+from puzzle_trtllm.tensors import TensorSpec, is_expert_tensor
+
+MAX_SHARD_BYTES = 5_000_000_000
+CHUNK_BYTES = 16 * 2**20
+Progress = Callable[[int], None]
+"""Called with the number of bytes just written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedTensor:
+    """A tensor to be written: what it is, and a way to get its bytes when its turn comes."""
+
+    name: str
+    spec: TensorSpec
+    chunks: Callable[[], Iterable[NDArray[np.uint8]]]
+    """Gives the bytes in order, as uint8 arrays of any length that add up to `spec.num_bytes`."""
+
+
+def copy_of(entry: TensorEntry) -> PlannedTensor:
+    """Plan an unchanged tensor."""
+
+    def chunks() -> Iterator[NDArray[np.uint8]]:
+        yield from _file_range(entry.file, entry.offset, entry.num_bytes)
+
+    return PlannedTensor(name=entry.name, spec=TensorSpec(dtype=entry.dtype, shape=entry.shape), chunks=chunks)
+
+
+def rows_of(entry: TensorEntry, rows: Sequence[int]) -> PlannedTensor:
+    """Plan the given rows (indices of the first axis, in this order) of a tensor, byte for byte."""
+    row_bytes = entry.num_bytes // entry.shape[0]
+
+    def chunks() -> Iterator[NDArray[np.uint8]]:
+        for start, count in _runs(rows):
+            yield from _file_range(entry.file, entry.offset + start * row_bytes, count * row_bytes)
+
+    spec = TensorSpec(dtype=entry.dtype, shape=(len(rows), *entry.shape[1:]))
+    return PlannedTensor(name=entry.name, spec=spec, chunks=chunks)
+
+
+def tensor_of(name: str, dtype: str, values: NDArray[Any]) -> PlannedTensor:
+    """Plan a tensor that is in memory; `values` has the bytes of `dtype` (BF16 as uint16 bit patterns)."""
+    data = np.ascontiguousarray(values)
+    spec = TensorSpec(dtype=dtype, shape=data.shape)
+    return PlannedTensor(name=name, spec=spec, chunks=lambda: [data.reshape(-1).view(np.uint8)])
+
+
+def write_shards(
+    folder: Path,
+    tensors: Sequence[PlannedTensor],
+    *,
+    linked_shards: Mapping[Path, Sequence[str]] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> None:
+    """Write `tensors` and the index into `folder`; `linked_shards` (file: its tensor names) are hard-linked unchanged.
+
+    Raises ValueError when a tensor is planned twice or its chunks do not give the planned bytes (a bug of the caller).
+    """
+    linked = dict(linked_shards or {})
+    names = [t.name for t in tensors] + [name for shard in linked.values() for name in shard]
+    if len(names) != len(set(names)):
+        raise ValueError("a tensor is planned twice")
+    groups = list(_split(tensors, max_shard_bytes))
+    total = len(groups) + len(linked)
+    shard_names = iter([f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)])
+    weight_map: dict[str, str] = {}
+    for group in groups:
+        shard = next(shard_names)
+        _write_shard(folder / shard, group, progress)
+        weight_map.update({t.name: shard for t in group})
+    num_linked_bytes = 0
+    for file, members in linked.items():
+        shard = next(shard_names)
+        link_or_copy(file, folder / shard)
+        num_linked_bytes += file.stat().st_size
+        weight_map.update(dict.fromkeys(members, shard))
+    size = sum(t.spec.num_bytes for t in tensors) + num_linked_bytes
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def rewrite_checkpoint(
+    source: Checkpoint,
+    folder: Path,
+    *,
+    config: Mapping[str, Any],
+    replace: Mapping[str, PlannedTensor | None],
+    add: Sequence[PlannedTensor] = (),
+    companions: bool = True,
+    progress: Progress | None = None,
+) -> None:
+    """Write `source` into `folder` with some tensors replaced (None drops one) and some added.
+
+    Shards that hold nothing but untouched expert tensors are hard-linked; everything else is written anew. Unknown
+    names in `replace` are a ValueError.
+    """
+    unknown = set(replace) - set(source.tensors)
+    if unknown:
+        raise ValueError(f"not in the checkpoint: {sorted(unknown)[0]}")
+    by_file: dict[Path, list[str]] = {}
+    for name, entry in source.tensors.items():
+        by_file.setdefault(entry.file, []).append(name)
+    linked = {
+        file: names
+        for file, names in by_file.items()
+        if all(is_expert_tensor(name) and name not in replace for name in names)
+    }
+    planned = [
+        replacement
+        for name, entry in source.tensors.items()
+        if entry.file not in linked and (replacement := replace.get(name, copy_of(entry))) is not None
+    ]
+    write_shards(folder, [*planned, *add], linked_shards=linked, progress=progress)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if companions:
+        for file in source.companion_files():
+            link_or_copy(file, folder / file.name)
+
+
+def _split(tensors: Sequence[PlannedTensor], max_shard_bytes: int) -> Iterator[list[PlannedTensor]]:
+    """Group into shards in the given order, other tensors first, experts apart, none above the limit if it can be."""
+    for wanted in (False, True):
+        group: list[PlannedTensor] = []
+        size = 0
+        for tensor in (t for t in tensors if is_expert_tensor(t.name) is wanted):
+            if group and size + tensor.spec.num_bytes > max_shard_bytes:
+                yield group
+                group, size = [], 0
+            group.append(tensor)
+            size += tensor.spec.num_bytes
+        if group:
+            yield group
+
+
+def _write_shard(file: Path, tensors: Sequence[PlannedTensor], progress: Progress | None) -> None:
+    header = encode_header({t.name: (t.spec.dtype, t.spec.shape) for t in tensors}, {"format": "pt"})
+    with file.open("wb") as stream:
+        stream.write(header)
+        for tensor in tensors:
+            written = 0
+            for chunk in tensor.chunks():
+                stream.write(chunk.data)
+                written += chunk.nbytes
+                if progress is not None:
+                    progress(chunk.nbytes)
+            if written != tensor.spec.num_bytes:
+                raise ValueError(f"{tensor.name}: {written} bytes written, {tensor.spec.num_bytes} planned")
+
+
+def _file_range(file: Path, offset: int, num_bytes: int) -> Iterator[NDArray[np.uint8]]:
+    with file.open("rb") as stream:
+        stream.seek(offset)
+        while num_bytes > 0:
+            chunk = np.fromfile(stream, dtype=np.uint8, count=min(num_bytes, CHUNK_BYTES))
+            if chunk.nbytes == 0:
+                raise OSError(5, "the file ended early", str(file))
+            yield chunk
+            num_bytes -= chunk.nbytes
+
+
+def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Consecutive indices as (start, count)."""
+    start = previous = None
+    for row in rows:
+        if start is None:
+            start = row
+        elif row != previous + 1:  # type: ignore[operator]
+            yield start, previous - start + 1  # type: ignore[operator]
+            start = row
+        previous = row
+    if start is not None and previous is not None:
+        yield start, previous - start + 1

@@ -1,0 +1,136 @@
+"""The engine: a self-contained folder that a runtime loads, and the config a human writes to have one built.
+
+    engine.json       manifest: schema version, runtime, architecture, KV fold, provenance
+    llm_args.yaml     the arguments of TensorRT-LLM's `LLM`, `model` left out (the loader passes `<engine>/model`)
+    model/            the serving copy of the checkpoint: model_type gpt_oss, our class name in `architectures`, KV
+                      scales folded into the projections, no scale tensor left, no hf_quant_config.json
+
+What TensorRT-LLM's PyTorch backend loads is such a folder; there is no compiled engine file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture, read_json_object
+from puzzle_trtllm.errors import ArchitectureError, EngineError
+from puzzle_trtllm.yaml_files import load_model, resolve_name
+
+ENGINE_SCHEMA_VERSION = 1
+ENGINE_CONFIG_FOLDER = Path(__file__).parent / "engine_configs"
+MANIFEST_NAME = "engine.json"
+LLM_ARGS_NAME = "llm_args.yaml"
+
+RuntimeName = Literal["tensorrt_llm", "reference"]
+FoldName = Literal["tensor", "channel", "none"]
+
+
+class EngineConfig(BaseModel):
+    """What a human decides about a deployment; everything else is derived by `build`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    runtime: RuntimeName
+    target: Literal["1.2", "1.3", "late"] = "1.2"
+    """TensorRT-LLM line whose argument schema llm_args.yaml must satisfy."""
+    gpu: str | None = None
+    num_gpus: int = Field(default=1, ge=1)
+    memory_bytes: int | None = Field(default=None, ge=1)
+    """Cap on weights plus KV cache; None leaves the runtime's own limit."""
+    parallel: Literal["tp", "dep"] = "tp"
+    kv_dtype: KvDtype = "bf16"
+    scenario: str = "cpu-demo"
+    """Name or path of the scenario that sizes sequences and batches."""
+    fold: FoldName = "tensor"
+    llm_args: dict[str, Any] = Field(default_factory=dict)
+    """Overrides for llm_args.yaml; they win over what is derived."""
+
+
+class LayerFold(BaseModel):
+    """What folding did to one layer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layer: int
+    k_scale: float
+    v_scale: float
+    """The checkpoint's own scales."""
+    k_fold: float
+    v_fold: float
+    """The powers of two that went into the weights (the largest, when the fold is per channel)."""
+
+
+class KvFold(BaseModel):
+    """How calibrated KV scales got into the weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: FoldName
+    layers: list[LayerFold] = Field(default_factory=list)
+
+
+class EngineManifest(BaseModel):
+    """engine.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    runtime: RuntimeName
+    kv_dtype: KvDtype
+    weight_bytes: int
+    memory_bytes: int | None
+    """The cap given to weights plus KV cache, bytes."""
+    architecture: dict[str, Any]
+    """block_configs and the shared dimensions, for readers without the model folder."""
+    kv_fold: KvFold
+    provenance: dict[str, Any]
+    """Source checkpoint path and fingerprint, engine config, tool versions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """An opened engine folder."""
+
+    path: Path
+    manifest: EngineManifest
+    llm_args: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Engine:
+        """Read and check an engine folder. Raises EngineError."""
+        folder = Path(path)
+        manifest_file = folder / MANIFEST_NAME
+        if not manifest_file.is_file():
+            raise EngineError("missing", file=manifest_file, expected="an engine folder made by `puzzle-trtllm build`")
+        try:
+            manifest = EngineManifest.model_validate(read_json_object(manifest_file))
+            llm_args = yaml.safe_load((folder / LLM_ARGS_NAME).read_text(encoding="utf-8")) or {}
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(str(part) for part in problem["loc"])
+            raise EngineError(problem["msg"], file=manifest_file, key=key, found=repr(problem["input"])) from None
+        except ArchitectureError as error:
+            raise EngineError(str(error)) from None
+        except (OSError, yaml.YAMLError) as error:
+            raise EngineError(f"cannot be read: {error}", file=folder / LLM_ARGS_NAME) from None
+        if not (folder / "model" / "config.json").is_file():
+            raise EngineError("missing", file=folder / "model" / "config.json")
+        return cls(path=folder.resolve(), manifest=manifest, llm_args=llm_args)
+
+    @property
+    def model_path(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def architecture(self) -> PuzzleArchitecture:
+        return PuzzleArchitecture.from_path(self.model_path)
+
+
+def load_engine_config(name_or_path: str | Path) -> EngineConfig:
+    """Load a shipped engine config by name, or any YAML file by path. Raises ConfigError."""
+    return load_model(resolve_name(name_or_path, ENGINE_CONFIG_FOLDER, "engine config"), EngineConfig)

@@ -1,0 +1,96 @@
+"""Rotary position embedding as gpt-oss configures it: YaRN (arXiv 2309.00071) over half-split pairs.
+
+YaRN divides the low frequencies by `factor`, keeps the high ones and blends in between; attention logits are scaled by
+multiplying cos and sin with `attention_scaling` = 0.1 ln(factor) + 1. gpt-oss sets `truncate: false`: the borders of
+the blend are not rounded to whole dimensions. Configs in the wild write the block as `rope_scaling` with `rope_theta`
+beside it (transformers 4) or as `rope_parameters` with the theta inside (transformers 5), with integer or float
+factors; this reads them all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from puzzle_trtllm.errors import ArchitectureError
+
+_KNOWN_TYPES = ("yarn", "default")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary parameters; `rope_type` "default" ignores everything but theta."""
+
+    theta: float
+    rope_type: str = "default"
+    factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    original_max_position_embeddings: int = 4096
+    truncate: bool = True
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, source: str | Path) -> RopeConfig:
+        key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+        block = config.get(key) or {}
+        rope_type = block.get("rope_type", block.get("type", "default"))
+        if rope_type not in _KNOWN_TYPES:
+            raise ArchitectureError(
+                "unknown kind", file=source, key=f"{key}.rope_type", found=rope_type, expected=" or ".join(_KNOWN_TYPES)
+            )
+        original = block.get("original_max_position_embeddings", config.get("initial_context_length", 4096))
+        try:
+            return cls(
+                theta=float(block.get("rope_theta", config.get("rope_theta", 150000.0))),
+                rope_type=rope_type,
+                factor=float(block.get("factor", 1.0)),
+                beta_fast=float(block.get("beta_fast", 32.0)),
+                beta_slow=float(block.get("beta_slow", 1.0)),
+                original_max_position_embeddings=int(original),
+                truncate=bool(block.get("truncate", True)),
+            )
+        except (TypeError, ValueError) as error:
+            raise ArchitectureError(f"not a number: {error}", file=source, key=key) from None
+
+    @property
+    def attention_scaling(self) -> float:
+        """Factor on cos and sin (YaRN section 3.4)."""
+        if self.rope_type != "yarn" or self.factor <= 1.0:
+            return 1.0
+        return 0.1 * math.log(self.factor) + 1.0
+
+    def inverse_frequencies(self, head_dim: int) -> NDArray[np.float32]:
+        """float32 `[head_dim / 2]`: radians that a position adds to each rotary pair (i, i + head_dim / 2).
+
+        Computed with torch's operations in transformers' order (`_compute_yarn_parameters` of its
+        modeling_rope_utils.py), because numpy's power differs in the last bit and positions multiply it.
+        """
+        import torch
+
+        pos_freqs = self.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        extrapolated = 1.0 / pos_freqs
+        if self.rope_type != "yarn":
+            return extrapolated.numpy()
+        low, high = self.correction_range(head_dim)
+        span = high - low if high != low else 0.001
+        ramp = torch.clamp((torch.arange(head_dim // 2, dtype=torch.float32) - low) / span, 0, 1)
+        keep = 1 - ramp
+        return (1.0 / (self.factor * pos_freqs) * (1 - keep) + extrapolated * keep).numpy()
+
+    def correction_range(self, head_dim: int) -> tuple[float, float]:
+        """YaRN's blend: pairs up to the first index keep their frequency, pairs from the second on are interpolated."""
+        low, high = self._dimension(self.beta_fast, head_dim), self._dimension(self.beta_slow, head_dim)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        return max(low, 0), min(high, head_dim - 1)
+
+    def _dimension(self, rotations: float, head_dim: int) -> float:
+        """The (fractional) pair index that turns `rotations` times over the original context."""
+        turns = self.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return head_dim * math.log(turns) / (2 * math.log(self.theta))

@@ -1,0 +1,51 @@
+"""YAML in, validated object out, in one place: unknown keys are errors that list the known ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from puzzle_trtllm.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def resolve_name(name_or_path: str | Path, folder: Path, kind: str) -> Path:
+    """A path as it is; a bare name as `folder/name.yaml`. Raises ConfigError listing the known names."""
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path
+    shipped = folder / f"{path.name.removesuffix('.yaml')}.yaml"
+    if len(path.parts) == 1 and shipped.is_file():
+        return shipped
+    known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+    raise ConfigError(f"no such {kind}", file=path, expected=f"a YAML file or one of: {known}")
+
+
+def load_model(file: Path, model: type[Model]) -> Model:
+    """Read `file` as `model`. Raises ConfigError in one line for the first thing that is wrong."""
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", file=file) from None
+    if not isinstance(value, dict):
+        raise ConfigError("must be a mapping", file=file, found=type(value).__name__)
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise _first_problem(error, file, model) from None
+
+
+def _first_problem(error: ValidationError, file: Path, model: type[BaseModel]) -> ConfigError:
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return ConfigError("unknown key", file=file, key=key, expected=f"one of: {', '.join(model.model_fields)}")
+    if problem["type"] == "missing":
+        return ConfigError("missing key", file=file, key=key)
+    return ConfigError(problem["msg"], file=file, key=key, found=repr(problem["input"]))

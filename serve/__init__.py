@@ -1,0 +1,1 @@
+"""Stage `serve`: the runtimes, Triton, clients, load generation, metrics and the report."""

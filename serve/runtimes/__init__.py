@@ -1,0 +1,1 @@
+"""What executes an engine: `tensorrt_llm` on NVIDIA GPUs, `reference` (ours, PyTorch) everywhere."""
