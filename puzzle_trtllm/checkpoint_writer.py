@@ -60,8 +60,8 @@ def rows_of(entry: TensorEntry, rows: Sequence[int]) -> PlannedTensor:
 
 def tensor_of(name: str, dtype: str, values: NDArray[Any]) -> PlannedTensor:
     """Plan a tensor that is in memory; `values` has the bytes of `dtype` (BF16 as uint16 bit patterns)."""
-    data = np.ascontiguousarray(values)
-    spec = TensorSpec(dtype=dtype, shape=data.shape)
+    data = np.ascontiguousarray(values)  # makes a scalar 1-d: the shape is taken from `values`
+    spec = TensorSpec(dtype=dtype, shape=np.shape(values))
     return PlannedTensor(name=name, spec=spec, chunks=lambda: [data.reshape(-1).view(np.uint8)])
 
 
