@@ -247,7 +247,7 @@ def _read_blocks(config: Mapping[str, Any], source: str | Path) -> tuple[BlockCo
             "wrong number of layers", file=source, key="layer_types", found=len(layer_types), expected=num_layers
         )
     overrides = config.get("per_layer_config") or {}
-    blocks = []
+    merged_blocks = []
     for layer, layer_type in enumerate(layer_types):
         own = dict(overrides.get(str(layer)) or overrides.get(layer) or {})
         merged = {
@@ -255,8 +255,8 @@ def _read_blocks(config: Mapping[str, Any], source: str | Path) -> tuple[BlockCo
             "sliding_window": config.get("sliding_window") if layer_type == "sliding_attention" else None,
             **own,
         }
-        blocks.append(_read_block(merged, f"layer {layer}", source))
-    return tuple(blocks)
+        merged_blocks.append(_read_block(merged, f"layer {layer}", source))
+    return tuple(merged_blocks)
 
 
 def _read_block(entry: Any, key: str, source: str | Path) -> BlockConfig:
