@@ -1,0 +1,136 @@
+"""Where a number was made: without it a result file is only a number.
+
+Collected on the client's side: the machine, the versions, the commit, the command line, and, when the caller knows the
+engine folder behind the URL, that engine's manifest. Nothing here may fail a measurement: what cannot be found out is
+None.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+import puzzle_trtllm
+from puzzle_trtllm.engine import Engine, EngineManifest
+
+VERSIONED_PACKAGES = ("tritonclient", "grpcio", "nvidia-pytriton", "torch", "tensorrt-llm", "tokenizers", "numpy")
+
+
+class Hardware(BaseModel):
+    """The machine the client ran on; the server's too when the URL is a loopback address."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cpu_model: str | None
+    cpu_cores: int
+    """Logical cores this process may use."""
+    memory_bytes: int | None
+    gpus: list[str]
+    """Names as nvidia-smi lists them."""
+
+    @classmethod
+    def of_this_machine(cls) -> Hardware:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return cls(cpu_model=_cpu_model(), cpu_cores=cores, memory_bytes=_memory_bytes(), gpus=_gpus())
+
+    def __str__(self) -> str:
+        memory = f", {self.memory_bytes / 2**30:.0f} GiB" if self.memory_bytes else ""
+        gpus = f", {', '.join(self.gpus)}" if self.gpus else ""
+        return f"{self.cpu_model or 'unknown CPU'}, {self.cpu_cores} cores{memory}{gpus}"
+
+
+class EngineProvenance(BaseModel):
+    """The engine behind the URL, as its folder describes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    num_gpus: int
+    """0 for an engine that runs on the CPU."""
+    manifest: EngineManifest
+
+    @classmethod
+    def of(cls, engine: Engine) -> EngineProvenance:
+        on_gpu = engine.manifest.runtime == "tensorrt_llm"
+        num_gpus = int(engine.llm_args.get("tensor_parallel_size", 1)) if on_gpu else 0
+        return cls(path=str(engine.path), num_gpus=num_gpus, manifest=engine.manifest)
+
+
+class Provenance(BaseModel):
+    """How to find this measurement's origin again."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    created_at: str
+    """ISO 8601, UTC."""
+    command_line: str
+    git_commit: str | None
+    """Commit of the source tree the package runs from; None for an installed package."""
+    versions: dict[str, str]
+    hardware: Hardware
+    engine: EngineProvenance | None = None
+
+    @classmethod
+    def collect(cls, *, engine: str | Path | None = None) -> Provenance:
+        """`engine` is the engine folder behind the URL, when the caller knows it. Raises EngineError if it is none."""
+        return cls(
+            created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            command_line=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            git_commit=_git_commit(),
+            versions=_versions(),
+            hardware=Hardware.of_this_machine(),
+            engine=EngineProvenance.of(Engine.open(engine)) if engine is not None else None,
+        )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "puzzle-trtllm": puzzle_trtllm.__version__}
+    for package in VERSIONED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_model() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+def _gpus() -> list[str]:
+    return _output_of(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]).splitlines()
+
+
+def _git_commit() -> str | None:
+    """The commit the package is checked out at, with `-dirty` when tracked files differ."""
+    root = Path(puzzle_trtllm.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    return _output_of(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]) or None
+
+
+def _output_of(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
