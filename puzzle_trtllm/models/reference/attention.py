@@ -1,0 +1,120 @@
+"""Attention with sinks over a paged cache.
+
+Each query head has a sink: one more logit in the softmax that adds nothing to the output, so a head can attend to
+nothing. Softmax runs in float32. Query heads that share a KV head are folded into the rows of one matrix product.
+
+Legend: S sequences, H query heads, K KV heads, G = H / K, Dh head dim, L keys, Q queries of a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
+from puzzle_trtllm.models.reference.step import GroupStep, Step
+
+MAX_SCORES = 1 << 24
+"""Scores computed at a time in prefill; longer prompts are cut into tiles of queries."""
+
+
+def attend(
+    layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, step: Step, group: GroupStep, cache: PagedKvCache
+) -> Tensor:
+    """Store the new K and V `[T, K, Dh]` and attend with q `[T, H, Dh]`; gives `[T, H * Dh]`."""
+    stored_k, stored_v = cache.store(k), cache.store(v)
+    prefill = None
+    if step.num_decodes < len(q):
+        # Before the write: the past may lie in blocks that the chunk is about to take over.
+        prefill = _attend_chunks(layer, q, stored_k, stored_v, sinks, step, group, cache)
+    kept = group.write_tokens
+    new_k, new_v = (stored_k, stored_v) if kept is None else (_take(stored_k, kept), _take(stored_v, kept))
+    cache.write(layer, group.write_rows, group.write_offsets, new_k, new_v)
+    if group.decode is None:
+        assert prefill is not None
+        return prefill
+    keys, values = cache.read(layer, group.decode.rows, q.dtype)
+    decoded = _attend_one(q[: step.num_decodes], keys, values, group.decode.mask, sinks)
+    return decoded if prefill is None else torch.cat([decoded, prefill])
+
+
+def _attend_one(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sinks: Tensor) -> Tensor:
+    """One query a sequence: q `[S, H, Dh]`, keys and values `[S, K, L, Dh]`, mask `[S, 1, L]`; gives `[S, H * Dh]`."""
+    sequences, num_heads, head_dim = q.shape
+    kv_heads, num_keys = keys.shape[1], keys.shape[2]
+    group = num_heads // kv_heads
+    mask = mask.unsqueeze(1).expand(sequences, kv_heads, group, num_keys)
+    scores = torch.baddbmm(
+        mask.reshape(-1, group, num_keys),
+        q.reshape(-1, group, head_dim),
+        keys.reshape(-1, num_keys, head_dim).transpose(1, 2),
+        alpha=head_dim**-0.5,
+    )
+    weights = _softmax_with_sink(scores.view(sequences, num_heads, num_keys), sinks[:, None])
+    output = torch.bmm(weights.to(values.dtype).view(-1, group, num_keys), values.reshape(-1, num_keys, head_dim))
+    return output.view(sequences, num_heads * head_dim)
+
+
+def _attend_chunks(
+    layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, step: Step, group: GroupStep, cache: PagedKvCache
+) -> Tensor:
+    """All prompt chunks, padded to `[P, C]`; gives `[T - S, H * Dh]`."""
+    assert step.chunk_rows is not None and step.chunk_positions is not None and step.chunk_valid is not None
+    assert group.prefill is not None
+    queries = q[step.chunk_rows]
+    keys, values = (_take(t, step.chunk_rows).to(q.dtype).transpose(1, 2) for t in (k, v))
+    if group.prefill.past_rows is not None:
+        past_k, past_v = cache.read(layer, group.prefill.past_rows, q.dtype)
+        keys, values = torch.cat([past_k, keys], dim=2), torch.cat([past_v, values], dim=2)
+    chunks, longest, num_heads, head_dim = queries.shape
+    tile = max(1, MAX_SCORES // (chunks * num_heads * keys.shape[2]))
+    tiles = [
+        _attend_tile(
+            queries[:, i : i + tile],
+            keys,
+            values,
+            step.chunk_positions[:, i : i + tile],
+            group.prefill.key_positions,
+            group.window,
+            sinks,
+        )
+        for i in range(0, longest, tile)
+    ]
+    output = torch.cat(tiles, dim=1) if len(tiles) > 1 else tiles[0]
+    return output.reshape(chunks * longest, num_heads * head_dim)[step.chunk_valid]
+
+
+def _attend_tile(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    window: int | None,
+    sinks: Tensor,
+) -> Tensor:
+    """q `[P, Q, H, Dh]`, keys and values `[P, K, L, Dh]`, positions `[P, Q]` and `[P, L]`; gives `[P, Q, H, Dh]`."""
+    chunks, num_queries, num_heads, head_dim = q.shape
+    kv_heads = keys.shape[1]
+    hidden = key_positions[:, None, :] > query_positions[:, :, None]
+    if window is not None:
+        hidden |= key_positions[:, None, :] <= query_positions[:, :, None] - window
+    grouped = q.view(chunks, num_queries, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
+    scores = torch.matmul(grouped, keys[:, :, None].transpose(-1, -2)) * head_dim**-0.5
+    scores = scores.masked_fill_(hidden[:, None, None], float("-inf"))
+    weights = _softmax_with_sink(scores, sinks.view(kv_heads, -1, 1, 1)).to(values.dtype)
+    output = torch.matmul(weights, values[:, :, None])
+    return output.permute(0, 3, 1, 2, 4).reshape(chunks, num_queries, num_heads, head_dim)
+
+
+def _softmax_with_sink(scores: Tensor, sinks: Tensor) -> Tensor:
+    """float32 softmax over the last axis with one more logit (`sinks`, broadcast) whose share is dropped."""
+    sink = sinks.expand(*scores.shape[:-1], 1)
+    return torch.cat([scores.float(), sink], dim=-1).softmax(dim=-1)[..., :-1]
+
+
+def _take(tensor: Tensor, index: Tensor) -> Tensor:
+    """Rows of a tensor whose dtype may have no indexing kernel (float8)."""
+    if tensor.dtype == torch.float8_e4m3fn:
+        return tensor.view(torch.uint8)[index].view(tensor.dtype)
+    return tensor[index]

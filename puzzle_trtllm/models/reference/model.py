@@ -1,0 +1,74 @@
+"""The gpt-oss forward pass over one step's flattened rows.
+
+The same mathematics as transformers' `GptOssForCausalLM` (modeling_gpt_oss.py), each layer with its own expert count
+and window; what differs is the layout: one row axis for all sequences, K and V in a paged cache, logits only where a
+token will be sampled.
+
+Legend: T rows, D hidden, H query heads, K KV heads, Dh head dim, R rows with logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the customary name)
+from torch import Tensor
+
+from puzzle_trtllm.models.reference.attention import attend
+from puzzle_trtllm.models.reference.experts import mixture
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
+from puzzle_trtllm.models.reference.step import Step
+from puzzle_trtllm.models.reference.weights import LayerWeights, ModelWeights
+
+
+class ReferenceModel:
+    """Weights and rotary tables; `forward` runs one step."""
+
+    def __init__(self, weights: ModelWeights, *, max_seq_len: int) -> None:
+        self.weights = weights
+        self.architecture = weights.architecture
+        self.dtype = weights.embedding.dtype
+        self.device = weights.embedding.device
+        rope, head_dim = self.architecture.rope, self.architecture.head_dim
+        frequencies = torch.from_numpy(rope.inverse_frequencies(head_dim))
+        angles = torch.arange(max_seq_len, dtype=torch.float32)[:, None] * frequencies[None, :]
+        self._cos = (angles.cos() * rope.attention_scaling).to(self.device, self.dtype)
+        self._sin = (angles.sin() * rope.attention_scaling).to(self.device, self.dtype)
+
+    @torch.inference_mode()
+    def forward(self, step: Step, cache: PagedKvCache) -> Tensor:
+        """Logits float32 `[R, V]` of the rows that want them."""
+        weights, eps = self.weights, self.architecture.rms_norm_eps
+        x = F.embedding(step.token_ids, weights.embedding)
+        cos, sin = self._cos[step.positions][:, None, :], self._sin[step.positions][:, None, :]
+        for index, layer in enumerate(weights.layers):
+            x = x + self._attention(index, layer, _rms_norm(x, layer.input_norm, eps), cos, sin, step, cache)
+            x = x + mixture(
+                _rms_norm(x, layer.post_norm, eps),
+                layer,
+                self.architecture.experts_per_token,
+                self.architecture.swiglu_limit,
+            )
+        return F.linear(_rms_norm(x[step.logit_rows], weights.final_norm, eps), weights.head).float()
+
+    def _attention(
+        self, index: int, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, step: Step, cache: PagedKvCache
+    ) -> Tensor:
+        a = self.architecture
+        qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(len(x), -1, a.head_dim)
+        rotated = _rotate(qkv[:, : a.num_attention_heads + a.num_key_value_heads], cos, sin)
+        q, k = rotated[:, : a.num_attention_heads], rotated[:, a.num_attention_heads :]
+        v = qkv[:, a.num_attention_heads + a.num_key_value_heads :]
+        group = step.groups[layer.block.sliding_window]
+        return F.linear(attend(index, q, k, v, layer.sinks, step, group, cache), layer.out, layer.out_bias)
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate `[T, heads, Dh]` by cos and sin `[T, 1, Dh / 2]`; pairs are (i, i + Dh / 2)."""
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """float32 inside, weight included (held in float32), cast back at the end: as gpt-oss does it."""
+    wide = x.float()
+    return (weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps))).to(x.dtype)

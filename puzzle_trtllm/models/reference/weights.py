@@ -1,0 +1,169 @@
+"""Loading a serving copy into the tensors that the forward pass multiplies.
+
+Legend: D hidden, F expert intermediate, E experts of the layer, H query heads, K KV heads, Dh head dim, V vocabulary.
+Query, key and value projections are fused into one. Gate and up rows, interleaved on disk, are separated, so that a
+plain chunk splits them. Experts are held in one of two ways: dequantized (`E2FD` and `EDF` in the compute dtype), or as
+their MXFP4 bytes, expanded layer by layer when they are used; the choice is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from puzzle_trtllm.architecture import BlockConfig, PuzzleArchitecture
+from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.mxfp4 import E2M1_VALUES, SCALE_BIAS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mxfp4Matrix:
+    """One projection of all experts of a layer as MXFP4 bytes."""
+
+    blocks: Tensor
+    """uint8 [E, rows, cols / 32, 16]"""
+    scales: Tensor
+    """uint8 [E, rows, cols / 32]"""
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """`[E, rows, cols]`; exact in float32 and bfloat16."""
+        values = torch.tensor(E2M1_VALUES, dtype=dtype, device=self.blocks.device)
+        codes = torch.stack([self.blocks & 0x0F, self.blocks >> 4], dim=-1).flatten(-2)
+        exponents = (self.scales.to(torch.int32) - SCALE_BIAS).unsqueeze(-1)
+        return torch.ldexp(values[codes.int()], exponents).to(dtype).flatten(-2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertWeights:
+    """The experts of one layer."""
+
+    gate_up: Tensor | Mxfp4Matrix
+    """`[E, 2F, D]`, gate rows first, then up rows."""
+    gate_up_bias: Tensor
+    """`[E, 2F]`"""
+    down: Tensor | Mxfp4Matrix
+    """`[E, D, F]`"""
+    down_bias: Tensor
+    """`[E, D]`"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """One decoder layer."""
+
+    block: BlockConfig
+    input_norm: Tensor
+    qkv: Tensor
+    """`[(H + 2K) * Dh, D]`"""
+    qkv_bias: Tensor | None
+    out: Tensor
+    """`[D, H * Dh]`"""
+    out_bias: Tensor | None
+    sinks: Tensor
+    """float32 `[H]`: a logit that takes part in the softmax and adds nothing to the output."""
+    post_norm: Tensor
+    router: Tensor
+    router_bias: Tensor
+    experts: ExpertWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelWeights:
+    """A whole model."""
+
+    architecture: PuzzleArchitecture
+    embedding: Tensor
+    layers: tuple[LayerWeights, ...]
+    final_norm: Tensor
+    head: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the weights occupy as held (larger than the checkpoint when experts are dequantized)."""
+        return sum(t.numel() * t.element_size() for t in _tensors_of(self))
+
+
+def load_weights(
+    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, dequantize_experts: bool
+) -> ModelWeights:
+    """Load a validated checkpoint. Raises CheckpointError for a missing or misshapen tensor."""
+    checkpoint.validate()
+    architecture = checkpoint.architecture
+    loader = _Loader(checkpoint, dtype, device, dequantize_experts)
+    embedding = loader.tensor("model.embed_tokens.weight")
+    tied = architecture.tie_word_embeddings
+    return ModelWeights(
+        architecture=architecture,
+        embedding=embedding,
+        layers=tuple(loader.layer(index, block) for index, block in enumerate(architecture.blocks)),
+        final_norm=loader.tensor("model.norm.weight").float(),
+        head=embedding if tied else loader.tensor("lm_head.weight"),
+    )
+
+
+class _Loader:
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, dequantize_experts: bool
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.device = device
+        self.dequantize_experts = dequantize_experts
+
+    def tensor(self, name: str) -> Tensor:
+        return self.checkpoint.torch(name).to(device=self.device, dtype=self.dtype)
+
+    def layer(self, index: int, block: BlockConfig) -> LayerWeights:
+        prefix = f"model.layers.{index}"
+        attention = f"{prefix}.self_attn"
+        has_bias = self.checkpoint.architecture.attention_bias
+        projections = [f"{attention}.{name}_proj" for name in "qkv"]
+        return LayerWeights(
+            block=block,
+            input_norm=self.tensor(f"{prefix}.input_layernorm.weight").float(),
+            qkv=torch.cat([self.tensor(f"{name}.weight") for name in projections]),
+            qkv_bias=torch.cat([self.tensor(f"{name}.bias") for name in projections]) if has_bias else None,
+            out=self.tensor(f"{attention}.o_proj.weight"),
+            out_bias=self.tensor(f"{attention}.o_proj.bias") if has_bias else None,
+            sinks=self.tensor(f"{attention}.sinks").float(),
+            post_norm=self.tensor(f"{prefix}.post_attention_layernorm.weight").float(),
+            router=self.tensor(f"{prefix}.mlp.router.weight"),
+            router_bias=self.tensor(f"{prefix}.mlp.router.bias"),
+            experts=self._experts(f"{prefix}.mlp.experts"),
+        )
+
+    def _experts(self, prefix: str) -> ExpertWeights:
+        return ExpertWeights(
+            gate_up=self._matrix(f"{prefix}.gate_up_proj", interleaved=True),
+            gate_up_bias=_separate(self.tensor(f"{prefix}.gate_up_proj_bias")),
+            down=self._matrix(f"{prefix}.down_proj", interleaved=False),
+            down_bias=self.tensor(f"{prefix}.down_proj_bias"),
+        )
+
+    def _matrix(self, name: str, *, interleaved: bool) -> Tensor | Mxfp4Matrix:
+        """`[E, rows, cols]`, rows being outputs; BF16 experts are stored the other way round."""
+        arrange = _separate if interleaved else (lambda tensor: tensor)
+        if self.checkpoint.architecture.experts_format == "bf16":
+            return arrange(self.tensor(name).transpose(1, 2)).contiguous()
+        matrix = Mxfp4Matrix(
+            blocks=arrange(self.checkpoint.torch(f"{name}_blocks")).to(self.device),
+            scales=arrange(self.checkpoint.torch(f"{name}_scales")).to(self.device),
+        )
+        return matrix.dequantize(self.dtype) if self.dequantize_experts else matrix
+
+
+def _separate(rows: Tensor) -> Tensor:
+    """`[E, 2F, ...]` with gate and up interleaved to gate first, then up."""
+    return torch.cat([rows[:, 0::2], rows[:, 1::2]], dim=1)
+
+
+def _tensors_of(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, tuple):
+        return [tensor for item in value for tensor in _tensors_of(item)]
+    fields: Mapping[str, object] = getattr(value, "__dict__", {})
+    return [tensor for item in fields.values() for tensor in _tensors_of(item)]

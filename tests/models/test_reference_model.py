@@ -1,0 +1,168 @@
+"""The reference forward pass against transformers' GptOss, and against itself however the tokens are split up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, plan_layout
+from puzzle_trtllm.models.reference.model import ReferenceModel
+from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
+from puzzle_trtllm.models.reference.weights import load_weights
+
+CPU = torch.device("cpu")
+HOMOGENEOUS = [(6, 24), (6, None), (6, 24), (6, None)]
+CHILD = [(6, 24), (4, None), (3, 40), (2, 24)]
+
+
+class Driver:
+    """Feeds sequences through the model in chunks, as the scheduler does, and keeps their logits."""
+
+    def __init__(self, folder: Path, *, kv_dtype: torch.dtype = torch.float32, dequantize: bool = True) -> None:
+        weights = load_weights(Checkpoint.open(folder), dtype=torch.float32, device=CPU, dequantize_experts=dequantize)
+        self.model = ReferenceModel(weights, max_seq_len=512)
+        layout = plan_layout(
+            weights.architecture,
+            tokens_per_block=8,
+            dtype=kv_dtype,
+            budget_bytes=1 << 24,
+            sequence_tokens=512,
+            max_sequences=8,
+        )
+        self.cache = PagedKvCache(layout, CPU)
+        self.tokens: list[list[int]] = []
+        self.blocks: list[dict] = []
+
+    def add(self, tokens: list[int]) -> int:
+        self.tokens.append(list(tokens))
+        self.blocks.append(self.cache.admit(512))
+        return len(self.tokens) - 1
+
+    def step(self, *parts: tuple[int, int, int]) -> torch.Tensor:
+        """parts: (sequence, start, end), decoding ones first; logits of each part's last row."""
+        steps = [
+            SequenceStep(tokens=self.tokens[i][start:end], start=start, blocks=self.blocks[i], wants_logits=True)
+            for i, start, end in parts
+        ]
+        return self.model.forward(plan_step(steps, self.cache, self.model.dtype), self.cache)
+
+
+def tokens_of(length: int, seed: int, vocab_size: int = 90) -> list[int]:
+    return torch.randint(7, vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def oracle_logits(folder: Path, tokens: list[int]) -> torch.Tensor:
+    """transformers' logits for every position, float32 `[tokens, V]`."""
+    from puzzle_trtllm.models.huggingface.loading import load_causal_lm
+
+    model = load_causal_lm(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        return model(torch.tensor([tokens]), use_cache=False).logits[0].float()
+
+
+@pytest.mark.parametrize("blocks", [HOMOGENEOUS, CHILD], ids=["gpt_oss", "child"])
+@pytest.mark.parametrize("experts_format", ["mxfp4", "bf16"])
+def test_logits_equal_transformers_at_every_position(make_checkpoint, blocks, experts_format):
+    folder = make_checkpoint(blocks, experts_format=experts_format)
+    tokens = tokens_of(150, seed=1)
+    expected = oracle_logits(folder, tokens)
+    driver = Driver(folder)
+    sequence = driver.add(tokens)
+    rows = [driver.step((sequence, 0, 70)), *(driver.step((sequence, i, i + 1)) for i in range(70, 150))]
+    assert (torch.cat(rows) - expected[69:]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("chunks", [[1, 1, 1, 97], [13, 50, 37], [100], [99, 1], [64, 8, 28]])
+def test_any_chunking_of_the_prompt_gives_the_same_logits(make_checkpoint, chunks):
+    folder = make_checkpoint(CHILD)
+    tokens = tokens_of(100, seed=2)
+    expected = oracle_logits(folder, tokens)
+    driver = Driver(folder)
+    sequence = driver.add(tokens)
+    start = 0
+    for length in chunks:
+        logits = driver.step((sequence, start, start + length))
+        start += length
+        assert (logits[0] - expected[start - 1]).abs().max() < 1e-4
+
+
+def test_a_mixed_batch_gives_each_sequence_its_own_logits(make_checkpoint):
+    folder = make_checkpoint(CHILD)
+    texts = [tokens_of(120, seed=3), tokens_of(45, seed=4), tokens_of(80, seed=5)]
+    expected = [oracle_logits(folder, text) for text in texts]
+    driver = Driver(folder)
+    for text in texts:
+        driver.add(text)
+    driver.step((0, 0, 60))
+    for i in range(30):  # sequence 0 decodes while 1 and 2 arrive in chunks
+        parts = [(0, 60 + i, 61 + i)]
+        parts += [(1, 20 + i - 10, 21 + i - 10)] if 10 <= i else []
+        parts += [(1, 0, 20)] if i == 9 else []
+        parts += [(2, 0, 33)] if i == 5 else [(2, 33, 80)] if i == 20 else []
+        logits = driver.step(*parts)
+        for row, (sequence, _, end) in zip(logits, parts, strict=True):
+            assert (row - expected[sequence][end - 1]).abs().max() < 1e-4, (i, sequence)
+
+
+def test_experts_kept_in_mxfp4_give_the_same_logits(make_checkpoint):
+    folder = make_checkpoint(CHILD)
+    tokens = tokens_of(60, seed=6)
+    held, packed = Driver(folder), Driver(folder, dequantize=False)
+    for driver in (held, packed):
+        driver.add(tokens)
+    assert (held.step((0, 0, 60)) - packed.step((0, 0, 60))).abs().max() < 1e-4
+    assert packed.model.weights.num_bytes < held.model.weights.num_bytes
+
+
+def test_tiles_of_queries_change_nothing(make_checkpoint, monkeypatch):
+    from puzzle_trtllm.models.reference import attention
+
+    folder = make_checkpoint(CHILD)
+    tokens = tokens_of(90, seed=7)
+    whole = Driver(folder)
+    whole.add(tokens)
+    expected = whole.step((0, 0, 90))
+    monkeypatch.setattr(attention, "MAX_SCORES", 4000)
+    tiled = Driver(folder)
+    tiled.add(tokens)
+    assert (tiled.step((0, 0, 90)) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("blocks", [HOMOGENEOUS, CHILD], ids=["gpt_oss", "child"])
+def test_greedy_tokens_equal_transformers_for_200_steps(make_checkpoint, blocks):
+    folder = make_checkpoint(blocks, seed=3)
+    driver = Driver(folder)
+    sequence = driver.add(tokens_of(20, seed=8))
+    tokens = driver.tokens[sequence]
+    tokens.append(int(driver.step((sequence, 0, 20)).argmax()))
+    for _ in range(199):
+        tokens.append(int(driver.step((sequence, len(tokens) - 1, len(tokens))).argmax()))
+    expected = oracle_logits(folder, tokens)[19:-1].argmax(dim=-1).tolist()
+    assert tokens[20:] == expected
+
+
+def test_fp8_kv_is_quantize_store_dequantize(make_checkpoint):
+    """The same model in transformers with K and V passed through a saturating E4M3 cast gives the same logits."""
+    from transformers.models.gpt_oss import modeling_gpt_oss
+
+    folder = make_checkpoint(HOMOGENEOUS)
+    tokens = tokens_of(60, seed=9)
+    eager = modeling_gpt_oss.eager_attention_forward
+
+    def through_e4m3(module, query, key, value, *args, **kwargs):
+        key, value = (t.clamp(-448, 448).to(torch.float8_e4m3fn).to(t.dtype) for t in (key, value))
+        return eager(module, query, key, value, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_gpt_oss, "eager_attention_forward", through_e4m3)
+        expected = oracle_logits(folder, tokens)
+    driver = Driver(folder, kv_dtype=torch.float8_e4m3fn)
+    sequence = driver.add(tokens)
+    rows = [driver.step((sequence, 0, 40)), *(driver.step((sequence, i, i + 1)) for i in range(40, 60))]
+    assert (torch.cat(rows) - expected[39:]).abs().max() < 1e-4
+    exact = Driver(folder)
+    exact.add(tokens)
+    assert (exact.step((0, 0, 40))[0] - expected[39]).abs().max() > 1e-3, "the cast must have an effect"
