@@ -8,7 +8,8 @@ Rules for what the format cannot say:
   gets the scale 1 (byte 127); a sign is kept on zero; NaN and infinities are refused, because a silent 0 or 6 in
   their place would hide a broken tensor.
 - dequantize: the scale byte 255 is the format's NaN and makes the whole block NaN.
-Results are exact in float32 and in bfloat16: e2m1 has two significant bits, and both types reach 2^-128.
+Results are exact in float32 and in bfloat16: e2m1 has two significant bits, and both types reach 2^-128. Only 4 and 6
+at the scale 2^126 and everything from 2 on at 2^127 (bytes 253 and 254) lie beyond both types and become infinite.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def dequantize(blocks: NDArray[np.uint8], scales: NDArray[np.uint8]) -> NDArray[
         raise ValueError(f"blocks {blocks.shape} and scales {scales.shape} do not belong together")
     codes = np.stack([blocks & 0x0F, blocks >> 4], axis=-1)
     values = E2M1_VALUES[codes].reshape(*scales.shape, BLOCK_SIZE)
-    result = np.ldexp(values, scales.astype(np.int32)[..., None] - SCALE_BIAS)
+    with np.errstate(over="ignore"):
+        result = np.ldexp(values, scales.astype(np.int32)[..., None] - SCALE_BIAS)
     result[scales == SCALE_NAN] = np.nan
     return result.reshape(*scales.shape[:-1], -1)
