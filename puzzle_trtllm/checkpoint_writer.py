@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from puzzle_trtllm.checkpoint import INDEX_NAME, Checkpoint
 from puzzle_trtllm.folders import link_or_copy
-from puzzle_trtllm.safetensors_file import TensorEntry, encode_header
+from puzzle_trtllm.safetensors_file import TensorEntry, encode_header, read_header
 from puzzle_trtllm.tensors import TensorSpec, is_expert_tensor
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -93,7 +93,7 @@ def write_shards(
     for file, members in linked.items():
         shard = next(shard_names)
         link_or_copy(file, folder / shard)
-        num_linked_bytes += file.stat().st_size
+        num_linked_bytes += sum(entry.num_bytes for entry in read_header(file)[0].values())
         weight_map.update(dict.fromkeys(members, shard))
     size = sum(t.spec.num_bytes for t in tensors) + num_linked_bytes
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}

@@ -6,10 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.toys import Blocks, toy_architecture, write_toy_checkpoint
 
 MakeCheckpoint = Callable[..., Path]
+
+# The same examples at every run, and no deadline: a busy machine must not fail a test.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

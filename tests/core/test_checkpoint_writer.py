@@ -106,6 +106,7 @@ class TestRewrite:
         out = self.rewrite(source, tmp_path, replace={SINKS: sinks})
         assert out.entry(BLOCKS_TENSOR).file.stat().st_ino == source.entry(BLOCKS_TENSOR).file.stat().st_ino
         assert not out.numpy(SINKS).any()
+        assert json.loads((out.path / INDEX_NAME).read_text())["metadata"]["total_size"] == source.weight_bytes
         for name in source.tensors:
             assert name == SINKS or out.raw(name).tobytes() == source.raw(name).tobytes(), name
 

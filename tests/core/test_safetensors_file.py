@@ -113,7 +113,9 @@ def test_a_file_cut_in_its_header(tmp_path, content):
 @given(st.data())
 def test_any_cut_of_a_good_file_is_noticed(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("cut")
-    write_shards(folder, [tensor_of("a", "F32", np.ones((2, 3), np.float32)), tensor_of("b", "U8", np.ones(5, np.uint8))])
+    write_shards(
+        folder, [tensor_of("a", "F32", np.ones((2, 3), np.float32)), tensor_of("b", "U8", np.ones(5, np.uint8))]
+    )
     file = folder / "model-00001-of-00001.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])

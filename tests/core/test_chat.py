@@ -1,0 +1,105 @@
+"""Prompts are rendered exactly as transformers renders them, without transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from puzzle_trtllm.chat import REASONING_EFFORTS, ChatTokenizer
+from puzzle_trtllm.errors import CheckpointError
+from tests.toys import RETURN_ID, UNK_ID, VOCAB_SIZE, write_toy_tokenizer
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "17+25="}],
+    [{"role": "user", "content": "a\n  b {{ c }}"}, {"role": "assistant", "content": "d"}],
+    [{"role": "user", "content": "<|end|>"}],
+]
+
+EXTRA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}\n    {% if m.content is string %}\n{{ m | tojson }}\n    {% endif %}\n"
+    "{% if loop.index > 1 %}{% break %}{% endif %}{% endfor %}{{ eos_token }}{{ pad_token }}"
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_toy_tokenizer(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def both(folder):
+    transformers = pytest.importorskip("transformers")
+    return ChatTokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("generate", [True, False])
+@pytest.mark.parametrize("effort", [None, *REASONING_EFFORTS])
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_prompts_and_tokens_equal_transformers(both, messages, effort, generate):
+    ours, theirs = both
+    arguments = {} if effort is None else {"reasoning_effort": effort}
+    expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate, **arguments)
+    prompt = ours.render_chat(messages, reasoning_effort=effort, add_generation_prompt=generate)
+    assert prompt == expected
+    assert f"effort: {effort or 'medium'}" in prompt
+    assert ours.encode(prompt) == theirs.encode(prompt, add_special_tokens=False)
+
+
+def test_whitespace_filters_and_loop_controls_equal_transformers(folder):
+    transformers = pytest.importorskip("transformers")
+    (folder / "chat_template.jinja").write_text(EXTRA_TEMPLATE)
+    messages = [{"role": "user", "content": f"é <{i}>"} for i in range(4)]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = theirs.apply_chat_template(messages, tokenize=False)
+    assert ChatTokenizer.from_folder(folder).render_chat(messages, add_generation_prompt=False) == expected
+
+
+def test_a_template_inside_the_tokenizer_config(folder):
+    (folder / "chat_template.jinja").unlink()
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": "{{ messages[0].content }}"}))
+    assert ChatTokenizer.from_folder(folder).render_chat([{"role": "user", "content": "hi"}]) == "hi"
+
+
+def test_text_round_trips(folder):
+    tokenizer = ChatTokenizer.from_folder(folder)
+    text = "<|start|>user<|message|>1+2=3<|return|>"
+    ids = tokenizer.encode(text)
+    assert ids[-1] == RETURN_ID and len(ids) == 3 + len("user1+2=3")
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "user1+2=3"
+    assert tokenizer.encode("é") == [UNK_ID]
+    assert tokenizer.vocab_size == VOCAB_SIZE
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json: missing"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), r"tokenizer\.json: cannot be read"),
+        (lambda f: (f / "tokenizer_config.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "chat_template.jinja").unlink(), r"chat_template\.jinja: missing"),
+        (lambda f: (f / "chat_template.jinja").write_text("{% if %}"), "the chat template refuses"),
+        (lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('no tools') }}"), "no tools"),
+    ],
+)
+def test_damage_is_one_line(folder, damage, message):
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        ChatTokenizer.from_folder(folder).render_chat(CONVERSATIONS[0])
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_effort_is_refused_by_the_template(folder):
+    with pytest.raises(CheckpointError, match="reasoning_effort must be low, medium or high, found huge"):
+        ChatTokenizer.from_folder(folder).render_chat(CONVERSATIONS[0], reasoning_effort="huge")
+
+
+def test_neither_torch_nor_transformers_is_imported():
+    code = "import sys, puzzle_trtllm.chat; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,105 @@
+"""Engine folders: opened whole, or refused with one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from puzzle_trtllm.engine import Engine, EngineConfig, load_engine_config
+from puzzle_trtllm.errors import ConfigError, EngineError
+from tests.toys import toy_architecture, toy_config
+
+MANIFEST = {
+    "schema_version": 1,
+    "runtime": "reference",
+    "kv_dtype": "fp8",
+    "weight_bytes": 1000,
+    "memory_bytes": None,
+    "architecture": {},
+    "kv_fold": {
+        "mode": "tensor",
+        "layers": [{"layer": 0, "k_scale": 0.3, "v_scale": 1.0, "k_fold": 0.5, "v_fold": 1.0}],
+    },
+    "provenance": {"config": {}},
+}
+ARGS = {"backend": "pytorch", "kv_cache_config": {"dtype": "fp8"}}
+ARCHITECTURE = toy_architecture([(4, 16), (3, None)])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(toy_config(ARCHITECTURE)))
+    (tmp_path / "engine.json").write_text(json.dumps(MANIFEST))
+    (tmp_path / "llm_args.yaml").write_text(yaml.safe_dump(ARGS))
+    return tmp_path
+
+
+def test_a_whole_engine_opens(folder):
+    engine = Engine.open(folder)
+    assert engine.llm_args == ARGS
+    assert engine.manifest.kv_fold.layers[0].k_fold == 0.5
+    assert engine.architecture == ARCHITECTURE
+    assert engine.model_path == folder / "model"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 2}, r"schema_version.*found 2"),
+        ({"runtime": "vllm"}, r"runtime.*'vllm'"),
+        ({"weight_bytes": "heavy"}, "weight_bytes"),
+        ({"extra": 1}, "extra"),
+        ({"kv_fold": {"mode": "half"}}, r"kv_fold\.mode"),
+    ],
+)
+def test_a_wrong_manifest_is_one_line_that_names_the_key(folder, change, message):
+    (folder / "engine.json").write_text(json.dumps({**MANIFEST, **change}))
+    with pytest.raises(EngineError, match=message) as caught:
+        Engine.open(folder)
+    assert "engine.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["engine.json", "llm_args.yaml", "model/config.json"])
+def test_a_missing_part_is_one_line(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(EngineError, match=name.replace(".", r"\.")):
+        Engine.open(folder)
+
+
+@pytest.mark.parametrize(("name", "content"), [("engine.json", "{"), ("llm_args.yaml", "a: [")])
+def test_an_unreadable_part_is_one_line(folder, name, content):
+    (folder / name).write_text(content)
+    with pytest.raises(EngineError, match=name.replace(".", r"\.")):
+        Engine.open(folder)
+
+
+class TestEngineConfig:
+    def load(self, tmp_path, **keys: object) -> EngineConfig:
+        file = tmp_path / "c.yaml"
+        file.write_text(yaml.safe_dump(keys))
+        return load_engine_config(file)
+
+    def test_defaults(self, tmp_path):
+        config = self.load(tmp_path, runtime="reference")
+        assert (config.kv_dtype, config.fold, config.num_gpus, config.memory_bytes) == ("bf16", "tensor", 1, None)
+
+    @pytest.mark.parametrize(
+        ("keys", "message"),
+        [
+            ({}, "runtime: missing key"),
+            ({"runtime": "vllm"}, "runtime: .*'vllm'"),
+            ({"runtime": "reference", "kv_dtype": "int8"}, "kv_dtype: .*'int8'"),
+            ({"runtime": "reference", "num_gpus": 0}, "num_gpus: .*found 0"),
+            ({"runtime": "reference", "memory_bytes": 0}, "memory_bytes: .*found 0"),
+            ({"runtime": "reference", "batch": 3}, r"batch: unknown key .*kv_dtype"),
+        ],
+    )
+    def test_wrong_keys_are_one_line(self, tmp_path, keys, message):
+        file = tmp_path / "c.yaml"
+        file.write_text(yaml.safe_dump(keys) if keys else "gpu: null\n")
+        with pytest.raises(ConfigError, match=message) as caught:
+            load_engine_config(file)
+        assert "\n" not in str(caught.value)

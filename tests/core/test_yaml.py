@@ -1,0 +1,76 @@
+"""YAML in, validated object out: every shipped file loads, every wrong one is one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from puzzle_trtllm.engine import ENGINE_CONFIG_FOLDER, load_engine_config
+from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.scenario import SCENARIO_FOLDER, load_scenario
+
+SCENARIOS = sorted(file.stem for file in SCENARIO_FOLDER.glob("*.yaml"))
+ENGINE_CONFIGS = sorted(file.stem for file in ENGINE_CONFIG_FOLDER.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_shipped_scenario_loads(name):
+    assert load_scenario(name).name == name
+
+
+@pytest.mark.parametrize("name", ENGINE_CONFIGS)
+def test_every_shipped_engine_config_loads_and_its_scenario_exists(name):
+    config = load_engine_config(name)
+    assert load_scenario(config.scenario).name == config.scenario
+
+
+def test_the_names_that_the_documentation_uses_are_shipped():
+    assert {"long", "short", "cpu-demo"} <= set(SCENARIOS)
+    assert "cpu-demo" in ENGINE_CONFIGS
+
+
+def test_the_papers_scenarios():
+    long, short = load_scenario("long"), load_scenario("short")
+    assert (long.input_tokens, long.output_tokens, long.sequence_tokens) == (65536, 65536, 131072)
+    assert (short.input_tokens, short.output_tokens, short.sequence_tokens) == (4096, 4096, 8192)
+
+
+def test_a_name_may_carry_its_suffix():
+    assert load_scenario("long.yaml") == load_scenario("long")
+
+
+GOOD = "name: x\ninput_tokens: 1\noutput_tokens: 1\nconcurrency: 1\nnum_requests: 1\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (GOOD + "bursts: 3\n", r"bursts: unknown key .*input_tokens, output_tokens"),
+        (GOOD.replace("input_tokens: 1\n", ""), "input_tokens: missing key"),
+        (GOOD.replace("input_tokens: 1", "input_tokens: 0"), r"input_tokens: .*greater than or equal to 1 .found 0"),
+        (GOOD.replace("input_tokens: 1", "input_tokens: many"), "input_tokens: .*'many'"),
+        ("- a\n- b\n", "must be a mapping .found list"),
+        ("a: [1\nb: 2", "not valid YAML"),
+        ("", "must be a mapping"),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path, content, message):
+    file = tmp_path / "x.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_scenario(file)
+    assert str(caught.value).startswith(str(file)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nothing", "nothing.yaml", "/tmp/nothing/long.yaml", "sub/long"])
+def test_an_unknown_name_lists_the_known_ones(name):
+    with pytest.raises(ConfigError, match=r"no such scenario .*cpu-demo, long, short"):
+        load_scenario(name)
+
+
+def test_a_path_wins_over_a_shipped_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("long.yaml").write_text(GOOD)
+    assert load_scenario("long.yaml").name == "x"
+    assert load_scenario("long").name == "long"
