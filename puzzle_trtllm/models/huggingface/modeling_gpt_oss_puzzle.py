@@ -1,0 +1,193 @@
+"""The Puzzle child for transformers: gpt-oss whose layers differ in expert count and attention window.
+
+Everything is gpt-oss's own code except three things. Each decoder layer is built from its own view of the config. The
+model makes one attention mask per distinct window (not per layer, not per layer type) and hands all of them to every
+layer, which picks its own. And the KV cache keeps, for each layer, that layer's window. When all layers are equal the
+arithmetic is gpt-oss's, operation for operation.
+
+This file is also shipped inside child checkpoints as remote code, so it imports nothing but torch, transformers and
+its own config, and keeps to what transformers 4.57 and 5 have in common.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.models.gpt_oss.modeling_gpt_oss import (
+    GptOssDecoderLayer,
+    GptOssForCausalLM,
+    GptOssModel,
+    GptOssPreTrainedModel,
+    GptOssRMSNorm,
+    GptOssRotaryEmbedding,
+)
+
+from .configuration_gpt_oss_puzzle import GptOssPuzzleConfig
+
+Masks = dict[int | None, torch.Tensor | None]
+"""One attention mask per distinct window; None is full attention."""
+
+
+class GptOssPuzzleDecoderLayer(GptOssDecoderLayer):  # type: ignore[misc]
+    """A gpt-oss layer with its own expert count and window."""
+
+    def __init__(self, config: GptOssPuzzleConfig, layer_idx: int) -> None:
+        super().__init__(config.layer_config(layer_idx), layer_idx)
+        self.window = config.windows[layer_idx]
+        for module in self.modules():
+            if hasattr(module, "config"):
+                module.config = config  # sizes are set; from here on all layers follow the model's one config
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+        if isinstance(attention_mask, dict):
+            attention_mask = attention_mask[self.window]
+        return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
+
+
+class GptOssPuzzlePreTrainedModel(GptOssPreTrainedModel):  # type: ignore[misc]
+    config: GptOssPuzzleConfig
+    config_class = GptOssPuzzleConfig
+    _no_split_modules = ["GptOssPuzzleDecoderLayer"]  # noqa: RUF012
+
+
+class GptOssPuzzleModel(GptOssPuzzlePreTrainedModel, GptOssModel):  # type: ignore[misc]
+    """The decoder stack, without the output head."""
+
+    def __init__(self, config: GptOssPuzzleConfig) -> None:
+        GptOssPreTrainedModel.__init__(self, config)  # not GptOssModel's, which would build equal layers first
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(GptOssPuzzleDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = GptOssRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = GptOssRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(  # noqa: PLR0917 - transformers' signature
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As GptOssModel; `attention_mask` may also be a ready-made dict of masks by window."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = puzzle_cache(self.config)
+        if past_key_values is not None:
+            _check_cache(self.config, past_key_values)
+        masks = attention_mask
+        if not isinstance(attention_mask, dict):
+            masks = window_masks(self.config, inputs_embeds, attention_mask, past_key_values)
+        return super().forward(
+            attention_mask={"full_attention": masks, "sliding_attention": masks},
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+class GptOssPuzzleForCausalLM(GptOssPuzzlePreTrainedModel, GptOssForCausalLM):  # type: ignore[misc]
+    """A Puzzle child of gpt-oss with its output head."""
+
+    def __init__(self, config: GptOssPuzzleConfig) -> None:
+        GptOssPreTrainedModel.__init__(self, config)
+        self.model = GptOssPuzzleModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self.num_experts = config.num_local_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        """Give `generate` the cache of this architecture. ValueError for kinds that do not know windows by layer."""
+        wanted = getattr(generation_config, "cache_implementation", None)
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        elif wanted in (None, "dynamic"):
+            model_kwargs["past_key_values"] = puzzle_cache(self.config)
+        else:
+            raise ValueError(f"cache_implementation={wanted!r} cannot hold a window per layer: use the dynamic cache")
+
+
+def puzzle_cache(config: GptOssPuzzleConfig) -> DynamicCache:
+    """An empty KV cache that keeps, for each layer, what its window still needs.
+
+    A window of one token keeps two: transformers' layer stores the last w - 1 keys, and its slice `[-0:]` would keep
+    all of them while announcing none.
+    """
+    cache = DynamicCache()
+    cache.layers = [
+        DynamicLayer() if window is None else DynamicSlidingWindowLayer(sliding_window=max(window, 2))
+        for window in config.windows
+    ]
+    return cache
+
+
+def window_masks(
+    config: GptOssPuzzleConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+) -> Masks:
+    """One mask per distinct window, in whatever form the attention implementation takes.
+
+    `inputs_embeds` [B, T, D] of the new tokens; `attention_mask` [B, past + T], 0 where padded. A mask is as wide as
+    what its layers' cache will return, so it is sized against a view of the cache that holds one such layer.
+    """
+    masks: Masks = {}
+    for layer_idx, window in enumerate(config.windows):
+        if window in masks:
+            continue
+        make = create_causal_mask if window is None else create_sliding_window_causal_mask
+        arguments = {
+            "config": config.layer_config(layer_idx),
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": _one_layer(past_key_values, layer_idx),
+        }
+        masks[window] = make(**_for_this_transformers(make, arguments, past_key_values))
+    return masks
+
+
+def _one_layer(cache: Cache | None, layer_idx: int) -> Cache | None:
+    if cache is None or layer_idx >= len(cache.layers):
+        return None
+    return Cache(layers=[cache.layers[layer_idx]])
+
+
+def _for_this_transformers(make: Any, arguments: dict[str, Any], cache: Cache | None) -> dict[str, Any]:
+    """Rename and add what transformers before 5.0 wants: `input_embeds`, and the positions of the new tokens."""
+    parameters = inspect.signature(make).parameters
+    if "input_embeds" in parameters:
+        embeds = arguments["input_embeds"] = arguments.pop("inputs_embeds")
+        seen = cache.get_seq_length() if cache is not None else 0
+        arguments["cache_position"] = torch.arange(embeds.shape[1], device=embeds.device) + seen
+    return arguments
+
+
+def _check_cache(config: GptOssPuzzleConfig, cache: Cache) -> None:
+    """Refuse a cache that forgets what a layer must still see (one built for a single window, say)."""
+    for layer_idx, (window, layer) in enumerate(zip(config.windows, cache.layers, strict=False)):
+        kept = getattr(layer, "sliding_window", None)
+        if kept is not None and (window is None or kept < window):
+            raise ValueError(
+                f"past_key_values keeps {kept} tokens in layer {layer_idx}, whose window is {window or 'unlimited'}: "
+                "build it with puzzle_cache(config)"
+            )

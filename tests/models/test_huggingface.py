@@ -1,0 +1,341 @@
+"""The transformers child: equal to GptOss where GptOss can say it, right by an independent mask where it cannot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GptOssConfig, GptOssForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.errors import CheckpointError
+from puzzle_trtllm.models.huggingface.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
+from puzzle_trtllm.models.huggingface.loading import experts_EIO, load_causal_lm, load_child, register
+from puzzle_trtllm.models.huggingface.modeling_gpt_oss_puzzle import GptOssPuzzleForCausalLM, puzzle_cache
+from puzzle_trtllm.models.huggingface.remote_code import write_remote_code
+
+RELEASED = Path(__file__).parents[1] / "data" / "gpt-oss-puzzle-88b.config.json"
+CHILD = [(6, 5), (4, None), (2, 3), (5, 17), (3, 1)]
+EQUAL = [(4, 6), (4, None), (4, 6), (4, None)]
+
+
+@pytest.fixture(scope="module")
+def child(make_checkpoint) -> Path:
+    return make_checkpoint(CHILD)
+
+
+@pytest.fixture(scope="module")
+def model(child) -> GptOssPuzzleForCausalLM:
+    return load_causal_lm(child, dtype=torch.float32)
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(7, 90, (2, 60), generator=torch.Generator().manual_seed(0))
+
+
+# -- equal to gpt-oss when all layers are equal ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def equal_pair(make_checkpoint) -> tuple[GptOssForCausalLM, GptOssPuzzleForCausalLM]:
+    folder = make_checkpoint(EQUAL)
+    parent = load_causal_lm(folder, dtype=torch.float32)
+    config = json.loads((folder / "config.json").read_text())
+    blocks = [{"num_local_experts": n, "sliding_window": w} for n, w in EQUAL]
+    config.update(model_type="gpt_oss_puzzle", block_configs=blocks)
+    (folder / "config.json").write_text(json.dumps(config))
+    return parent, load_causal_lm(folder, dtype=torch.float32)
+
+
+@torch.no_grad()
+def test_equal_layers_give_gpt_oss_bit_for_bit(equal_pair, tokens):
+    parent, child = equal_pair
+    assert type(parent) is GptOssForCausalLM and type(child) is GptOssPuzzleForCausalLM
+    padding = torch.ones_like(tokens)
+    padding[0, :9] = 0
+    assert torch.equal(parent(tokens).logits, child(tokens).logits)
+    assert torch.equal(parent(tokens, attention_mask=padding).logits, child(tokens, attention_mask=padding).logits)
+
+
+def test_equal_layers_generate_the_same(equal_pair, tokens):
+    padding = torch.ones_like(tokens)
+    padding[1, :20] = 0
+    options = {"attention_mask": padding, "max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    parent, child = (model.generate(tokens, **options) for model in equal_pair)
+    assert parent.shape == (2, 90)
+    assert torch.equal(parent, child)
+
+
+# -- layers that differ ------------------------------------------------------------------------------------------------
+
+
+def test_each_layer_has_its_own_experts_and_window(model):
+    assert [layer.mlp.experts.num_experts for layer in model.model.layers] == [6, 4, 2, 5, 3]
+    assert [layer.mlp.router.weight.shape[0] for layer in model.model.layers] == [6, 4, 2, 5, 3]
+    assert [layer.self_attn.sliding_window for layer in model.model.layers] == [5, None, 3, 17, 1]
+
+
+@torch.no_grad()
+def test_a_layer_sees_its_window_and_no_further(model, tokens):
+    """The eager attention probabilities of layer i are zero exactly where key <= query - window or key > query."""
+    attentions = model(tokens, output_attentions=True).attentions
+    query, key = torch.arange(60)[:, None], torch.arange(60)[None, :]
+    for (_, window), probabilities in zip(CHILD, attentions, strict=True):
+        visible = (key <= query) & (key > query - (window or 60))
+        assert torch.equal(probabilities > 0, visible.expand_as(probabilities))
+
+
+@torch.no_grad()
+def test_the_child_is_gpt_oss_layer_by_layer(model, child, tokens):
+    """Each layer alone equals the layer of a plain GptOss that has this count and window everywhere."""
+    hidden = model.model.embed_tokens(tokens)
+    position_embeddings = model.model.rotary_emb(hidden, torch.arange(60)[None])
+    captured = model.model(tokens, output_hidden_states=True).hidden_states
+    for i, (num_experts, window) in enumerate(CHILD[:-1]):  # the last hidden state is normalised
+        plain = GptOssForCausalLM(
+            GptOssConfig(
+                **{
+                    k: v
+                    for k, v in model.config.to_dict().items()
+                    if k in GptOssConfig().to_dict() and k != "model_type"
+                }
+                | {
+                    "num_local_experts": num_experts,
+                    "sliding_window": window or 128,
+                    "layer_types": ["sliding_attention" if window else "full_attention"],
+                    "num_hidden_layers": 1,
+                    "quantization_config": None,
+                }
+            )
+        )
+        plain.set_attn_implementation("eager")
+        layer = plain.model.layers[0]
+        layer.load_state_dict(model.model.layers[i].state_dict())
+        query, key = torch.arange(60)[:, None], torch.arange(60)[None, :]
+        visible = (key <= query) & (key > query - (window or 60))
+        mask = torch.zeros(60, 60).masked_fill(~visible, torch.finfo(torch.float32).min)
+        hidden = layer.eval()(hidden, attention_mask=mask, position_embeddings=position_embeddings)
+        assert torch.equal(hidden, captured[i + 1]), f"layer {i}"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [[60], [1] * 60, [10, 7, 1, 1, 41], [30, 30]])
+def test_cached_steps_equal_one_pass(model, tokens, chunks):
+    expected = model(tokens, use_cache=False).logits
+    cache, found = puzzle_cache(model.config), []
+    for chunk in tokens.split(chunks, dim=1):
+        found.append(model(chunk, past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_cache_keeps_each_layers_window(model, tokens):
+    cache = model(tokens, use_cache=True).past_key_values
+    # a window layer keeps the w - 1 tokens that the next query still sees beside its own
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [4, 60, 2, 16, 1]
+
+
+def test_generate_with_and_without_cache(model, tokens):
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+    padding = torch.ones_like(tokens)
+    padding[0, :25] = 0
+    cached = model.generate(tokens, attention_mask=padding, **options)
+    assert torch.equal(cached, model.generate(tokens, attention_mask=padding, use_cache=False, **options))
+    # left padding moves a sequence, it does not change what follows it
+    alone = model.generate(tokens[:1, 25:], **options)
+    assert torch.equal(cached[0, 60:], alone[0, 35:])
+
+
+def test_a_cache_that_forgets_too_early_is_refused(model, tokens):
+    with pytest.raises(ValueError, match="cache_implementation='static'"):
+        model.generate(tokens, max_new_tokens=2, cache_implementation="static")
+    one_window = DynamicCache(config=GptOssConfig(num_hidden_layers=5, sliding_window=4))
+    with pytest.raises(ValueError, match="keeps 4 tokens in layer 0, whose window is 5"):
+        model(tokens, past_key_values=one_window)
+
+
+def test_transformers_own_cache_honours_the_windows(model):
+    """transformers (5.14 and later) asks `per_layer_config`; a user's DynamicCache(config=...) must not fall short."""
+    layers = DynamicCache(config=model.config).layers
+    assert [getattr(layer, "sliding_window", None) for layer in layers] == [5, None, 3, 17, 1]
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("blocks", [CHILD, EQUAL])
+def test_our_loader_equals_from_pretrained(make_checkpoint, tokens, blocks, dtype):
+    folder = make_checkpoint(blocks, seed=3)
+    register()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    ours = load_causal_lm(folder, dtype=dtype)
+    assert type(theirs) is type(ours)
+    state = theirs.state_dict()
+    for name, value in ours.state_dict().items():
+        assert value.dtype == dtype
+        assert torch.equal(value, state[name].to(dtype)), name
+    assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+
+
+def test_experts_equal_transformers_dequantization(child):
+    source = Checkpoint.open(child)
+    for name in ("gate_up_proj", "down_proj"):
+        key = f"model.layers.3.mlp.experts.{name}"
+        theirs = convert_moe_packed_tensors(source.torch(f"{key}_blocks"), source.torch(f"{key}_scales"))
+        assert torch.equal(experts_EIO(source, key, torch.bfloat16), theirs)
+        assert torch.equal(experts_EIO(source, key, torch.float32), theirs.float())
+
+
+def test_bf16_experts_load(make_checkpoint, tokens):
+    folder = make_checkpoint(CHILD, experts_format="bf16")
+    weights = load_causal_lm(folder).model.layers[0].mlp.experts.gate_up_proj
+    stored = Checkpoint.open(folder).torch("model.layers.0.mlp.experts.gate_up_proj")
+    assert torch.equal(weights, stored.float())
+
+
+def test_calibrated_scales_do_not_disturb_loading(make_checkpoint, tokens):
+    plain, scaled = make_checkpoint(CHILD), make_checkpoint(CHILD, kv_scales=[(0.5, 2.0)] * 5)
+    assert torch.equal(load_causal_lm(plain)(tokens).logits, load_causal_lm(scaled)(tokens).logits)
+
+
+def test_a_missing_tensor_is_named(child, tmp_path):
+    config = json.loads((child / "config.json").read_text())
+    config["block_configs"][2]["num_local_experts"] = 3
+    for file in child.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.2\.mlp\.router\.weight.*found BF16 \[2, 64\]"):
+        load_causal_lm(tmp_path)
+
+
+def test_load_child_uses_the_auto_classes(child):
+    assert isinstance(load_child(child, dtype=torch.float32), GptOssPuzzleForCausalLM)
+    assert isinstance(AutoConfig.from_pretrained(child), GptOssPuzzleConfig)
+
+
+LOAD_REMOTE = """
+import importlib.abc, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] == "puzzle_trtllm":
+            raise ModuleNotFoundError("No module named 'puzzle_trtllm'")
+sys.meta_path.insert(0, Absent())
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32)
+tokens = torch.arange(7, 47)[None]
+torch.save(model(tokens).logits, sys.argv[2])
+assert "puzzle_trtllm" not in sys.modules
+"""
+
+
+def test_remote_code_loads_without_this_package(make_checkpoint, tmp_path):
+    folder = make_checkpoint(CHILD)
+    config = write_remote_code(folder, json.loads((folder / "config.json").read_text()))
+    (folder / "config.json").write_text(json.dumps(config))
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD_REMOTE, folder, tmp_path / "logits.pt"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    expected = load_child(folder, dtype=torch.float32)(torch.arange(7, 47)[None]).logits
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+
+
+# -- configs in the wild -----------------------------------------------------------------------------------------------
+
+
+def test_the_released_config_loads(tmp_path):
+    register()
+    (tmp_path / "config.json").write_bytes(RELEASED.read_bytes())
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, GptOssPuzzleConfig)
+    assert config.block_configs == json.loads(RELEASED.read_text())["block_configs"]
+    assert config.windows.count(128) == 18 and config.windows.count(8192) == 8 and config.windows.count(None) == 10
+    assert config.layer_config(15).num_local_experts == 64
+    with torch.device("meta"):
+        model = GptOssPuzzleForCausalLM(config)
+    # the published count of parameters (BF16 experts have no scale tensors)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == 88.15
+
+
+def test_config_survives_a_round_trip(tmp_path):
+    config = GptOssPuzzleConfig(**json.loads(RELEASED.read_text()))
+    config.save_pretrained(tmp_path)
+    again = GptOssPuzzleConfig.from_pretrained(tmp_path)
+    assert again.block_configs == config.block_configs
+    assert again.rope_parameters == config.rope_parameters
+    assert again.to_dict() == config.to_dict()
+
+
+YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 4096,
+}
+
+
+@pytest.mark.parametrize("truncate", [None, False, True])
+@pytest.mark.parametrize("number", [int, float])
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("type_key", ["rope_type", "type"])
+def test_every_spelling_of_yarn_gives_the_same_frequencies(key, number, truncate, type_key):
+    from puzzle_trtllm.rope import RopeConfig
+
+    block = {k: number(v) if k in ("factor", "beta_fast", "beta_slow") else v for k, v in YARN.items()}
+    block[type_key] = block.pop("rope_type")
+    if truncate is not None:
+        block["truncate"] = truncate
+    config = {key: block} | ({"rope_theta": 150000} if key == "rope_scaling" else {})
+    if key == "rope_parameters":
+        block["rope_theta"] = number(150000)
+    made = GptOssPuzzleConfig(**json.loads(json.dumps(config)), head_dim=64)
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+
+    rotary = GptOssRotaryEmbedding(made)
+    ours = RopeConfig.from_config(config, source="test")
+    assert torch.equal(rotary.inv_freq, torch.from_numpy(ours.inverse_frequencies(64)))
+    assert rotary.attention_scaling == pytest.approx(ours.attention_scaling, abs=0)
+    assert made.rope_parameters["factor"] == 32.0 and isinstance(made.rope_parameters["factor"], float)
+
+
+def test_nested_block_configs_are_flattened():
+    nested = [
+        {"attention": {"sliding_window": 8}, "ffn": {"moe": {"num_local_experts": 4}}},
+        {"ffn": {"moe": {"num_local_experts": 6}}},
+    ]
+    config = GptOssPuzzleConfig(block_configs=nested)
+    assert config.block_configs == [
+        {"num_local_experts": 4, "sliding_window": 8},
+        {"num_local_experts": 6, "sliding_window": None},
+    ]
+    assert (config.num_hidden_layers, config.num_local_experts, config.sliding_window) == (2, 6, 8)
+
+
+def test_without_block_configs_it_is_plain_gpt_oss():
+    assert GptOssPuzzleConfig().block_configs[:2] == [
+        {"num_local_experts": 128, "sliding_window": 128},
+        {"num_local_experts": 128, "sliding_window": None},
+    ]
+
+
+def test_contradicting_layer_counts_are_refused():
+    with pytest.raises(ValueError, match="block_configs has 1 entries, num_hidden_layers is 2"):
+        GptOssPuzzleConfig(block_configs=[{"num_local_experts": 4, "sliding_window": 8}], num_hidden_layers=2)
+    with pytest.raises(ValueError, match="integer num_local_experts"):
+        GptOssPuzzleConfig(block_configs=[{"sliding_window": 8}])
