@@ -46,6 +46,8 @@ class SamplingParams:
     add_special_tokens: bool = True
     exclude_input_from_output: bool = True
     return_perf_metrics: bool = False
+    logprobs: int | None = None
+    """Not None: fill `cumulative_logprob`."""
 
     def __post_init__(self) -> None:
         _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")

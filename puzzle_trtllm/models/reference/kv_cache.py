@@ -5,10 +5,10 @@ of its group. A full-attention sequence keeps all its blocks; a sequence in a wi
 no future query can see it, so it holds at most ceil(w / block) + 1.
 
 K and V are stored in one dtype for all layers: the compute dtype, or `float8_e4m3fn` at unit scale. An E4M3 store
-saturates at +-448 (torch's own cast would give NaN). Attention always reads K and V as they are stored.
+saturates at +-448 (torch's own cast would give NaN). Attention always reads K and V as stored.
 
-Legend: N blocks, B tokens a block, K KV heads, Dh head dim. A pool is `[layers, 2, N * K, B, Dh]`: rows of one block and
-one head lie together, so that a gather of a sequence's blocks gives `[K, tokens, Dh]` without a transpose.
+Legend: N blocks, B tokens a block, K KV heads, Dh head dim. A pool is `[layers, 2, N * K, B, Dh]`: the rows of one
+block and head lie together, so that a gather of a sequence's blocks gives `[K, tokens, Dh]` without a transpose.
 """
 
 from __future__ import annotations

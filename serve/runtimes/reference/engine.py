@@ -1,0 +1,146 @@
+"""The engine core: model, cache and scheduler, advanced one step at a time. No processes, no text, no I/O.
+
+`step` runs the scheduled rows through the model, chooses the next tokens, retires what has ended and reports. An
+exception in a step fails the sequences of that step and nobody else.
+"""
+
+from __future__ import annotations
+
+import time
+
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
+from puzzle_trtllm.models.reference.model import ReferenceModel
+from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
+from puzzle_trtllm.serve.runtimes.api import RequestPerfMetrics
+from puzzle_trtllm.serve.runtimes.reference.messages import EngineStats, Submit, TokenUpdate
+from puzzle_trtllm.serve.runtimes.reference.sampling import SamplingInput, choose_tokens
+from puzzle_trtllm.serve.runtimes.reference.scheduler import Scheduler, Sequence
+
+
+class ReferenceEngine:
+    """Runs requests to their end; see `puzzle_trtllm.serve.runtimes.reference.loading` for how one is made."""
+
+    def __init__(self, model: ReferenceModel, cache: PagedKvCache, *, max_batch_size: int, max_num_tokens: int) -> None:
+        self.model = model
+        self.cache = cache
+        self.scheduler = Scheduler(cache, max_batch_size=max_batch_size, max_num_tokens=max_num_tokens)
+        self._num_steps = 0
+        self._num_generated_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_waiting=len(self.scheduler.waiting),
+            num_running=len(self.scheduler.running),
+            num_blocks=self.cache.num_blocks,
+            num_free_blocks=self.cache.num_free,
+            num_steps=self._num_steps,
+            num_generated_tokens=self._num_generated_tokens,
+        )
+
+    def submit(self, message: Submit) -> TokenUpdate | None:
+        """Queue a request; an update with an error when it cannot run."""
+        sequence = Sequence(
+            request_id=message.request_id,
+            tokens=list(message.prompt_token_ids),
+            num_prompt_tokens=len(message.prompt_token_ids),
+            rule=message.rule,
+            arrival_ns=message.arrival_ns,
+        )
+        try:
+            self.scheduler.add(sequence)
+        except ValueError as error:
+            return TokenUpdate(request_id=message.request_id, token_ids=[], error=str(error))
+        return None
+
+    def abort(self, request_id: int) -> TokenUpdate | None:
+        """Stop a request and free its blocks; None when it has already ended."""
+        sequence = self.scheduler.remove(request_id)
+        return None if sequence is None else self._report(sequence, "cancelled", None)
+
+    def step(self) -> list[TokenUpdate]:
+        """Advance every scheduled sequence; reports of those that have something to say."""
+        scheduled = self.scheduler.schedule(time.monotonic_ns())
+        if not scheduled:
+            return []
+        self._num_steps += 1
+        try:
+            return self._run(scheduled)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            failed = [sequence for sequence, _ in scheduled if self.scheduler.remove(sequence.request_id)]
+            return [TokenUpdate(request_id=s.request_id, token_ids=[], error=reason) for s in failed]
+
+    def _run(self, scheduled: list[tuple[Sequence, int]]) -> list[TokenUpdate]:
+        steps = [
+            SequenceStep(
+                tokens=s.tokens[s.num_computed : s.num_computed + count],
+                start=s.num_computed,
+                blocks=s.blocks,
+                wants_logits=count == s.num_pending,
+            )
+            for s, count in scheduled
+        ]
+        logits = self.model.forward(plan_step(steps, self.cache, self.model.dtype), self.cache)
+        ready = [s for s, count in scheduled if count == s.num_pending]
+        for s, count in scheduled:
+            s.num_computed += count
+        rows = [SamplingInput(rule=s.rule, tokens=s.tokens, num_generated=s.num_generated) for s in ready]
+        tokens, logprobs = choose_tokens(logits, rows)
+        now_ns = time.monotonic_ns()
+        reports = (
+            self._append(s, token, logprob, now_ns) for s, token, logprob in zip(ready, tokens, logprobs, strict=True)
+        )
+        return [report for report in reports if report is not None]
+
+    def _append(self, s: Sequence, token: int, logprob: float | None, now_ns: int) -> TokenUpdate | None:
+        s.tokens.append(token)
+        s.cumulative_logprob += logprob or 0.0
+        s.first_token_ns = s.first_token_ns or now_ns
+        self._num_generated_tokens += 1
+        finish, stop_reason = _ending(s, token)
+        if finish is not None:
+            self.scheduler.remove(s.request_id)
+            return self._report(s, finish, stop_reason)
+        every = s.rule.report_every
+        if every and (s.num_generated == 1 or s.num_generated - s.num_reported >= every):
+            return self._report(s, None, None)
+        return None
+
+    def _report(self, s: Sequence, finish: str | None, stop_reason: int | None) -> TokenUpdate:
+        new = s.tokens[s.num_prompt_tokens + s.num_reported :]
+        s.num_reported = s.num_generated
+        return TokenUpdate(
+            request_id=s.request_id,
+            token_ids=new,
+            finish_reason=finish,
+            stop_reason=stop_reason,
+            cumulative_logprob=s.cumulative_logprob if s.rule.with_logprob else None,
+            metrics=self._metrics(s) if finish else None,
+        )
+
+    def _metrics(self, s: Sequence) -> RequestPerfMetrics:
+        blocks = sum(self.cache.demand(s.num_computed).values()) if s.num_computed else 0
+        return RequestPerfMetrics(
+            arrival_time_ns=s.arrival_ns,
+            first_scheduled_time_ns=s.first_scheduled_ns,
+            first_token_time_ns=s.first_token_ns,
+            last_token_time_ns=time.monotonic_ns(),
+            num_total_allocated_blocks=blocks,
+            num_new_allocated_blocks=blocks,
+            num_missed_blocks=blocks,
+        )
+
+
+def _ending(s: Sequence, token: int) -> tuple[str | None, int | None]:
+    """(finish_reason, stop_reason) after `token`, or (None, None)."""
+    if s.num_generated >= s.rule.min_tokens:
+        if token in s.rule.end_ids:
+            return "stop", None
+        if token in s.rule.stop_ids:
+            return "stop", token
+    return ("length", None) if s.num_generated >= s.rule.max_tokens else (None, None)

@@ -1,0 +1,87 @@
+"""The engine process: an event loop around the engine core at the other end of a socket pair.
+
+    python -m puzzle_trtllm.serve.runtimes.reference.engine_process FD
+
+It lives and dies with its front: when the socket closes, whatever the reason, it exits. While there is work it takes
+messages between steps without waiting; when idle it blocks. Reports go out once a step, so the loop's own cost does not
+grow with the number of readers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import sys
+from multiprocessing.connection import Connection
+
+from puzzle_trtllm.errors import PuzzleError
+from puzzle_trtllm.serve.runtimes.reference.arguments import EngineArguments
+from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
+from puzzle_trtllm.serve.runtimes.reference.messages import (
+    Abort,
+    LoadFailed,
+    Ready,
+    Shutdown,
+    StepReport,
+    Submit,
+    TokenUpdate,
+)
+
+_log = logging.getLogger(__name__)
+
+
+def main(fd: int) -> int:
+    """Load the engine that the first message describes, then serve until the front is gone."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # Ctrl-C reaches the whole process group; who stops the engine is its front.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = Connection(fd)
+    arguments: EngineArguments = connection.recv()
+    try:
+        from puzzle_trtllm.serve.runtimes.reference.loading import load_engine
+
+        loaded = load_engine(arguments)
+    except Exception as error:
+        if not isinstance(error, PuzzleError):
+            _log.exception("the engine could not be loaded")
+        reason = str(error) if isinstance(error, PuzzleError) else f"{type(error).__name__}: {error}"
+        connection.send(LoadFailed(reason=reason))
+        return 1
+    _log.info("engine ready: %s", ", ".join(f"{key}={value}" for key, value in loaded.facts.items()))
+    connection.send(Ready(facts=loaded.facts))
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        _serve(connection, loaded.engine)
+    return 0
+
+
+def _serve(connection: Connection, engine: ReferenceEngine) -> None:
+    while True:
+        updates: list[TokenUpdate] = []
+        waits = not engine.has_work or connection.poll(0)
+        if waits and not _take_messages(connection, engine, updates):
+            return
+        updates += engine.step()
+        if updates or not engine.has_work:
+            connection.send(StepReport(updates=updates, stats=engine.stats))
+
+
+def _take_messages(connection: Connection, engine: ReferenceEngine, updates: list[TokenUpdate]) -> bool:
+    """Take one message (waiting for it) and all that are already there; False when told to stop."""
+    while True:
+        message = connection.recv()
+        update = None
+        if isinstance(message, Submit):
+            update = engine.submit(message)
+        elif isinstance(message, Abort):
+            update = engine.abort(message.request_id)
+        elif isinstance(message, Shutdown):
+            return False
+        if update is not None:
+            updates.append(update)
+        if not connection.poll(0):
+            return True
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

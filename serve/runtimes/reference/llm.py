@@ -1,0 +1,292 @@
+"""The reference runtime's `LLM`: the same calls as `tensorrt_llm.LLM`, an engine process behind them.
+
+The engine runs in a process of its own, as TensorRT-LLM's workers do, so that whoever holds the LLM (Triton's stub)
+outlives it: when it dies, every open request ends with EngineDeadError, and so does every new one. A reader thread
+hands out one report a step; waking asyncio consumers costs one call per event loop and step, not one per request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from puzzle_trtllm.architecture import read_json_object
+from puzzle_trtllm.chat import ChatTokenizer
+from puzzle_trtllm.errors import EngineError
+from puzzle_trtllm.serve.runtimes.api import EngineDeadError, SamplingParams
+from puzzle_trtllm.serve.runtimes.reference.arguments import read_arguments
+from puzzle_trtllm.serve.runtimes.reference.messages import (
+    Abort,
+    DecodingRule,
+    EngineStats,
+    LoadFailed,
+    Ready,
+    Shutdown,
+    StepReport,
+    Submit,
+)
+from puzzle_trtllm.serve.runtimes.reference.request import ReferenceRequestOutput
+
+Prompt: TypeAlias = "str | list[int] | Mapping[str, Any]"
+_log = logging.getLogger(__name__)
+_STOP_SECONDS = 5.0
+
+
+class LLM:
+    """`LLM(model, **llm_args)`; also a context manager. Raises EngineError when the engine cannot be loaded."""
+
+    def __init__(self, model: str | Path, tokenizer: str | Path | None = None, **llm_args: Any) -> None:
+        self.model = Path(model)
+        self.args, ignored = read_arguments(model, llm_args)
+        if ignored:
+            _log.warning("without effect in the reference runtime: %s", ", ".join(sorted(ignored)))
+        skip_tokenizer = bool(llm_args.get("skip_tokenizer_init"))
+        self.tokenizer = None if skip_tokenizer else ChatTokenizer.from_folder(tokenizer or model)
+        self._end_ids, self._vocab_size, positions = _read_model_facts(self.model)
+        self.max_seq_len = self.args.max_seq_len or positions
+        self._ids = count(1)
+        self._open: dict[int, ReferenceRequestOutput] = {}
+        self._stats = EngineStats()
+        self._dead: str | None = None
+        self._closing = False
+        self._send_lock = threading.Lock()
+        self._process, self._connection = _spawn_engine()
+        self.facts = self._load()
+        self._reader = threading.Thread(target=self._read_reports, name="reference-engine-reader", daemon=True)
+        self._reader.start()
+
+    # -- generation --------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, inputs: Prompt | Sequence[Prompt], sampling_params: SamplingParams | None = None, use_tqdm: bool = False
+    ) -> Any:
+        """Generate for one prompt (text or token ids; gives one output) or a list of them (a list), and wait."""
+        prompts: Any = inputs
+        several = isinstance(prompts, list) and not (prompts and isinstance(prompts[0], int))
+        requests = [self.generate_async(prompt, sampling_params) for prompt in (prompts if several else [prompts])]
+        results = [request.result() for request in requests]
+        return results if several else results[0]
+
+    def generate_async(
+        self, inputs: Prompt, sampling_params: SamplingParams | None = None, streaming: bool = False
+    ) -> ReferenceRequestOutput:
+        """Start one request. Raises ValueError if the prompt cannot run, EngineDeadError if the engine is gone."""
+        params = sampling_params or SamplingParams()
+        prompt, token_ids = self._read_prompt(inputs)
+        rule = self._resolve_rule(params, len(token_ids), streaming)
+        request = ReferenceRequestOutput(
+            request_id=next(self._ids),
+            prompt=prompt,
+            prompt_token_ids=token_ids,
+            sampling_params=params,
+            tokenizer=self.tokenizer.tokenizer if self.tokenizer else None,
+            abort=self._abort,
+        )
+        self._open[request.request_id] = request
+        self._send(
+            Submit(
+                request_id=request.request_id,
+                prompt_token_ids=token_ids,
+                rule=rule,
+                arrival_ns=time.monotonic_ns(),
+            )
+        )
+        if self._dead is not None:
+            self._open.pop(request.request_id, None)
+            raise EngineDeadError(self._dead)
+        return request
+
+    def get_stats(self, timeout: float | None = None) -> list[dict[str, Any]]:
+        """The gauges after the last step, in TensorRT-LLM's form."""
+        s = self._stats
+        kv = {
+            "maxNumBlocks": s.num_blocks,
+            "freeNumBlocks": s.num_free_blocks,
+            "usedNumBlocks": s.num_blocks - s.num_free_blocks,
+            "tokensPerBlock": self.args.kv_cache_config.tokens_per_block,
+        }
+        return [
+            {
+                "iter": s.num_steps,
+                "numActiveRequests": s.num_running,
+                "numQueuedRequests": s.num_waiting,
+                "numGeneratedTokens": s.num_generated_tokens,
+                "kvCacheStats": kv,
+            }
+        ]
+
+    # -- life and death ----------------------------------------------------------------------------------------------
+
+    @property
+    def engine_pid(self) -> int:
+        """Process id of the engine."""
+        return self._process.pid
+
+    def shutdown(self) -> None:
+        """Stop the engine; open requests end with EngineDeadError. Safe to call twice."""
+        self._closing = True
+        self._send(Shutdown())
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.join(_STOP_SECONDS)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.shutdown()
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            self._connection.send(self.args)
+            message = self._connection.recv()
+        except (EOFError, OSError):
+            message = LoadFailed(reason=f"the engine process died with exit code {self._process.wait()}")
+        if isinstance(message, Ready):
+            return message.facts
+        self._process.wait()
+        raise EngineError(message.reason)
+
+    def _read_reports(self) -> None:
+        reason = "the engine process closed its connection"
+        try:
+            while True:
+                self._take(self._connection.recv())
+        except (EOFError, OSError):
+            pass
+        except Exception as error:  # a report that cannot be read is as good as none
+            reason = f"the engine's report cannot be read: {error}"
+            self._process.kill()
+        code = self._process.wait()
+        self._dead = "the engine was shut down" if self._closing else f"the engine process died ({reason}; exit {code})"
+        requests = list(self._open.values())
+        self._open.clear()
+        _wake(waiter for request in requests if (waiter := request.put(self._dead)))
+
+    def _take(self, report: StepReport) -> None:
+        self._stats = report.stats
+        waiters = []
+        for update in report.updates:
+            ended = update.finish_reason is not None or update.error is not None
+            request = self._open.pop(update.request_id, None) if ended else self._open.get(update.request_id)
+            waiter = request.put(update) if request is not None else None
+            if waiter:
+                waiters.append(waiter)
+        _wake(waiters)
+
+    def _abort(self, request_id: int) -> None:
+        if request_id in self._open:
+            self._send(Abort(request_id=request_id))
+
+    def _send(self, message: Submit | Abort | Shutdown) -> None:
+        with self._send_lock, contextlib.suppress(OSError):
+            self._connection.send(message)
+
+    def _read_prompt(self, inputs: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(inputs, Mapping):
+            inputs = inputs.get("prompt_token_ids") or inputs.get("prompt") or ""
+        if isinstance(inputs, str):
+            if self.tokenizer is None:
+                raise ValueError("a text prompt needs a tokenizer (skip_tokenizer_init is set)")
+            prompt, token_ids = inputs, self.tokenizer.encode(inputs)
+        else:
+            prompt, token_ids = None, list(inputs)
+        if not token_ids:
+            raise ValueError("the prompt is empty")
+        if len(token_ids) >= self.max_seq_len:
+            raise ValueError(f"the prompt has {len(token_ids)} tokens, max_seq_len is {self.max_seq_len}")
+        if not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
+            raise ValueError(f"token ids must lie in 0..{self._vocab_size - 1}")
+        return prompt, token_ids
+
+    def _resolve_rule(self, params: SamplingParams, num_prompt_tokens: int, streaming: bool) -> DecodingRule:
+        end_ids = self._end_ids if params.end_id is None else frozenset({params.end_id})
+        filters = params.top_k not in (None, 1) or params.top_p is not None
+        watches_text = bool(params.stop_strings)
+        return DecodingRule(
+            # As TensorRT-LLM: what does not fit behind the prompt is not generated.
+            max_tokens=min(params.max_tokens, self.max_seq_len - num_prompt_tokens),
+            greedy=not filters or params.temperature == 0,
+            temperature=params.temperature or 1.0,
+            top_k=params.top_k or 0,
+            top_p=params.top_p or 1.0,
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            end_ids=frozenset() if params.ignore_eos else end_ids,
+            stop_ids=frozenset(params.stop_token_ids or ()),
+            min_tokens=params.min_tokens or 0,
+            frequency_penalty=params.frequency_penalty or 0.0,
+            presence_penalty=params.presence_penalty or 0.0,
+            repetition_penalty=params.repetition_penalty or 1.0,
+            with_logprob=params.logprobs is not None,
+            report_every=1 if watches_text else self.args.stream_interval if streaming else 0,
+        )
+
+
+def python_executable() -> str:
+    """The interpreter to start the engine with; inside Triton's stub `sys.executable` may name something else."""
+    for candidate in (
+        Path(sys.executable or ""),
+        Path(sys.prefix, "bin", "python3"),
+        Path(sys.prefix, "bin", "python"),
+    ):
+        if candidate.name.startswith("python") and candidate.is_file():
+            return str(candidate)
+    raise EngineError("no Python interpreter to start the engine with", file=sys.prefix)
+
+
+def _spawn_engine() -> tuple[subprocess.Popen[bytes], Connection]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = [python_executable(), "-m", "puzzle_trtllm.serve.runtimes.reference.engine_process"]
+        process = subprocess.Popen(
+            [*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=_engine_environment()
+        )
+    return process, Connection(ours.detach())
+
+
+def _engine_environment() -> dict[str, str]:
+    """Our own import path, for hosts that put it together at run time (Triton's stub)."""
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def _read_model_facts(model: Path) -> tuple[frozenset[int], int, int]:
+    """(end-of-sequence ids, vocabulary size, positions) of a serving copy."""
+    config = read_json_object(model / "config.json")
+    generation = model / "generation_config.json"
+    end = (read_json_object(generation) if generation.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
+    ids = end if isinstance(end, list) else [] if end is None else [end]
+    return frozenset(ids), int(config["vocab_size"]), int(config["max_position_embeddings"])
+
+
+def _wake(waiters: Iterable[tuple[asyncio.AbstractEventLoop, asyncio.Event]]) -> None:
+    """Set events, with one wake-up per event loop."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+    for loop, event in waiters:
+        by_loop.setdefault(loop, []).append(event)
+    for loop, events in by_loop.items():
+        with contextlib.suppress(RuntimeError):  # a loop that was closed has nobody waiting
+            loop.call_soon_threadsafe(_set_all, events)
+
+
+def _set_all(events: list[asyncio.Event]) -> None:
+    for event in events:
+        event.set()

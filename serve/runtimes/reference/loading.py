@@ -1,0 +1,136 @@
+"""From LLM arguments to a running engine core: device, dtypes, and how the memory is divided.
+
+`dtype: auto` computes in bfloat16 where the processor has instructions for it (AVX512-BF16 or AMX) and in float32
+elsewhere; the weights are the same bytes either way. The KV cache of `dtype: auto` is BF16, as the checkpoint's; an
+explicit `dtype: float32` makes the cache float32 too (for exactness tests).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from puzzle_trtllm.architecture import PuzzleArchitecture
+from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.errors import EngineError
+from puzzle_trtllm.models.reference.kv_cache import KvLayout, PagedKvCache, plan_layout
+from puzzle_trtllm.models.reference.model import ReferenceModel
+from puzzle_trtllm.models.reference.weights import load_weights
+from puzzle_trtllm.serve.runtimes.reference.arguments import EngineArguments
+from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
+
+MAX_DEQUANTIZED_BYTES = 1 << 30
+"""Experts are held dequantized up to this many bytes; larger models keep MXFP4 and expand experts as they are used."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedEngine:
+    engine: ReferenceEngine
+    facts: dict[str, Any]
+    """What was chosen: device, dtypes, blocks of each pool, bytes held."""
+
+
+def load_engine(arguments: EngineArguments) -> LoadedEngine:
+    """Load the serving copy and make an engine. Raises PuzzleError in one line."""
+    checkpoint = Checkpoint.open(Path(arguments.model))
+    architecture = checkpoint.architecture
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = compute_dtype(arguments.dtype, device)
+    max_seq_len = arguments.max_seq_len or architecture.max_position_embeddings
+    dequantize = _dequantized_bytes(architecture, dtype) <= MAX_DEQUANTIZED_BYTES
+    weights = load_weights(checkpoint, dtype=dtype, device=device, dequantize_experts=dequantize)
+    layout = _plan_cache(arguments, architecture, max_seq_len, device)
+    cache = PagedKvCache(layout, device)
+    engine = ReferenceEngine(
+        ReferenceModel(weights, max_seq_len=max_seq_len),
+        cache,
+        max_batch_size=arguments.max_batch_size,
+        max_num_tokens=arguments.max_num_tokens,
+    )
+    facts = {
+        "device": str(device),
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "kv_dtype": str(layout.dtype).removeprefix("torch."),
+        "max_seq_len": max_seq_len,
+        "num_blocks": {str(window): count for window, count in layout.num_blocks.items()},
+        "kv_cache_bytes": layout.num_bytes,
+        "checkpoint_weight_bytes": checkpoint.weight_bytes,
+        "held_weight_bytes": weights.num_bytes,
+        "experts_held_as": "compute dtype" if dequantize else "mxfp4",
+    }
+    return LoadedEngine(engine=engine, facts=facts)
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that `name` (auto | float32 | bfloat16) means here. Raises EngineError for another name."""
+    if name != "auto":
+        if name not in _DTYPES:
+            raise EngineError("unknown", key="dtype", found=name, expected=f"auto, {', '.join(_DTYPES)}")
+        return _DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16
+    flags = cpu_flags()
+    return torch.bfloat16 if flags & {"avx512_bf16", "amx_bf16"} else torch.float32
+
+
+def cpu_flags() -> frozenset[str]:
+    """The processor's feature flags as Linux names them; empty where /proc/cpuinfo has none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
+
+
+def _plan_cache(
+    arguments: EngineArguments, architecture: PuzzleArchitecture, max_seq_len: int, device: torch.device
+) -> KvLayout:
+    kv = arguments.kv_cache_config
+    if kv.dtype not in ("auto", "fp8"):
+        raise EngineError("unknown", key="kv_cache_config.dtype", found=kv.dtype, expected="auto or fp8")
+    windows = [block.sliding_window or max_seq_len for block in architecture.blocks]
+    given = kv.max_attention_window
+    if given is not None:
+        spread = [given[i % len(given)] for i in range(len(windows))]
+        short = next((i for i, w in enumerate(windows) if spread[i] < min(w, max_seq_len)), None)
+        if short is not None:
+            raise EngineError(
+                "smaller than the model's window",
+                key=f"kv_cache_config.max_attention_window[{short}]",
+                found=spread[short],
+                expected=f"at least {min(windows[short], max_seq_len)}",
+            )
+    uncompressed = torch.float32 if arguments.dtype == "float32" else torch.bfloat16
+    budget = kv.max_gpu_total_bytes or int(kv.free_gpu_memory_fraction * _free_bytes(device))
+    layout = plan_layout(
+        architecture,
+        tokens_per_block=kv.tokens_per_block,
+        dtype=torch.float8_e4m3fn if kv.dtype == "fp8" else uncompressed,
+        budget_bytes=budget,
+        sequence_tokens=max_seq_len,
+        max_sequences=arguments.max_batch_size,
+    )
+    if min(layout.num_blocks.values()) == 0:
+        raise EngineError(
+            f"too small for one sequence of {max_seq_len} tokens",
+            key="kv_cache_config.max_gpu_total_bytes",
+            found=f"{budget} bytes",
+        )
+    return layout
+
+
+def _dequantized_bytes(architecture: PuzzleArchitecture, dtype: torch.dtype) -> int:
+    experts = sum(block.num_local_experts for block in architecture.blocks)
+    return experts * 3 * architecture.hidden_size * architecture.intermediate_size * dtype.itemsize
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -1,0 +1,181 @@
+"""One request as its caller sees it: TensorRT-LLM's RequestOutput.
+
+The reader thread only queues the engine's updates; they are applied (and turned into text) by whoever consumes the
+request, so the engine never waits for a slow reader. A reader that falls behind gets several tokens at once. Stop
+strings are found here, where the text is: the output is cut and the engine told to stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from queue import Empty, SimpleQueue
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from puzzle_trtllm.serve.runtimes.api import (
+    CompletionOutput,
+    EngineDeadError,
+    RequestError,
+    RequestPerfMetrics,
+    SamplingParams,
+)
+from puzzle_trtllm.serve.runtimes.reference.messages import TokenUpdate
+
+EngineGone = str
+"""Queued instead of an update when the engine process is dead: the reason."""
+
+
+class ReferenceRequestOutput:
+    """Await `aresult()` or iterate it (async), or call `result()` (blocking); `abort()` at any time."""
+
+    def __init__(
+        self,
+        *,
+        request_id: int,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        sampling_params: SamplingParams,
+        tokenizer: Tokenizer | None,
+        abort: Callable[[int], None],
+    ) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.prompt_token_ids = prompt_token_ids
+        self.outputs = [CompletionOutput(index=0)]
+        self.metrics: RequestPerfMetrics | None = None
+        self._abort = abort
+        self._params = sampling_params
+        self._detokenizer = (
+            _Detokenizer(tokenizer, sampling_params) if tokenizer and sampling_params.detokenize else None
+        )
+        self._updates: SimpleQueue[TokenUpdate | EngineGone] = SimpleQueue()
+        self._finished = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._event: asyncio.Event | None = None
+
+    @property
+    def finished(self) -> bool:
+        """True once the end has been consumed."""
+        return self._finished
+
+    def abort(self) -> None:
+        """Stop generating and free the cache; the output ends with finish_reason `cancelled`. Any thread, any time."""
+        self._abort(self.request_id)
+
+    # -- the reader thread's side ------------------------------------------------------------------------------------
+
+    def put(self, update: TokenUpdate | EngineGone) -> tuple[asyncio.AbstractEventLoop, asyncio.Event] | None:
+        """Queue an update; give the event that must be set in its loop, if somebody awaits it."""
+        self._updates.put(update)
+        loop, event = self._loop, self._event
+        return (loop, event) if loop is not None and event is not None else None
+
+    # -- the consumer's side -----------------------------------------------------------------------------------------
+
+    def result(self, timeout: float | None = None) -> ReferenceRequestOutput:
+        """Block until the end. Raises TimeoutError, RequestError, EngineDeadError."""
+        while not self._finished:
+            try:
+                self._apply(self._updates.get(timeout=timeout))
+            except Empty:
+                raise TimeoutError(f"request {self.request_id} has not ended within {timeout} s") from None
+        return self
+
+    async def aresult(self) -> ReferenceRequestOutput:
+        """Await the end. Raises RequestError, EngineDeadError."""
+        async for _ in self:
+            pass
+        return self
+
+    def __await__(self):  # type: ignore[no-untyped-def]  # noqa: ANN204
+        return self.aresult().__await__()
+
+    async def __aiter__(self) -> AsyncIterator[ReferenceRequestOutput]:
+        """Itself after every batch of new tokens, the last time finished."""
+        self._event = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        while not self._finished:
+            if self._drain():
+                yield self
+                continue
+            self._event.clear()
+            if self._updates.empty():
+                await self._event.wait()
+
+    def _drain(self) -> bool:
+        """Apply everything that is queued; True if there was something."""
+        found = False
+        while not self._finished:
+            try:
+                update = self._updates.get_nowait()
+            except Empty:
+                break
+            self._apply(update)
+            found = True
+        return found
+
+    def _apply(self, update: TokenUpdate | EngineGone) -> None:
+        if isinstance(update, EngineGone):
+            self._finished = True
+            raise EngineDeadError(update)
+        if update.error is not None:
+            self._finished = True
+            raise RequestError(update.error)
+        output = self.outputs[0]
+        if self._detokenizer is None:
+            output.token_ids.extend(update.token_ids)
+        elif self._detokenizer.append(output, update.token_ids):
+            self.abort()
+            self._finished = True
+        output.cumulative_logprob = update.cumulative_logprob
+        if update.finish_reason is not None and not self._finished:
+            output.finish_reason, output.stop_reason = update.finish_reason, update.stop_reason
+            self.metrics = update.metrics
+            if self._detokenizer is not None:
+                self._detokenizer.flush(output)
+            self._finished = True
+
+
+class _Detokenizer:
+    """Text of a growing token list, without decoding it again from the start, and the search for stop strings."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = params.skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=params.skip_special_tokens)
+        self._stops = params.stop_strings
+        self._keep_stop = params.include_stop_str_in_output
+        self._min_tokens = params.min_tokens or 0
+
+    def append(self, output: CompletionOutput, token_ids: list[int]) -> bool:
+        """Add tokens and their text; True if a stop string ended the output here."""
+        for token in token_ids:
+            output.token_ids.append(token)
+            piece = self._stream.step(self._tokenizer, token)
+            if not piece:
+                continue
+            output.text += piece
+            if self._stops and len(output.token_ids) >= self._min_tokens and self._cut(output, len(piece)):
+                return True
+        return False
+
+    def flush(self, output: CompletionOutput) -> None:
+        """Add text that waited for more bytes of a character which never came."""
+        whole = self._tokenizer.decode(output.token_ids, skip_special_tokens=self._skip_special)
+        if len(whole) > len(output.text) and whole.startswith(output.text):
+            output.text = whole
+
+    def _cut(self, output: CompletionOutput, num_new: int) -> bool:
+        """Cut the text at the earliest stop string that ends in the last `num_new` characters."""
+        longest = max(len(stop) for stop in self._stops)
+        start = max(0, len(output.text) - num_new - longest + 1)
+        found = [(output.text.find(stop, start), stop) for stop in self._stops]
+        hits = sorted(hit for hit in found if hit[0] >= 0)
+        if not hits:
+            return False
+        position, stop = hits[0]
+        output.text = output.text[: position + len(stop) if self._keep_stop else position]
+        output.finish_reason, output.stop_reason = "stop", stop
+        return True

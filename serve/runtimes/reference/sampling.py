@@ -1,0 +1,90 @@
+"""From logits to tokens.
+
+Greedy takes the largest logit. Sampling scales by the temperature, keeps the top k, then the smallest set whose
+probability reaches top_p, and inverts the cumulative distribution at one uniform number. That number depends only on
+(seed, position): a request draws the same tokens whatever it is batched with, and a restart at any position goes on
+identically.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from puzzle_trtllm.serve.runtimes.reference.messages import DecodingRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingInput:
+    """One row of logits and what is known of its sequence."""
+
+    rule: DecodingRule
+    tokens: Sequence[int]
+    """Prompt and generated tokens so far."""
+    num_generated: int
+
+
+def choose_tokens(logits: Tensor, rows: Sequence[SamplingInput]) -> tuple[list[int], list[float | None]]:
+    """Next token of each row of float32 logits `[R, V]`, and its log-probability where the rule asks for it.
+
+    The log-probability is the model's own (before temperature and filters, after penalties and min_tokens).
+    """
+    for index, row in enumerate(rows):
+        if row.rule.has_penalty:
+            _apply_penalties(logits[index], row)
+        if row.num_generated < row.rule.min_tokens:
+            logits[index, sorted(row.rule.end_ids | row.rule.stop_ids)] = float("-inf")
+    tokens = logits.argmax(dim=-1).tolist()
+    for index, row in enumerate(rows):
+        if not row.rule.greedy:
+            tokens[index] = _sample(logits[index], row.rule, position=len(row.tokens))
+    wanted = [index for index, row in enumerate(rows) if row.rule.with_logprob]
+    logprobs: list[float | None] = [None] * len(rows)
+    if wanted:
+        own = logits[wanted].log_softmax(dim=-1)
+        for place, index in enumerate(wanted):
+            logprobs[index] = float(own[place, tokens[index]])
+    return tokens, logprobs
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends only on its arguments (two rounds of splitmix64)."""
+    state = _splitmix64(_splitmix64(seed & _MASK) ^ (position & _MASK))
+    return (state >> 11) * 2.0**-53
+
+
+def _sample(logits: Tensor, rule: DecodingRule, *, position: int) -> int:
+    k = min(rule.top_k or len(logits), len(logits))
+    top, ids = logits.topk(k)
+    probabilities = (top.double() / rule.temperature).softmax(dim=-1).cpu().numpy()
+    cumulative = np.cumsum(probabilities)
+    kept = min(int(np.searchsorted(cumulative, rule.top_p * cumulative[-1])) + 1, k) if rule.top_p < 1 else k
+    target = uniform(rule.seed, position) * cumulative[kept - 1]
+    return int(ids[min(int(np.searchsorted(cumulative, target, side="right")), kept - 1)])
+
+
+def _apply_penalties(logits: Tensor, row: SamplingInput) -> None:
+    """In place: repetition over prompt and output (divide or multiply), presence and frequency over the output only."""
+    rule = row.rule
+    if rule.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(row.tokens)), device=logits.device)
+        own = logits[seen]
+        logits[seen] = torch.where(own > 0, own / rule.repetition_penalty, own * rule.repetition_penalty)
+    if row.num_generated:
+        generated = torch.tensor(row.tokens[-row.num_generated :], device=logits.device)
+        ids, counts = torch.unique(generated, return_counts=True)
+        logits[ids] -= rule.presence_penalty + rule.frequency_penalty * counts
+
+
+_MASK = (1 << 64) - 1
+
+
+def _splitmix64(value: int) -> int:
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)

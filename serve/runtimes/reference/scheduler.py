@@ -1,0 +1,113 @@
+"""In-flight batching: which sequences run in the next step, and with how many tokens each.
+
+A request is admitted, in order of arrival, when every pool can hold it up to its last possible token (TensorRT-LLM's
+GUARANTEED_NO_EVICT): once running it is never thrown out. Each step first gives every decoding sequence its one token;
+what is left of `max_num_tokens` goes to prompt chunks, oldest first. Nobody overtakes the head of the queue, so nobody
+starves.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, SequenceBlocks
+from puzzle_trtllm.serve.runtimes.reference.messages import DecodingRule
+
+
+@dataclass(kw_only=True, eq=False)
+class Sequence:
+    """A request inside the engine."""
+
+    request_id: int
+    tokens: list[int]
+    """Prompt, then generated."""
+    num_prompt_tokens: int
+    rule: DecodingRule
+    arrival_ns: int
+    num_computed: int = 0
+    """Tokens whose K and V are in the cache."""
+    blocks: dict[int | None, SequenceBlocks] = field(default_factory=dict)
+    num_reported: int = 0
+    cumulative_logprob: float = 0.0
+    first_scheduled_ns: int = 0
+    first_token_ns: int = 0
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens that have not been through the model: 1 while decoding, more while prefilling."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def max_tokens(self) -> int:
+        """Cache positions that it can ever use: the last token is never fed back."""
+        return self.num_prompt_tokens + self.rule.max_tokens - 1
+
+
+class Scheduler:
+    """The waiting queue and the running set."""
+
+    def __init__(self, cache: PagedKvCache, *, max_batch_size: int, max_num_tokens: int) -> None:
+        self.cache = cache
+        self.max_batch_size = min(max_batch_size, max_num_tokens)
+        self.max_num_tokens = max_num_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: dict[int, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises ValueError when it cannot ever run."""
+        if not self.cache.can_ever_hold(sequence.max_tokens):
+            raise ValueError(
+                f"the request needs KV cache for {sequence.max_tokens} tokens, more than the whole cache can hold"
+            )
+        self.waiting.append(sequence)
+
+    def schedule(self, now_ns: int) -> list[tuple[Sequence, int]]:
+        """The next step as (sequence, number of its pending tokens), decoding sequences first."""
+        decodes = [(s, 1) for s in self.running.values() if s.num_pending == 1 and s.num_computed > 0]
+        budget = self.max_num_tokens - len(decodes)
+        chunks: list[tuple[Sequence, int]] = []
+        prefilling = [s for s in self.running.values() if not (s.num_pending == 1 and s.num_computed > 0)]
+        for sequence in self._with_admissions(prefilling, now_ns):
+            if budget == 0:
+                break
+            count = min(sequence.num_pending, budget)
+            chunks.append((sequence, count))
+            budget -= count
+        # The last token of a chunked prompt, alone in its chunk, looks like a decoding step and is laid out as one.
+        chunks.sort(key=lambda chunk: not (chunk[1] == 1 and chunk[0].num_computed > 0))
+        return decodes + chunks
+
+    def remove(self, request_id: int) -> Sequence | None:
+        """Take a sequence out, wherever it is, and free its blocks. None when it is not here (any more)."""
+        sequence = self.running.pop(request_id, None)
+        if sequence is not None:
+            self.cache.release(sequence.blocks, sequence.max_tokens)
+            return sequence
+        for waiting in self.waiting:
+            if waiting.request_id == request_id:
+                self.waiting.remove(waiting)
+                return waiting
+        return None
+
+    def _with_admissions(self, prefilling: Iterable[Sequence], now_ns: int) -> Iterable[Sequence]:
+        """The sequences in prefill, then newly admitted ones for as long as they are asked for and fit."""
+        yield from prefilling
+        while self.waiting and len(self.running) < self.max_batch_size:
+            sequence = self.waiting[0]
+            if not self.cache.can_admit(sequence.max_tokens):
+                return
+            self.waiting.popleft()
+            sequence.blocks = self.cache.admit(sequence.max_tokens)
+            sequence.first_scheduled_ns = now_ns
+            self.running[sequence.request_id] = sequence
+            yield sequence
