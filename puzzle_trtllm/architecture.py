@@ -124,7 +124,7 @@ class PuzzleArchitecture:
 
     def child_config(self, parent_config: Mapping[str, Any]) -> dict[str, Any]:
         """The config.json of a `gpt_oss_puzzle` child with these blocks, everything else as in the parent's."""
-        config = dict(parent_config)
+        config = {key: value for key, value in parent_config.items() if key != "per_layer_config"}
         config.update(
             architectures=[CHILD_CLASS],
             model_type=CHILD_MODEL_TYPE,

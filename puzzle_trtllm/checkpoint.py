@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +67,10 @@ class Checkpoint:
     @cached_property
     def architecture(self) -> PuzzleArchitecture:
         return PuzzleArchitecture.from_config(self.config, source=self.path / "config.json")
+
+    def without(self, names: Collection[str]) -> Checkpoint:
+        """The same checkpoint, blind to the tensors `names`."""
+        return replace(self, tensors={name: entry for name, entry in self.tensors.items() if name not in names})
 
     @property
     def kv_scales(self) -> dict[tuple[int, str], TensorEntry]:

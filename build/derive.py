@@ -1,0 +1,167 @@
+"""Derive a Puzzle child: a byte copy of the parent without the experts that matter least.
+
+The experts of a Puzzle child are a subset of its parent's, so nothing is ever dequantized: for every layer the rows of
+the six MXFP4 expert tensors (four when BF16) and of the router's weight and bias are cut to the kept experts, all by
+the same ascending indices, and every other tensor is copied. Windows live in config.json alone.
+
+The conversion is total. Every tensor of the parent is cut, copied, or dropped by name with a reason; an unknown one is
+an error. The result is opened and validated before it gets its name, so a folder that exists is a good one.
+
+The trap: the router picks its top k among the kept experts and renormalises, so dropping an expert that is rarely
+chosen still moves the tokens that chose it to their next choice.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import puzzle_trtllm
+from puzzle_trtllm.architecture import PuzzleArchitecture, read_blocks
+from puzzle_trtllm.build.derivation import DerivationRecord, ImportanceSource
+from puzzle_trtllm.build.disk import require_free_bytes
+from puzzle_trtllm.build.importance import ExpertImportance, read_importance
+from puzzle_trtllm.build.progress import byte_progress, warn
+from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.checkpoint_writer import MAX_SHARD_BYTES, PlannedTensor, copy_of, rows_of, write_shards
+from puzzle_trtllm.errors import CheckpointError
+from puzzle_trtllm.folders import atomic_folder, link_or_copy
+
+CUT_TENSOR = re.compile(r"^model\.layers\.(\d+)\.mlp\.(?:experts\..+|router\.(?:weight|bias))$")
+"""Tensors whose first axis counts the experts of a layer."""
+
+_DROPPED = ((re.compile(r"\.rotary_emb\.inv_freq$"), "computed from config.json"),)
+"""Tensors of old exports that no current model reads: name pattern, reason."""
+
+_CALIBRATION_FILES = ("hf_quant_config.json", "kv_calibration.safetensors")
+"""Ride along when the parent's KV scales do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DerivationPlan:
+    """What a derivation will write, known before the first byte."""
+
+    architecture: PuzzleArchitecture
+    kept_experts: tuple[tuple[int, ...], ...]
+    tensors: tuple[PlannedTensor, ...]
+    dropped_tensors: dict[str, str]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.spec.num_bytes for tensor in self.tensors)
+
+
+def derive(
+    parent: str | Path,
+    out: str | Path,
+    *,
+    architecture: str | Path,
+    importance: str | Path,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    quiet: bool = True,
+) -> DerivationRecord:
+    """Write the child of `parent` that `architecture` describes into the new folder `out`.
+
+    Args:
+        parent: gpt-oss checkpoint folder or hub id, MXFP4 or BF16 experts.
+        out: folder to create; existing and not empty is an error unless `overwrite`.
+        architecture: JSON with `block_configs`, one entry a layer (a whole config.json is accepted).
+        importance: safetensors file of expert scores (see `puzzle_trtllm.build.importance`).
+
+    Returns the record that is also written to `out/derivation.json`. Raises a PuzzleError subclass in one line for
+    anything wrong with the inputs, and leaves nothing behind.
+    """
+    source, dropped = _open_parent(parent)
+    blocks = read_blocks(architecture, source.architecture)
+    scores = read_importance(importance, source)
+    for line in scores.warnings:
+        warn(line, quiet=quiet)
+    plan = plan_child(source, source.architecture.with_blocks(blocks), scores.kept_experts(blocks), dropped)
+    out = Path(out)
+    require_free_bytes(out, plan.num_bytes)
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        with byte_progress("derive", plan.num_bytes, quiet=quiet) as progress:
+            write_shards(folder, plan.tensors, max_shard_bytes=max_shard_bytes, progress=progress)
+        _write_config(folder, source, plan.architecture)
+        _link_companions(folder, source)
+        child = _open_result(folder, plan.architecture)
+        record = _record(source, child, plan, scores, Path(architecture))
+        record.write(folder)
+    return record
+
+
+def plan_child(
+    parent: Checkpoint,
+    architecture: PuzzleArchitecture,
+    kept_experts: Sequence[tuple[int, ...]],
+    dropped_tensors: dict[str, str] | None = None,
+) -> DerivationPlan:
+    """Decide for every tensor of `parent` whether it is cut to `kept_experts` or copied."""
+
+    def planned(name: str) -> PlannedTensor:
+        entry = parent.entry(name)
+        cut = CUT_TENSOR.match(name)
+        return rows_of(entry, kept_experts[int(cut[1])]) if cut else copy_of(entry)
+
+    return DerivationPlan(
+        architecture=architecture,
+        kept_experts=tuple(kept_experts),
+        tensors=tuple(planned(name) for name in parent.tensors),
+        dropped_tensors=dropped_tensors or {},
+    )
+
+
+def _open_parent(parent: str | Path) -> tuple[Checkpoint, dict[str, str]]:
+    """The parent without the tensors that no model reads, validated, and those tensors with the reason."""
+    checkpoint = Checkpoint.open(parent)
+    dropped = {
+        name: reason for name in checkpoint.tensors for pattern, reason in _DROPPED if pattern.search(name) is not None
+    }
+    checkpoint = checkpoint.without(dropped)
+    checkpoint.validate()
+    return checkpoint, dropped
+
+
+def _write_config(folder: Path, parent: Checkpoint, architecture: PuzzleArchitecture) -> None:
+    from puzzle_trtllm.models.huggingface.remote_code import write_remote_code
+
+    config = write_remote_code(folder, architecture.child_config(parent.config))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _link_companions(folder: Path, parent: Checkpoint) -> None:
+    files = parent.companion_files()
+    if parent.kv_scales:
+        files += [file for name in _CALIBRATION_FILES if (file := parent.path / name).is_file()]
+    for file in files:
+        if not (folder / file.name).exists():  # a parent that is itself a child brings older model code
+            link_or_copy(file, folder / file.name)
+
+
+def _open_result(folder: Path, architecture: PuzzleArchitecture) -> Checkpoint:
+    child = Checkpoint.open(folder)
+    child.validate()
+    if child.architecture != architecture:
+        raise CheckpointError("the written config does not describe the child that was asked for", file=folder)
+    return child
+
+
+def _record(
+    parent: Checkpoint, child: Checkpoint, plan: DerivationPlan, scores: ExpertImportance, architecture_file: Path
+) -> DerivationRecord:
+    return DerivationRecord(
+        tool_version=puzzle_trtllm.__version__,
+        parent_path=str(parent.path.resolve()),
+        parent_fingerprint=parent.fingerprint(),
+        child_fingerprint=child.fingerprint(),
+        architecture_file=str(architecture_file.resolve()),
+        block_configs=[block.to_json() for block in plan.architecture.blocks],
+        importance=ImportanceSource(file=str(scores.file.resolve()), metadata=dict(scores.metadata)),
+        kept_experts=[list(kept) for kept in plan.kept_experts],
+        dropped_tensors=plan.dropped_tensors,
+        warnings=list(scores.warnings),
+    )

@@ -1,0 +1,126 @@
+"""`verify` proves byte identity, and names the first byte that is not."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from puzzle_trtllm.build.derive import derive
+from puzzle_trtllm.build.verify import verify
+from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.checkpoint_writer import rewrite_checkpoint, tensor_of
+from puzzle_trtllm.errors import CheckpointError
+
+BLOCKS = [(6, 16), (6, None)]
+CHILD_BLOCKS = [(4, 16), (6, 40)]
+SCORES = [[5, 1, 3, 9, 2, 7], [1, 2, 3, 4, 5, 6]]
+
+
+@pytest.fixture
+def parent(make_checkpoint):
+    return make_checkpoint(BLOCKS)
+
+
+@pytest.fixture
+def child(parent, write_architecture, write_importance, tmp_path):
+    arguments = {"architecture": write_architecture(CHILD_BLOCKS), "importance": write_importance(SCORES)}
+    derive(parent, tmp_path / "child", **arguments)
+    return tmp_path / "child"
+
+
+def flip(folder, name: str, byte: int) -> None:
+    """Flip one bit of a tensor in its shard."""
+    entry = Checkpoint.open(folder).entry(name)
+    data = bytearray(entry.file.read_bytes())
+    data[entry.offset + byte] ^= 1
+    entry.file.write_bytes(data)
+
+
+def edit_record(child, **changes: object) -> None:
+    file = child / "derivation.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_derived_child_is_identical_to_the_last_byte(child, parent):
+    report = verify(child, against=parent)
+    checkpoint = Checkpoint.open(child)
+    assert report.identical and report.first_difference is None
+    assert (report.num_tensors, report.num_bytes) == (len(checkpoint.tensors), checkpoint.weight_bytes)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "expert"),
+    [
+        ("model.layers.0.mlp.experts.gate_up_proj_blocks", 2, 3),
+        ("model.layers.0.mlp.experts.down_proj_scales", 3, 5),
+        ("model.layers.0.mlp.router.weight", 0, 0),
+        ("model.layers.1.mlp.experts.down_proj_bias", 4, 4),
+    ],
+)
+def test_one_bit_of_a_kept_row_is_named_with_its_expert(child, parent, name, row, expert):
+    entry = Checkpoint.open(child).entry(name)
+    row_bytes = entry.num_bytes // entry.shape[0]
+    flip(child, name, row * row_bytes + row_bytes - 1)
+    report = verify(child, against=parent)
+    assert not report.identical
+    assert report.first_difference == (f"{name}[{row}], the parent's expert {expert}: differs at byte {row_bytes - 1}")
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.self_attn.sinks", "model.embed_tokens.weight"])
+def test_one_bit_of_an_untouched_tensor_is_named(child, parent, name):
+    flip(child, name, 5)
+    assert verify(child, against=parent).first_difference == f"{name}: differs at byte 5"
+
+
+def test_wrong_indices_are_noticed(child, parent):
+    edit_record(child, kept_experts=[[0, 1, 3, 5], list(range(6))])  # expert 2 was kept, not 1
+    difference = verify(child, against=parent).first_difference
+    assert difference is not None and "[1], the parent's expert 1: differs at byte" in difference
+
+
+def test_a_changed_config_is_a_difference(child, parent):
+    file = child / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "rms_norm_eps": 1e-6}))
+    assert verify(child, against=parent).first_difference == (
+        "config.json: rms_norm_eps: 1e-06 in the child, 1e-05 in the parent"
+    )
+
+
+def test_scales_added_by_calibration_are_no_difference(child, parent, tmp_path):
+    source, out = Checkpoint.open(child), tmp_path / "calibrated"
+    out.mkdir()
+    scale = tensor_of("model.layers.0.self_attn.k_proj.k_scale", "F32", np.array(2.0, np.float32))
+    rewrite_checkpoint(source, out, config=source.config, replace={}, add=[scale])
+    (out / "derivation.json").write_bytes((child / "derivation.json").read_bytes())
+    report = verify(out, against=parent)
+    assert report.identical
+    assert report.added_scales == ("model.layers.0.self_attn.k_proj.k_scale",)
+
+
+def test_another_parent_is_refused(child, make_checkpoint):
+    with pytest.raises(CheckpointError, match=r"was derived from another parent .found sha256:.*, expected sha256:"):
+        verify(child, against=make_checkpoint(BLOCKS, seed=1))
+
+
+def test_a_child_without_a_record_is_refused(child, parent):
+    (child / "derivation.json").unlink()
+    with pytest.raises(CheckpointError, match=r"derivation\.json: missing"):
+        verify(child, against=parent)
+
+
+@pytest.mark.parametrize("kept", [[0, 2, 3], [0, 2, 3, 6], [0, 3, 2, 5], [0, 2, 2, 5], [-1, 2, 3, 5]])
+def test_indices_that_no_choice_gives_are_refused(child, parent, kept):
+    edit_record(child, kept_experts=[kept, list(range(6))])
+    with pytest.raises(CheckpointError, match=r"kept_experts\[0\]: is no choice of the parent's experts"):
+        verify(child, against=parent)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"schema_version": 2}'])
+def test_a_damaged_record_is_one_line(child, parent, content):
+    (child / "derivation.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"derivation\.json") as caught:
+        verify(child, against=parent)
+    assert "\n" not in str(caught.value)
