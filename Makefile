@@ -1,0 +1,40 @@
+# Every target sets up .venv first (bootstrap.py: checks the machine, then one pip run; nothing to do when up to date).
+# PYTHON names the interpreter that .venv is made from; TORCH_INDEX_URL one more package index to look for torch on.
+
+PYTHON ?= $(shell for python in python3.11 python3; do $$python -c "" 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+SOURCES := puzzle_trtllm build calibration serve tests bootstrap.py requirements
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint lock bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?(.*)/  make \1\t\2/' | expand -t 20
+
+setup:  ## check this machine and set up .venv
+	@$(or $(PYTHON),$(error no python3 found: sudo apt-get install python3.11 python3.11-venv)) bootstrap.py
+
+demo: setup  ## derive, calibrate, build, serve and measure a Puzzle child of the demo's model (runs/demo)
+	@$(BIN)/puzzle-trtllm demo --out runs/demo
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy -p puzzle_trtllm
+	$(BIN)/mypy -m bootstrap -m requirements.machine -m requirements.lock
+
+test: lint  ## lint, then the tests that take minutes at most
+	$(BIN)/pytest
+
+test-all: lint  ## lint, then every test, the slow ones too
+	$(BIN)/pytest -m "not gpu"
+
+bench: setup  ## measure a running server: make bench URL=localhost:8001 SCENARIO=cpu-demo
+	@$(BIN)/puzzle-trtllm bench --url $(or $(URL),localhost:8001) --scenario $(or $(SCENARIO),cpu-demo)
+
+lock: setup  ## resolve requirements/cpu-py311.in anew into cpu-py311.txt (Python 3.11)
+	$(BIN)/python requirements/lock.py
+
+clean:  ## remove .venv and everything made by tests and tools (runs/ stays)
+	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find puzzle_trtllm build calibration serve tests requirements -name __pycache__ -type d -prune -exec rm -rf {} +
