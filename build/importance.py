@@ -71,9 +71,7 @@ def _check_fingerprint(file: Path, metadata: Mapping[str, str], parent: Checkpoi
     return ()
 
 
-def _layer_scores(
-    file: Path, entries: Mapping[str, TensorEntry], layer: int, block: BlockConfig
-) -> NDArray[np.float32]:
+def _layer_scores(file: Path, entries: Mapping[str, TensorEntry], layer: int, num_experts: int) -> NDArray[np.float32]:
     name = f"model.layers.{layer}.mlp.experts.importance"
     entry = entries.get(name)
     expected = f"F32 [{num_experts}]"
