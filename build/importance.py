@@ -57,7 +57,8 @@ def read_importance(path: str | Path, parent: Checkpoint) -> ExpertImportance:
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
     warnings = _check_fingerprint(file, metadata, parent)
-    scores = tuple(_layer_scores(file, entries, layer, block) for layer, block in enumerate(parent.architecture.blocks))
+    counts = [block.num_local_experts for block in parent.architecture.blocks]
+    scores = tuple(_layer_scores(file, entries, layer, count) for layer, count in enumerate(counts))
     return ExpertImportance(file=file, scores=scores, metadata=metadata, warnings=warnings)
 
 
