@@ -1,0 +1,193 @@
+"""An asynchronous gRPC client of the `tensorrt_llm` model, lean enough to be a load generator's.
+
+Each request gets a stream of its own on a shared connection: closing the stream cancels the generation, and the header
+`triton_grpc_error: true` makes errors arrive as gRPC statuses that end just that stream. Works against NVIDIA's own
+llmapi model too: the first thing a client asks is which inputs the model has, and it sends only those.
+
+    async with TritonLlmClient("127.0.0.1:8001") as client:
+        async for chunk in client.stream(GenerationRequest(prompt="12+30=")):
+            print(chunk.text, end="")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any
+
+import grpc  # type: ignore[import-untyped]
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.serve.client.request import GenerationChunk, GenerationRequest, GenerationResult
+from puzzle_trtllm.serve.client.tensors import RequestBuilder, unpack_int32, unpack_string
+
+_METADATA = (("triton_grpc_error", "true"),)
+_CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.use_local_subchannel_pool", 1),  # channels of their own connection, not one shared behind our back
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+class TritonLlmClient:
+    """Use as an async context manager. `url` is host:port of Triton's gRPC endpoint.
+
+    `connections` spreads the streams over several HTTP/2 connections.
+    """
+
+    def __init__(self, url: str, *, model: str = "tensorrt_llm", connections: int = 1) -> None:
+        self.url = url
+        self._model = model
+        self._connections = connections
+        self._channels: list[grpc.aio.Channel] = []
+        self._stubs: list[Any] = []
+        self._next = 0
+        self._builder = RequestBuilder(model, ())
+
+    async def __aenter__(self) -> TritonLlmClient:
+        """Connect. Raises ServeError (UNAVAILABLE) when nobody answers or the model is not there."""
+        self._channels = [
+            grpc.aio.insecure_channel(self.url, options=_CHANNEL_OPTIONS) for _ in range(self._connections)
+        ]
+        self._stubs = [service_pb2_grpc.GRPCInferenceServiceStub(channel) for channel in self._channels]
+        try:
+            reply = await self._stubs[0].ModelConfig(service_pb2.ModelConfigRequest(name=self._model), timeout=30)
+        except grpc.aio.AioRpcError as error:
+            await self._close()
+            raise _serve_error(error, self.url) from None
+        self._builder = RequestBuilder(self._model, [tensor.name for tensor in reply.config.input])
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._close()
+
+    @property
+    def gives_token_ids(self) -> bool:
+        """False against a stock llmapi server: token counts are then unknown, and lengths cannot be enforced."""
+        return self._builder.gives_token_ids
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+        """The chunks as they arrive; one only, if the request is not streaming.
+
+        Leaving the loop cancels the generation (close the iterator, as `contextlib.aclosing` does, to have that happen
+        at once). Raises ServeError with the status when the server answers with an error.
+        """
+        message = self._builder.build(request)
+        reader = _Reader(delta=self._builder.streams_delta, counts=self._builder.gives_token_ids)
+        self._next = (self._next + 1) % len(self._stubs)
+        call = self._stubs[self._next].ModelStreamInfer(_once(message), metadata=_METADATA)
+        try:
+            async for response in call:
+                if response.error_message:
+                    raise ServeError(response.error_message, file=self.url, status="UNKNOWN")
+                chunk = reader.read(response.infer_response)
+                if chunk is not None:
+                    yield chunk
+        except grpc.aio.AioRpcError as error:
+            raise _serve_error(error, self.url) from None
+        finally:
+            call.cancel()  # does nothing to a call that has ended
+
+    async def generate(self, request: GenerationRequest) -> GenerationResult:
+        """The whole continuation, with the times of its parts. Raises ServeError."""
+        text: list[str] = []
+        token_ids: list[int] = []
+        times_ns: list[int] = []
+        last: GenerationChunk | None = None
+        sent_ns = time.perf_counter_ns()
+        async with aclosing(self.stream(request)) as chunks:
+            async for chunk in chunks:
+                text.append(chunk.text)
+                token_ids += chunk.token_ids
+                times_ns += [chunk.received_ns] * (len(chunk.token_ids) if self.gives_token_ids else 1)
+                last = chunk
+        if last is None:
+            raise ServeError("the server ended the request without a response", file=self.url, status="INTERNAL")
+        return GenerationResult(
+            text="".join(text),
+            token_ids=token_ids,
+            num_output_tokens=last.num_output_tokens,
+            finish_reason=last.finish_reason,
+            sent_ns=sent_ns,
+            first_token_ns=times_ns[0] if times_ns else last.received_ns,
+            token_times_ns=times_ns,
+            end_ns=last.received_ns,
+        )
+
+    async def stop(self, request_id: str) -> str:
+        """Cancel the running requests of this id; returns the server's words."""
+        call = self._stubs[0].ModelStreamInfer(_once(self._builder.build_stop(request_id)), metadata=_METADATA)
+        try:
+            async for _ in call:
+                pass
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.CANCELLED:
+                return str(error.details())
+            raise _serve_error(error, self.url) from None
+        return ""
+
+    async def _close(self) -> None:
+        for channel in self._channels:
+            await channel.close()
+        self._channels, self._stubs = [], []
+
+
+def generate(prompt: str | None = None, *, url: str, **options: Any) -> GenerationResult:
+    """`TritonLlmClient.generate` for one request, without asyncio; `options` are GenerationRequest's fields."""
+
+    async def run() -> GenerationResult:
+        async with TritonLlmClient(url) as client:
+            return await client.generate(GenerationRequest(prompt=prompt, **options))
+
+    return asyncio.run(run())
+
+
+class _Reader:
+    """Turns one request's responses into chunks; the first response tells at which place each output lies."""
+
+    def __init__(self, *, delta: bool, counts: bool) -> None:
+        self._delta = delta
+        self._counts = counts
+        self._text_length = 0
+        self._num_tokens = 0
+
+    def read(self, response: Any) -> GenerationChunk | None:
+        received_ns = time.perf_counter_ns()
+        raw = response.raw_output_contents
+        if not raw:
+            return None  # an empty final response
+        text, token_ids, finish_reason = "", [], None
+        for tensor, data in zip(response.outputs, raw, strict=True):
+            name = tensor.name
+            if name == "text_output":
+                text = unpack_string(data)
+            elif name == "output_ids":
+                token_ids = unpack_int32(data)
+            elif name == "finish_reason":
+                finish_reason = unpack_string(data)
+        if not self._delta:
+            text, self._text_length = text[self._text_length :], len(text)
+            token_ids = token_ids[self._num_tokens :]
+        self._num_tokens += len(token_ids)
+        return GenerationChunk(
+            text=text,
+            token_ids=token_ids,
+            num_output_tokens=self._num_tokens if self._counts else None,
+            finish_reason=None if finish_reason in (None, "None", "") else finish_reason,
+            received_ns=received_ns,
+        )
+
+
+async def _once(message: Any) -> AsyncIterator[Any]:
+    yield message
+
+
+def _serve_error(error: grpc.aio.AioRpcError, url: str) -> ServeError:
+    return ServeError(str(error.details() or "no details"), file=url, status=error.code().name)

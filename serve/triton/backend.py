@@ -1,0 +1,38 @@
+"""Triton's Python objects, in one place. Only importable inside Triton's stub, which provides the module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from puzzle_trtllm.serve.triton.outbox import Status
+from puzzle_trtllm.serve.triton.request import Inputs
+from puzzle_trtllm.serve.triton.response import Tensor
+
+
+class TritonEncoder:
+    """The `Encoder` of real responses."""
+
+    FINAL: int = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+    def response(self, tensors: list[Tensor]) -> Any:
+        return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor(name, array) for name, array in tensors])
+
+    def error(self, status: Status, message: str) -> Any:
+        code = {
+            "UNAVAILABLE": pb_utils.TritonError.UNAVAILABLE,
+            "INVALID_ARGUMENT": pb_utils.TritonError.INVALID_ARG,
+            "CANCELLED": pb_utils.TritonError.CANCELLED,
+            "INTERNAL": pb_utils.TritonError.INTERNAL,
+        }[status]
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+def read_inputs(request: Any) -> Inputs:
+    """The tensors of an InferenceRequest by name."""
+    return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+
+
+def log_info(message: str) -> None:
+    pb_utils.Logger.log_info(f"[puzzle-trtllm] {message}")

@@ -1,0 +1,127 @@
+"""Runs one server so that nothing of it outlives us: `python -I -S guard.py GRACE_S SHM_PREFIX FOLDER COMMAND...`.
+
+tritonserver starts stubs, a stub starts the engine, the engine may start workers. Whoever of them is orphaned becomes
+this process's child (PR_SET_CHILD_SUBREAPER), so it can find and end them all. It does so when the server ends, when it
+gets SIGTERM (a second one cuts the grace time short), and when its stdin closes: the starter holds the other end of
+that pipe, and the kernel closes it even if the starter was killed with -9. Should this process itself be killed, the
+server gets SIGKILL (PR_SET_PDEATHSIG) and its stubs notice within a second. (PDEATHSIG in the starter would not do: it
+fires when the *thread* that forked ends.)
+
+stdout gets the server's pid in one line; the server's own output goes to stderr, a log file. The exit code is the
+server's, 128 + signal if it was killed. Afterwards FOLDER and the shared memory /dev/shm/SHM_PREFIX* are removed, which
+a killed server leaves behind. Standard library only, so that it starts in 20 ms and needs no environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_POLL_S = 0.05
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command until it ends or is to end, and clean up."""
+    grace_s, shm_prefix, folder = float(arguments[0]), arguments[1], Path(arguments[2])
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    stops: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: stops.append(number))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        server = subprocess.Popen(
+            arguments[3:],
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr.fileno(),
+            preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),  # noqa: PLW1509 (one thread)
+        )
+        print(server.pid, flush=True)
+        status = _wait(server.pid, grace_s, stops)
+    except OSError as error:
+        print(f"{arguments[3]}: {error.strerror}", file=sys.stderr)
+        status = 127
+    _end_descendants(server_grace_s=min(grace_s, 2.0))
+    for leftover in Path("/dev/shm").glob(f"{shm_prefix}*"):
+        leftover.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    return status
+
+
+def _wait(server: int, grace_s: float, stops: list[int]) -> int:
+    """Wait for the server's end, asking for it when the starter is gone; returns its exit code."""
+    deadline_s = None
+    while True:
+        status = _reap(server)
+        if status is not None:
+            return status
+        if deadline_s is None:
+            if stops or _stdin_closed():
+                deadline_s = time.monotonic() + grace_s
+                stops.clear()
+                os.kill(server, signal.SIGTERM)
+            continue
+        if stops or time.monotonic() > deadline_s:
+            os.kill(server, signal.SIGKILL)
+        time.sleep(_POLL_S)
+
+
+def _stdin_closed() -> bool:
+    readable, _, _ = select.select([0], [], [], _POLL_S)
+    return bool(readable) and os.read(0, 1) == b""
+
+
+def _reap(server: int) -> int | None:
+    """Collect every child that has ended; the server's exit code if it is among them."""
+    result = None
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return result
+        if pid == 0:
+            return result
+        if pid == server:
+            result = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def _end_descendants(server_grace_s: float) -> None:
+    deadline_s = time.monotonic() + server_grace_s
+    while remaining := _descendants():
+        how = signal.SIGTERM if time.monotonic() < deadline_s else signal.SIGKILL
+        for pid in remaining:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, how)
+        time.sleep(_POLL_S)
+        _reap(0)
+
+
+def _descendants() -> list[int]:
+    """All processes below this one, from the parents that /proc names."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # pid (comm) state ppid ...; comm may hold anything, so split behind its last parenthesis
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+        except (OSError, IndexError, ValueError):
+            continue
+        children.setdefault(parent, []).append(int(stat.parent.name))
+    found, queue = [], [os.getpid()]
+    while queue:
+        below = children.get(queue.pop(), [])
+        found += below
+        queue += below
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,200 @@
+"""tritonserver for one engine: started, waited for, stopped with everything it started.
+
+    with TritonServer(engine) as server:          # free loopback ports
+        generate("12+30=", url=server.grpc_url)
+
+What keeps one running for a person at a terminal is `serve_engine` (server.py).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import puzzle_trtllm
+from puzzle_trtllm.engine import Engine
+from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.serve.triton.contract import MODEL_NAME
+from puzzle_trtllm.serve.triton.install import find_triton
+from puzzle_trtllm.serve.triton.log import explain_failure
+from puzzle_trtllm.serve.triton.ports import choose_ports
+from puzzle_trtllm.serve.triton.probe import http_status
+from puzzle_trtllm.serve.triton.process import GuardedProcess, children_of
+from puzzle_trtllm.serve.triton.repository import write_repository
+
+_POLL_S = 0.1
+
+
+class TritonServer:
+    """A running tritonserver that serves `engine`. Port 0 means a free one; `host` is what it listens on.
+
+    `repository_options` go to `write_repository`. Without `log_file` the log lies in the temporary folder; it is
+    removed after a clean stop and kept after a failure.
+    """
+
+    def __init__(
+        self,
+        engine: Engine | str | Path,
+        *,
+        host: str = "127.0.0.1",
+        grpc_port: int = 0,
+        http_port: int = 0,
+        metrics_port: int = 0,
+        log_file: Path | None = None,
+        startup_timeout_s: float = 1800,
+        drain_s: float = 10,
+        environment: Mapping[str, str] | None = None,
+        arguments: Sequence[str] = (),
+        on_wait: Callable[[float], None] | None = None,
+        **repository_options: Any,
+    ) -> None:
+        """Nothing is started before `start` (or `with`). `on_wait` is called with the seconds waited so far."""
+        self.engine = engine if isinstance(engine, Engine) else Engine.open(engine)
+        self.host = host
+        self._wanted = {"HTTP": http_port, "gRPC": grpc_port, "metrics": metrics_port}
+        self._ports: dict[str, int] = {}
+        self._kept_log = log_file
+        self._startup_timeout_s = startup_timeout_s
+        self._drain_s = drain_s
+        self._environment = dict(environment or {})
+        self._arguments = list(arguments)
+        self._on_wait = on_wait or (lambda seconds: None)
+        self._repository_options = repository_options
+        self._process: GuardedProcess | None = None
+        self.log_file = log_file or Path(tempfile.gettempdir()) / f"puzzle-triton-{os.getpid()}-{id(self):x}.log"
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    def start(self) -> TritonServer:
+        """Start and wait until the model can take requests. Raises ServeError in one line when it cannot."""
+        install = find_triton()
+        self._ports = choose_ports(self.host, self._wanted)
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        shm_prefix = f"puzzle_{uuid.uuid4().hex[:12]}_"
+        scratch = Path(tempfile.mkdtemp(prefix="puzzle-triton-"))
+        try:
+            repository = write_repository(self.engine, scratch / "repository", **self._repository_options)
+            command = [str(install.server), "--model-repository", str(repository), *install.arguments(scratch)]
+            self._process = GuardedProcess(
+                [*command, *self._options(shm_prefix), *self._arguments],
+                environment={**install.environment, **self._environment, **_python_path(self._environment)},
+                log_file=self.log_file,
+                grace_s=self._drain_s + 5,
+                shm_prefix=shm_prefix,
+                scratch=scratch,
+            )
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            process, self._process = self._process, None
+            process.stop(grace_s=2)
+            raise
+        return self
+
+    def stop(self, *, grace_s: float | None = None) -> None:
+        """Stop the server: open requests get the drain time, then it ends with everything that it started."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        process.stop(grace_s=grace_s)
+        if self._kept_log is None:
+            self.log_file.unlink(missing_ok=True)
+
+    def keep_log(self) -> None:
+        """Do not remove the log when stopping."""
+        self._kept_log = self.log_file
+
+    def __enter__(self) -> TritonServer:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _wait_until_ready(self) -> None:
+        began_s = time.monotonic()
+        while not self.is_ready():
+            waited_s = time.monotonic() - began_s
+            self._on_wait(waited_s)
+            if self.exit_code() is not None:
+                raise explain_failure(self.log_file, f"tritonserver ended while starting, code {self.exit_code()}")
+            if waited_s > self._startup_timeout_s:
+                raise explain_failure(self.log_file, f"tritonserver was not ready after {waited_s:.0f} s")
+            time.sleep(_POLL_S)
+
+    def _options(self, shm_prefix: str) -> list[str]:
+        gpu_metrics = self.engine.manifest.runtime == "tensorrt_llm"
+        options = {
+            "http-address": self.host,
+            "http-port": self._ports["HTTP"],
+            "grpc-address": self.host,
+            "grpc-port": self._ports["gRPC"],
+            "metrics-address": self.host,
+            "metrics-port": self._ports["metrics"],
+            "allow-gpu-metrics": str(gpu_metrics).lower(),
+            "exit-timeout-secs": max(1, round(self._drain_s)),
+            "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
+        }
+        return [f"--{name}={value}" for name, value in options.items()]
+
+    # --- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def pid(self) -> int:
+        """Process id of tritonserver."""
+        return self._running.pid
+
+    @property
+    def grpc_url(self) -> str:
+        """host:port, as gRPC clients want it."""
+        return self._url("gRPC")
+
+    @property
+    def http_url(self) -> str:
+        return f"http://{self._url('HTTP')}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{self._url('metrics')}/metrics"
+
+    def is_ready(self) -> bool:
+        """Whether the model is loaded (it stays so when its engine dies: see server.py)."""
+        return http_status(f"{self.http_url}/v2/models/{MODEL_NAME}/ready") == 200
+
+    def exit_code(self) -> int | None:
+        """None while the server runs."""
+        return self._running.exit_code()
+
+    def stub_pids(self) -> set[int]:
+        """The server's child processes: one Python stub a model instance."""
+        return children_of(self.pid)
+
+    @property
+    def _running(self) -> GuardedProcess:
+        if self._process is None:
+            raise ServeError("the server is not running")
+        return self._process
+
+    def _url(self, purpose: str) -> str:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"[{host}]:{self._ports[purpose]}" if ":" in host else f"{host}:{self._ports[purpose]}"
+
+
+def _python_path(environment: Mapping[str, str]) -> dict[str, str]:
+    """PYTHONPATH for the stub where puzzle_trtllm runs from a source tree that is not installed."""
+    root = Path(puzzle_trtllm.__file__).resolve().parent.parent
+    if root.name in ("site-packages", "dist-packages"):
+        return {}
+    before = environment.get("PYTHONPATH", os.environ.get("PYTHONPATH"))
+    return {"PYTHONPATH": os.pathsep.join([str(root), *([before] if before else [])])}

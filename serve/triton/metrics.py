@@ -1,0 +1,139 @@
+"""The model's own metrics, on Triton's Prometheus endpoint.
+
+Triton's queue-time metric stays near zero for a decoupled model, because `execute` returns at once; what a person or
+an autoscaler wants to know is below. Setting a metric is a round trip to the server, so all are set once a second from
+a thread of their own, which also asks the runtime for its statistics: that is how the death of an idle engine is
+noticed.
+
+    puzzle_engine_up                1 while the engine lives
+    puzzle_requests_waiting         open, no token yet
+    puzzle_requests_running         open, generating
+    puzzle_kv_blocks_used, _total   as the runtime counts them (absent until it says)
+    puzzle_prompt_tokens_total, puzzle_output_tokens_total, puzzle_responses_total
+    puzzle_requests_total{end="ok"|"cancelled"|...}
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+from puzzle_trtllm.serve.runtimes.api import EngineDeadError
+from puzzle_trtllm.serve.triton.outbox import Log, Outbox
+from puzzle_trtllm.serve.triton.session import Session, engine_is_healthy
+
+PERIOD_S = 1.0
+_GAUGES = {
+    "puzzle_engine_up": "1 while the engine lives",
+    "puzzle_requests_waiting": "open requests without a token yet",
+    "puzzle_requests_running": "open requests that generate",
+    "puzzle_kv_blocks_used": "KV cache blocks held by requests",
+    "puzzle_kv_blocks_total": "KV cache blocks",
+}
+_COUNTERS = {
+    "puzzle_prompt_tokens_total": "prompt tokens of requests that got a token",
+    "puzzle_output_tokens_total": "tokens generated",
+    "puzzle_responses_total": "responses sent",
+}
+
+
+def kv_blocks(stats: Any) -> tuple[int, int] | None:
+    """(used, total) from what `LLM.get_stats` gave: dicts, or JSON texts of them, the newest last."""
+    if not stats:
+        return None
+    newest = json.loads(stats[-1]) if isinstance(stats[-1], str) else stats[-1]
+    blocks = newest.get("kvCacheStats") or {}
+    if "maxNumBlocks" not in blocks:
+        return None
+    return int(blocks.get("usedNumBlocks", 0)), int(blocks["maxNumBlocks"])
+
+
+class MetricsThread:
+    """Publishes a session's state. `metric_family` is pb_utils.MetricFamily (a fake in tests)."""
+
+    def __init__(self, session: Session, outbox: Outbox, llm: Any, *, metric_family: Any, log: Log = print) -> None:
+        self._session = session
+        self._outbox = outbox
+        self._llm = llm
+        self._log = log
+        self._stats_wanted = True
+        self._labels = {"model": "tensorrt_llm"}
+        gauge, counter = metric_family.GAUGE, metric_family.COUNTER
+        # The families must outlive their metrics, so they are kept.
+        self._families = {
+            name: metric_family(name=name, description=text, kind=gauge) for name, text in _GAUGES.items()
+        } | {name: metric_family(name=name, description=text, kind=counter) for name, text in _COUNTERS.items()}
+        self._ends = metric_family(name="puzzle_requests_total", description="requests by their end", kind=counter)
+        self._metrics: dict[str, Any] = {}
+        self._counted: dict[str, int] = {}
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="puzzle-metrics", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._watch_engine()
+                self.publish()
+            except Exception as error:  # never let the watch over the engine end with a metric
+                self._log(f"metrics: {type(error).__name__}: {error}")
+            if self._stopping.wait(PERIOD_S):
+                return
+
+    def publish(self) -> None:
+        """Set every metric to its value now."""
+        waiting, running = self._session.queue_lengths()
+        self._set("puzzle_engine_up", 0 if self._session.death else 1)
+        self._set("puzzle_requests_waiting", waiting)
+        self._set("puzzle_requests_running", running)
+        totals = self._session.totals
+        self._count_to("puzzle_prompt_tokens_total", totals.prompt_tokens)
+        self._count_to("puzzle_output_tokens_total", totals.output_tokens)
+        self._count_to("puzzle_responses_total", self._outbox.responses_sent)
+        for end, count in list(totals.ends.items()):
+            self._count_to(f"end:{end}", count)
+
+    def _watch_engine(self) -> None:
+        if self._session.death is not None:
+            return
+        if not engine_is_healthy(self._llm):
+            self._session.engine_died("the runtime reports that its engine has stopped")
+            return
+        if not self._stats_wanted:
+            return
+        try:
+            blocks = kv_blocks(self._llm.get_stats(timeout=PERIOD_S))
+        except EngineDeadError as error:
+            self._session.engine_died(str(error))
+        except TimeoutError:
+            pass  # a busy engine is no news
+        except Exception as error:
+            self._stats_wanted = False
+            self._log(f"the runtime gives no statistics: {type(error).__name__}: {error}")
+        else:
+            if blocks is not None:
+                self._set("puzzle_kv_blocks_used", blocks[0])
+                self._set("puzzle_kv_blocks_total", blocks[1])
+
+    def _set(self, name: str, value: float) -> None:
+        if name not in self._metrics:
+            self._metrics[name] = self._families[name].Metric(labels=self._labels)
+        self._metrics[name].set(value)
+
+    def _count_to(self, name: str, total: int) -> None:
+        if name not in self._metrics:
+            family, labels = self._families.get(name), self._labels
+            if family is None:
+                family, labels = self._ends, {**self._labels, "end": name.partition(":")[2]}
+            self._metrics[name] = family.Metric(labels=labels)
+        increase = total - self._counted.get(name, 0)
+        if increase:
+            self._metrics[name].increment(increase)
+            self._counted[name] = total

@@ -1,0 +1,56 @@
+"""The Triton model `tensorrt_llm`: copied into the repository, where Triton's Python stub imports it.
+
+All it does is hand over to `puzzle_trtllm.serve.triton`, which must be importable by the stub's interpreter. Nothing
+heavy is imported before `initialize`: the stub imports this file once more, in a process of its own, only to complete
+the configuration.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+
+def _settings() -> Any:
+    # Some stubs start their interpreter isolated from the environment; PYTHONPATH is how a source tree is found.
+    sys.path += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
+    from puzzle_trtllm.serve.triton.settings import MODEL_YAML, read_model_yaml
+
+    # As in NVIDIA's model: LLM_CONFIG_PATH may name another file.
+    return read_model_yaml(Path(__file__).parent / os.environ.get("LLM_CONFIG_PATH", MODEL_YAML))
+
+
+class TritonPythonModel:
+    """Triton calls these four."""
+
+    @staticmethod
+    def auto_complete_config(auto_complete_model_config: Any) -> Any:
+        """Complete config.pbtxt with what model.yaml says about Triton."""
+        triton = _settings().triton
+        auto_complete_model_config.set_model_transaction_policy({"decoupled": triton.decoupled})
+        auto_complete_model_config.set_max_batch_size(triton.max_batch_size)
+        return auto_complete_model_config
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Start the engine; returns when it can take requests."""
+        from puzzle_trtllm.errors import PuzzleError
+        from puzzle_trtllm.serve.triton.service import Service
+
+        try:
+            self._service = Service(_settings())
+        except PuzzleError as error:
+            raise pb_utils.TritonModelException(f"cannot start: {error}") from None
+        except Exception as error:
+            raise pb_utils.TritonModelException(f"cannot start: {type(error).__name__}: {error}") from error
+
+    def execute(self, requests: list[Any]) -> None:
+        """Take requests; their responses are sent as they come, from other threads."""
+        self._service.execute(requests)
+
+    def finalize(self) -> None:
+        """Stop; open requests were given their time by Triton before this."""
+        self._service.stop()

@@ -1,0 +1,38 @@
+"""Small questions to a running server over HTTP."""
+
+from __future__ import annotations
+
+import re
+import urllib.error
+import urllib.request
+
+_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
+
+
+def http_status(url: str, *, timeout_s: float = 2) -> int | None:
+    """The status code of a GET; None where nobody answers."""
+    try:
+        with _NO_PROXY.open(url, timeout=timeout_s) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+def read_metrics(url: str, *, timeout_s: float = 2) -> dict[str, float] | None:
+    """Prometheus samples by `name` or `name{labels}`; None where nobody answers. Our own carry no labels here.
+
+    The label `model` that all our metrics have is left out of the key.
+    """
+    try:
+        with _NO_PROXY.open(url, timeout=timeout_s) as response:
+            text = response.read().decode()
+    except OSError:
+        return None
+    samples = {}
+    for name, labels, value in _SAMPLE.findall(text):
+        others = [label for label in labels.split(",") if label and not label.startswith("model=")]
+        samples[f"{name}{{{','.join(others)}}}" if others else name] = float(value)
+    return samples

@@ -1,0 +1,96 @@
+"""A server process under its guard (guard.py): start it, look after it, end it with everything it started."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.serve.triton import guard
+
+
+class GuardedProcess:
+    """`command` in a session of its own, so that Ctrl-C in a terminal reaches only us."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        log_file: Path,
+        grace_s: float,
+        shm_prefix: str,
+        scratch: Path,
+    ) -> None:
+        """Start it. `environment` is added to ours; `scratch` is removed when all has ended."""
+        self._grace_s = grace_s
+        # `env` sets the variables for the command alone: the guard must not load the server's libraries.
+        settings = [f"{name}={value}" for name, value in environment.items()]
+        guard_command = [sys.executable, "-I", "-S", guard.__file__, str(grace_s), shm_prefix, str(scratch)]
+        with log_file.open("wb") as log:
+            self._guard = subprocess.Popen(
+                [*guard_command, "/usr/bin/env", *settings, *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+            )
+        assert self._guard.stdout is not None
+        line = self._guard.stdout.readline().strip()
+        if not line:
+            raise ServeError(f"{command[0]} could not be started", file=log_file)
+        self.pid = int(line)
+        """The command's pid (`env` replaces itself with it)."""
+
+    def exit_code(self) -> int | None:
+        """None while it runs; 128 + signal if it was killed."""
+        return self._guard.poll()
+
+    def stop(self, *, grace_s: float | None = None) -> int:
+        """SIGTERM, after the grace time SIGKILL, for it and its descendants; returns the exit code."""
+        assert self._guard.stdin is not None and self._guard.stdout is not None
+        self._guard.stdin.close()
+        try:
+            self._guard.wait(timeout=self._grace_s if grace_s is None else grace_s)
+        except subprocess.TimeoutExpired:
+            self._guard.terminate()  # asked twice, the guard kills
+            self._wait_or_kill_guard()
+        self._guard.stdout.close()
+        return self._guard.returncode
+
+    def _wait_or_kill_guard(self) -> None:
+        try:
+            self._guard.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._guard.kill()  # the kernel kills the server with it
+            self._guard.wait()
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Wait for its own end."""
+        deadline_s = time.monotonic() + timeout_s
+        while self.exit_code() is None and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        return self.exit_code()
+
+
+def children_of(pid: int) -> set[int]:
+    """Direct children of a process, from /proc; empty when it has ended."""
+    children: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children.update(int(child) for child in task.read_text().split())
+        except OSError:
+            continue
+    return children
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process exists and is not a zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in ("Z", "X")

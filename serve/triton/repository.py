@@ -1,0 +1,69 @@
+"""The Triton model repository of one engine: everything tritonserver needs, generated, nothing to edit by hand.
+
+    tensorrt_llm/config.pbtxt    names and types of the tensors (contract.py)
+    tensorrt_llm/1/model.py      a few lines that hand over to puzzle_trtllm.serve.triton
+    tensorrt_llm/1/model.yaml    arguments of `LLM(...)` and `triton_config` (settings.py)
+
+The trap: Triton starts the Python stub through `bash -c` without quoting, so the repository's own path must not hold
+a space. The engine's path may: it only occurs inside model.yaml.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from puzzle_trtllm.engine import Engine
+from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.folders import atomic_folder
+from puzzle_trtllm.serve.triton.contract import MODEL_NAME, render_config
+from puzzle_trtllm.serve.triton.settings import MODEL_YAML, TritonConfig
+
+PLUGIN_FOLDER = Path("plugin") / "puzzle_trtllm_plugin"
+
+
+def write_repository(
+    engine: Engine,
+    out: str | Path,
+    *,
+    decoupled: bool = True,
+    cancellation_check_period_ms: float = 25,
+    max_open_requests: int = 1024,
+    runtime_module: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the model repository of `engine` to the folder `out` and return it.
+
+    Raises ServeError for a path that Triton cannot use and PuzzleError when `out` exists and is not to be overwritten.
+    """
+    out = Path(out).absolute()
+    if any(character in str(out) for character in " \t'\"$&;()"):
+        raise ServeError("Triton starts its Python stub through a shell: no spaces or shell characters", file=out)
+    plugin = engine.path / PLUGIN_FOLDER
+    triton = TritonConfig(
+        decoupled=decoupled,
+        cancellation_check_period_ms=cancellation_check_period_ms,
+        runtime=engine.manifest.runtime,
+        runtime_module=runtime_module,
+        plugin=str(plugin) if plugin.is_dir() else None,
+        max_open_requests=max_open_requests,
+        vocab_size=engine.architecture.vocab_size,
+    )
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        version = folder / MODEL_NAME / "1"
+        version.mkdir(parents=True)
+        (folder / MODEL_NAME / "config.pbtxt").write_text(render_config(), encoding="utf-8")
+        shutil.copyfile(Path(__file__).with_name("model.py"), version / "model.py")
+        (version / MODEL_YAML).write_text(render_model_yaml(engine, triton), encoding="utf-8")
+    return out
+
+
+def render_model_yaml(engine: Engine, triton: TritonConfig) -> str:
+    """The text of model.yaml; keys in a fixed order, so that two builds of one engine give one text."""
+    content: dict[str, Any] = {"model": str(engine.model_path), **engine.llm_args}
+    content["model"] = str(engine.model_path)
+    content["triton_config"] = triton.model_dump(exclude_none=True)
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

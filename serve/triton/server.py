@@ -1,0 +1,150 @@
+"""`serve` at a terminal: keep one engine served, and notice when it dies.
+
+Triton does not restart a dead stub of a decoupled model and keeps calling the model ready, so the watch is from
+outside: the server process, the stub processes, and the model's own word about its engine (puzzle_engine_up, set by
+the stub, which outlives the engine). Death is noticed within about two seconds; then the server is stopped, and the
+caller exits 1 so that whoever supervises us restarts, or we start anew ourselves with `restart`.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from puzzle_trtllm.engine import Engine
+from puzzle_trtllm.serve.triton.launch import TritonServer
+from puzzle_trtllm.serve.triton.probe import read_metrics
+from puzzle_trtllm.serve.triton.process import is_alive
+
+__all__ = ["TritonServer", "serve_engine", "watch"]
+
+_POLL_S = 0.5
+
+
+class _StopAskedError(BaseException):
+    """SIGINT or SIGTERM arrived."""
+
+
+def serve_engine(
+    engine: Engine | str | Path,
+    *,
+    grpc_port: int = 8001,
+    http_port: int = 8000,
+    metrics_port: int = 8002,
+    host: str = "127.0.0.1",
+    restart: bool = False,
+    on_ready: Callable[[TritonServer], None] | None = None,
+    quiet: bool = False,
+    **server_options: Any,
+) -> int:
+    """Serve until SIGINT or SIGTERM: exit code 0; 1 when the engine or the server dies, unless `restart`.
+
+    Call it from the main thread. `on_ready` is called after every start. Raises ServeError when it does not start.
+    """
+    say = _silent if quiet else _say
+    with _signals_raise():
+        try:
+            while True:
+                server = TritonServer(
+                    engine,
+                    grpc_port=grpc_port,
+                    http_port=http_port,
+                    metrics_port=metrics_port,
+                    host=host,
+                    on_wait=_progress(say),
+                    **server_options,
+                )
+                reason = _serve_once(server, on_ready, say)
+                say(f"{reason}; the log is {server.log_file}")
+                if not restart:
+                    return 1
+                say("starting again")
+        except _StopAskedError:
+            return 0
+
+
+def _serve_once(
+    server: TritonServer, on_ready: Callable[[TritonServer], None] | None, say: Callable[[str], None]
+) -> str:
+    """Returns the reason why it ended by itself."""
+    server.start()
+    try:
+        say(f"serving {server.engine.path} at grpc {server.grpc_url}, {server.http_url}, {server.metrics_url}")
+        if on_ready is not None:
+            on_ready(server)
+        reason = watch(server)
+    except _StopAskedError:
+        say("stopping")
+        with _signals_ignored():
+            server.stop()
+        raise
+    except BaseException:
+        server.stop(grace_s=1)
+        raise
+    server.keep_log()
+    server.stop(grace_s=1)
+    return reason
+
+
+def watch(server: TritonServer) -> str:
+    """Block until the server, a stub or the engine dies; returns which, in words."""
+    stubs = server.stub_pids()
+    while True:
+        code = server.exit_code()
+        if code is not None:
+            return f"tritonserver ended with code {code}"
+        dead = [pid for pid in stubs if not is_alive(pid)]
+        if dead:
+            return f"the model's process (pid {dead[0]}) died"
+        metrics = read_metrics(server.metrics_url)
+        if metrics is not None and metrics.get("puzzle_engine_up") == 0:
+            return "the engine died"
+        time.sleep(_POLL_S)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    def stop(number: int, frame: object) -> None:
+        raise _StopAskedError
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _signals_ignored() -> Iterator[None]:
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _progress(say: Callable[[str], None]) -> Callable[[float], None]:
+    """Say that we wait: after 5 s, then every 30 s (a large engine takes minutes)."""
+    said_s = [-25.0]
+
+    def on_wait(waited_s: float) -> None:
+        if waited_s - said_s[0] >= 30:
+            said_s[0] = waited_s
+            say(f"starting, {waited_s:.0f} s so far")
+
+    return on_wait
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _silent(message: str) -> None:
+    pass

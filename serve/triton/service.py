@@ -1,0 +1,54 @@
+"""What Triton's model object owns: the LLM, its session, the senders, the metrics; started and stopped in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from puzzle_trtllm.serve.triton.backend import TritonEncoder, log_info, read_inputs
+from puzzle_trtllm.serve.triton.host import start_llm
+from puzzle_trtllm.serve.triton.metrics import MetricsThread
+from puzzle_trtllm.serve.triton.outbox import Outbox
+from puzzle_trtllm.serve.triton.request import RequestLimits
+from puzzle_trtllm.serve.triton.session import Session
+from puzzle_trtllm.serve.triton.settings import ModelSettings
+
+
+class Service:
+    """One instance of the model."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        triton = settings.triton
+        self._llm, sampling_params = start_llm(settings)
+        self._outbox = Outbox(TritonEncoder(), log=log_info)
+        self._session = Session(
+            llm=self._llm,
+            sampling_params=sampling_params,
+            outbox=self._outbox,
+            limits=RequestLimits(
+                streaming_allowed=triton.decoupled,
+                vocab_size=triton.vocab_size,
+                max_seq_len=settings.llm_args.get("max_seq_len"),
+            ),
+            max_open_requests=triton.max_open_requests,
+            sweep_period_s=triton.cancellation_check_period_ms / 1000,
+            log=log_info,
+        )
+        self._metrics = MetricsThread(
+            self._session, self._outbox, self._llm, metric_family=pb_utils.MetricFamily, log=log_info
+        )
+        self._metrics.start()
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Take the requests; responses go through their senders."""
+        for request in requests:
+            self._session.accept(request.request_id(), read_inputs(request), request.get_response_sender())
+
+    def stop(self) -> None:
+        """In the order in which nothing is asked of what is already gone."""
+        self._metrics.stop()
+        self._session.stop()
+        self._outbox.close()
+        self._llm.shutdown()

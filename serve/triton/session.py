@@ -1,0 +1,254 @@
+"""The open requests of one LLM: one event loop in a thread of its own, one task a request.
+
+Triton's threads only parse and hand over (`accept`); everything that touches the LLM or the table of open requests
+runs in the loop, so there are no locks. A request ends in exactly one of: its last output, a refusal
+(INVALID_ARGUMENT), a cancel (CANCELLED), a full table or a dead engine (UNAVAILABLE), anything else (INTERNAL). Every
+end is a response with the final flag; silence would hang the client for ever.
+
+Cancels are found by one sweep over all open requests, not by a timer or a query a step for each: a query is a round
+trip to the server (some 50 us of CPU), so with many requests the period stretches, at most to `_SWEEP_LIMIT_S`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from puzzle_trtllm.serve.runtimes.api import EngineDeadError, RequestError
+from puzzle_trtllm.serve.triton.outbox import Log, Outbox, Reply, ResponseSender, Status
+from puzzle_trtllm.serve.triton.request import (
+    GenerateCall,
+    Inputs,
+    ReplyFormat,
+    RequestLimits,
+    RequestRefusedError,
+    is_stop,
+    parse_request,
+)
+from puzzle_trtllm.serve.triton.response import take_snapshot
+
+_SWEEP_LIMIT_S = 0.08
+_SWEEP_SHARE = 0.5
+"""The sweep may take this share of its thread's time."""
+
+
+@dataclass(kw_only=True, eq=False)
+class OpenRequest:
+    """A request between its arrival and its end."""
+
+    request_id: str
+    reply: Reply
+    result: Any = None
+    """The runtime's RequestOutput, once submitted."""
+    task: asyncio.Task[None] | None = None
+    num_tokens: int = 0
+
+
+@dataclass(kw_only=True)
+class Totals:
+    """Counts since the start; written in the loop's thread, read by the metrics."""
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    ends: dict[str, int] = field(default_factory=dict)
+    """Requests ended, by `ok` or the status."""
+
+
+class Session:
+    """Runs requests on `llm`, which answers to TensorRT-LLM's LLM API."""
+
+    def __init__(
+        self,
+        *,
+        llm: Any,
+        sampling_params: Any,
+        outbox: Outbox,
+        limits: RequestLimits,
+        max_open_requests: int = 1024,
+        sweep_period_s: float = 0.025,
+        log: Log = print,
+    ) -> None:
+        self._llm = llm
+        self._sampling_params = sampling_params
+        self._outbox = outbox
+        self._limits = limits
+        self._max_open_requests = max_open_requests
+        self._sweep_period_s = sweep_period_s
+        self._log = log
+        self._open: dict[int, OpenRequest] = {}
+        self._death: str | None = None
+        self._stopping = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self.totals = Totals()
+        self._threads = [
+            threading.Thread(target=self._run_loop, name="puzzle-loop", daemon=True),
+            threading.Thread(target=self._sweep, name="puzzle-sweep", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # --- any thread -------------------------------------------------------------------------------------------------
+
+    def accept(self, request_id: str, inputs: Inputs, sender: ResponseSender) -> None:
+        """Take a request; returns at once, whatever happens to it."""
+        try:
+            if is_stop(inputs):
+                reply = self._outbox.open_reply(sender, ReplyFormat())
+                self._loop.call_soon_threadsafe(self._stop_by_id, request_id, reply)
+                return
+            call = parse_request(inputs, self._limits)
+        except RequestRefusedError as refusal:
+            reply = self._outbox.open_reply(sender, ReplyFormat())
+            self._loop.call_soon_threadsafe(self._refuse, reply, "INVALID_ARGUMENT", str(refusal))
+            return
+        reply = self._outbox.open_reply(sender, call.reply)
+        self._loop.call_soon_threadsafe(self._begin, OpenRequest(request_id=request_id, reply=reply), call)
+
+    def engine_died(self, reason: str) -> None:
+        """End all requests, now and from now on, with UNAVAILABLE."""
+        self._loop.call_soon_threadsafe(self._bury, reason)
+
+    @property
+    def death(self) -> str | None:
+        """Why the engine is dead; None while it lives."""
+        return self._death
+
+    def queue_lengths(self) -> tuple[int, int]:
+        """(waiting for their first token, generating)."""
+        requests = list(self._open.values())
+        running = sum(1 for request in requests if request.num_tokens)
+        return len(requests) - running, running
+
+    def stop(self) -> None:
+        """End what is open with UNAVAILABLE and stop the threads; the LLM is the caller's to shut down."""
+        self._stopping.set()
+        self._loop.call_soon_threadsafe(self._end_all, "the server is stopping")
+        self._loop.call_soon_threadsafe(self._loop.call_later, 0.05, self._loop.stop)  # cancelled tasks run once more
+        for thread in self._threads:
+            thread.join(timeout=5)
+
+    # --- the loop's thread ------------------------------------------------------------------------------------------
+
+    def _run_loop(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    def _begin(self, request: OpenRequest, call: GenerateCall) -> None:
+        if self._death is not None:
+            self._refuse(request.reply, "UNAVAILABLE", f"the engine is dead: {self._death}")
+        elif self._stopping.is_set():
+            self._refuse(request.reply, "UNAVAILABLE", "the server is stopping")
+        elif len(self._open) >= self._max_open_requests:
+            self._refuse(request.reply, "UNAVAILABLE", f"the queue is full: {len(self._open)} requests are open")
+        else:
+            self._open[id(request)] = request
+            request.task = self._loop.create_task(self._generate(request, call))
+            # Not a `finally` in the task: a task cancelled before its first step never runs at all.
+            request.task.add_done_callback(lambda _: self._open.pop(id(request), None))
+
+    async def _generate(self, request: OpenRequest, call: GenerateCall) -> None:
+        try:
+            parameters = self._sampling_params(**call.sampling)
+            request.result = self._llm.generate_async(call.prompt, parameters, streaming=call.reply.streaming)
+            async for output in request.result:
+                self._step(request, output)
+            if not request.reply.ended:
+                self._end(request.reply, "INTERNAL", "the runtime ended the request without a last output")
+        except Exception as error:
+            self._end_with(request, error)
+
+    def _step(self, request: OpenRequest, output: Any) -> None:
+        snapshot = take_snapshot(output)
+        if snapshot.finished and snapshot.finish_reason == "cancelled":
+            self._end(request.reply, "CANCELLED", "the runtime cancelled the request")
+            return
+        if request.num_tokens == 0:
+            self.totals.prompt_tokens += len(output.prompt_token_ids or ())
+        self.totals.output_tokens += max(0, snapshot.num_tokens - request.num_tokens)
+        request.num_tokens = max(request.num_tokens, snapshot.num_tokens)
+        if snapshot.finished and not request.reply.ended:
+            self._count("ok")
+        request.reply.update(snapshot)
+
+    def _end_with(self, request: OpenRequest, error: Exception) -> None:
+        if isinstance(error, EngineDeadError) or not engine_is_healthy(self._llm):
+            self._bury(str(error) or type(error).__name__)
+        elif request.num_tokens == 0 and is_about_the_request(error):
+            self._end(request.reply, "INVALID_ARGUMENT", str(error) or type(error).__name__)
+        else:
+            self._log(f"request {request.request_id!r} failed: {type(error).__name__}: {error}")
+            self._end(request.reply, "INTERNAL", f"generation failed: {type(error).__name__}: {error}")
+
+    def _stop_by_id(self, request_id: str, reply: Reply) -> None:
+        """`stop`: the running requests end, and so does this one, all CANCELLED as in NVIDIA's model."""
+        if not request_id:
+            self._refuse(reply, "INVALID_ARGUMENT", "stop: needs the request id of the request to stop")
+            return
+        running = [request for request in self._open.values() if request.request_id == request_id]
+        for request in running:
+            self._cancel(request, f"request {request_id!r} was stopped")
+        reply.fail("CANCELLED", f"stopped {len(running)} running request(s) with id {request_id!r}")
+
+    def _cancel(self, request: OpenRequest, message: str) -> None:
+        if request.reply.ended:
+            return
+        self._abort(request)
+        self._end(request.reply, "CANCELLED", message)
+
+    def _abort(self, request: OpenRequest) -> None:
+        """Have the runtime free what the request holds, and forget its task."""
+        try:
+            if request.result is not None:
+                request.result.abort()
+        except Exception as error:  # an engine that cannot abort has worse trouble, found elsewhere
+            self._log(f"abort of request {request.request_id!r} failed: {type(error).__name__}: {error}")
+        if request.task is not None:
+            request.task.cancel()
+
+    def _bury(self, reason: str) -> None:
+        if self._death is None:
+            self._death = reason
+            self._log(f"the engine is dead: {reason}")
+        self._end_all(f"the engine is dead: {reason}")
+
+    def _end_all(self, message: str) -> None:
+        for request in list(self._open.values()):
+            self._end(request.reply, "UNAVAILABLE", message)
+            self._abort(request)
+
+    def _refuse(self, reply: Reply, status: Status, message: str) -> None:
+        self._end(reply, status, message)
+
+    def _end(self, reply: Reply, status: Status, message: str) -> None:
+        if not reply.ended:
+            self._count(status.lower())
+            reply.fail(status, message)
+
+    def _count(self, end: str) -> None:
+        self.totals.ends[end] = self.totals.ends.get(end, 0) + 1
+
+    # --- the sweep's thread -----------------------------------------------------------------------------------------
+
+    def _sweep(self) -> None:
+        period_s = self._sweep_period_s
+        while not self._stopping.wait(period_s):
+            began_s = time.monotonic()
+            for request in list(self._open.values()):
+                if request.reply.is_cancelled():
+                    self._loop.call_soon_threadsafe(self._cancel, request, "the client closed the request")
+            spent_s = time.monotonic() - began_s
+            period_s = min(max(self._sweep_period_s, spent_s / _SWEEP_SHARE), _SWEEP_LIMIT_S)
+
+
+def engine_is_healthy(llm: Any) -> bool:
+    """What the runtime says of itself; True where it says nothing (TensorRT-LLM: `_check_health`)."""
+    check = getattr(llm, "_check_health", None)
+    return bool(check()) if callable(check) else True
+
+
+def is_about_the_request(error: Exception) -> bool:
+    """Whether a runtime's error blames the request. TensorRT-LLM's RequestError is a class of its own."""
+    return isinstance(error, (ValueError, TypeError, RequestError)) or type(error).__name__ == "RequestError"
