@@ -90,3 +90,21 @@ class Ratio:
         if denominator == 0:
             return cls(value=None, reason=zero_reason)
         return cls(value=numerator / denominator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """One number measured in several rounds: its median, its range, and the rounds themselves."""
+
+    median: float
+    low: float
+    high: float
+    rounds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, rounds: Iterable[float]) -> Spread:
+        """Raises BenchError when there are no rounds."""
+        values = tuple(rounds)
+        if not values:
+            raise BenchError("no rounds to take a median of")
+        return cls(median=median(values), low=min(values), high=max(values), rounds=values)

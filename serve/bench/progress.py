@@ -1,0 +1,50 @@
+"""The live line of a running load on stderr: requests done, tokens per second, failures."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from typing_extensions import Self
+
+from puzzle_trtllm.serve.metrics.records import RequestRecord
+
+REFRESHES_PER_SECOND = 4
+"""Drawing costs CPU time that a server on the same machine would miss."""
+
+
+class LoadProgress:
+    """A LoadObserver that draws; with `quiet` it only listens."""
+
+    def __init__(self, label: str, *, num_requests: int, quiet: bool) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("requests  {task.fields[tokens]:,} tokens{task.fields[problems]}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True, quiet=quiet),
+            refresh_per_second=REFRESHES_PER_SECOND,
+            disable=quiet,
+        )
+        self._task = self._progress.add_task(label, total=num_requests, tokens=0, problems="")
+        self._tokens = 0
+        self._problems = 0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def on_tokens(self, count: int) -> None:
+        self._tokens += count
+
+    def on_end(self, record: RequestRecord) -> None:
+        self._problems += record.status != "completed"
+        problems = f", {self._problems} not completed" if self._problems else ""
+        self._progress.update(self._task, advance=1, tokens=self._tokens, problems=problems)

@@ -1,0 +1,125 @@
+"""What a load run leaves behind: numbers with units, and everything needed to judge and repeat them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from rich.table import Table
+
+from puzzle_trtllm.errors import BenchError
+from puzzle_trtllm.scenario import Scenario
+from puzzle_trtllm.serve.metrics.catalogue import METRICS
+from puzzle_trtllm.serve.metrics.provenance import Provenance
+from puzzle_trtllm.serve.metrics.records import RequestCounts
+from puzzle_trtllm.serve.metrics.result_file import ResultFile
+from puzzle_trtllm.serve.metrics.statistics import Distribution, Spread
+
+Lengths = Literal["exact", "nominal"]
+TokenCounts = Literal["server", "responses"]
+
+
+class BenchResult(ResultFile):
+    """One scenario against one server."""
+
+    kind: Literal["bench"] = "bench"
+    name: str
+    """What the server is called in comparisons."""
+    url: str
+    scenario: Scenario
+    """The load as it was run, overrides included."""
+    seed: int
+    lengths: Lengths
+    """nominal: a stock server takes text only and stops where the model does; the scenario's lengths are wishes."""
+    token_counts: TokenCounts
+    """responses: a stock server tells no counts, so every response with text counts as one token."""
+    requests: RequestCounts
+    errors: dict[str, int]
+    """Reason of every request that failed or was cancelled -> how many gave it."""
+    steady_window_s: float
+    steady_window_tokens: int
+    wall_s: float
+    """First request sent to last response, edges included."""
+    scalars: dict[str, float]
+    distributions: dict[str, Distribution]
+    absent: dict[str, str]
+    """Metrics that do not exist for this run, and why."""
+    units: dict[str, str]
+    formulas: dict[str, str]
+    provenance: Provenance
+
+    def scalar(self, tag: str) -> float:
+        """Raises BenchError with the reason when the run has no such number."""
+        if tag not in self.scalars:
+            raise BenchError(f"missing metric: {self.absent.get(tag, 'not in this result')}", file=self.name, key=tag)
+        return self.scalars[tag]
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        return self.scalar("output_tokens_per_s")
+
+    def __rich__(self) -> Table:
+        return bench_table([self])
+
+
+class ServerRounds(BaseModel):
+    """The rounds of one server in an interleaved comparison."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    output_tokens_per_s: Spread
+    rounds: list[BenchResult]
+
+    @classmethod
+    def of(cls, rounds: list[BenchResult]) -> ServerRounds:
+        return cls(output_tokens_per_s=Spread.of(r.output_tokens_per_s for r in rounds), rounds=rounds)
+
+
+class InterleavedResult(ResultFile):
+    """Several servers under one scenario, measured in turn."""
+
+    kind: Literal["interleaved_bench"] = "interleaved_bench"
+    scenario: Scenario
+    servers: dict[str, ServerRounds]
+    order: list[list[str]]
+    """Which server was measured when, round by round."""
+
+    def __rich__(self) -> Table:
+        return interleaved_table(self.servers)
+
+
+def metric_facts(field: Literal["unit", "formula"]) -> dict[str, str]:
+    """Tag -> unit, or tag -> formula, of the whole catalogue."""
+    return {tag: str(getattr(metric, field)) for tag, metric in METRICS.items()}
+
+
+def bench_table(results: list[BenchResult]) -> Table:
+    """One row a metric and one column a statistic; several results one below the other."""
+    table = Table(title=f"scenario {results[0].scenario.name}", title_justify="left")
+    for column in ("server", "metric", "unit", "value / mean", "p50", "p90", "p95", "p99"):
+        table.add_column(column, justify="left" if column in ("server", "metric", "unit") else "right")
+    for result in results:
+        for tag, value in result.scalars.items():
+            table.add_row(result.name, tag, result.units[tag], f"{value:,.2f}")
+        for tag, d in result.distributions.items():
+            numbers = (f"{number:,.1f}" for number in (d.mean, d.p50, d.p90, d.p95, d.p99))
+            table.add_row(result.name, tag, result.units[tag], *numbers)
+        table.add_row(result.name, "requests", "", str(result.requests), end_section=True)
+    return table
+
+
+def interleaved_table(servers: Mapping[str, ServerRounds]) -> Table:
+    """One row a server: median, range and rounds of its output throughput."""
+    table = Table(title="output tokens per second", title_justify="left")
+    for column in ("server", "median", "range", "rounds", "TTFT p50 ms", "ITL p50 ms", "requests"):
+        table.add_column(column, justify="left" if column in ("server", "requests") else "right")
+    for name, server in servers.items():
+        spread, last = server.output_tokens_per_s, server.rounds[-1]
+        latencies = [
+            f"{last.distributions[tag].p50:,.1f}" if tag in last.distributions else "-" for tag in ("ttft_ms", "itl_ms")
+        ]
+        rounds = " ".join(f"{value:,.0f}" for value in spread.rounds)
+        range_text = f"{spread.low:,.0f} to {spread.high:,.0f}"
+        table.add_row(name, f"{spread.median:,.0f}", range_text, rounds, *latencies, str(last.requests))
+    return table

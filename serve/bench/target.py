@@ -1,0 +1,46 @@
+"""What a load needs of the outside: a connection to a server, and a tokenizer to make prompts with.
+
+tritonclient is imported only when a connection is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Protocol
+
+from puzzle_trtllm.chat import ChatTokenizer
+from puzzle_trtllm.engine import Engine
+from puzzle_trtllm.errors import BenchError
+from puzzle_trtllm.serve.client.request import GenerationChunk, GenerationRequest
+
+
+class Target(Protocol):
+    """A connected client."""
+
+    @property
+    def gives_token_ids(self) -> bool:
+        """False for a stock llmapi server, which takes no token ids either."""
+        ...
+
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]: ...
+
+
+Connect = Callable[[str], AbstractAsyncContextManager[Target]]
+"""url -> a context manager that gives a connected client; tests give a scripted one."""
+
+
+def connect_triton(url: str) -> AbstractAsyncContextManager[Target]:
+    """Our streaming gRPC client for the Triton server at `url`. Entering it raises ServeError when nobody answers."""
+    from puzzle_trtllm.serve.client.triton_client import TritonLlmClient
+
+    return TritonLlmClient(url)
+
+
+def prompt_tokenizer(*, engine: str | Path | None, tokenizer_folder: str | Path | None) -> ChatTokenizer:
+    """The given tokenizer, or the engine's own. Raises BenchError when there is neither."""
+    if tokenizer_folder is None and engine is None:
+        raise BenchError("prompts need a vocabulary", expected="an engine folder or a tokenizer folder")
+    folder = Path(tokenizer_folder) if tokenizer_folder is not None else Engine.open(str(engine)).model_path
+    return ChatTokenizer.from_folder(folder)

@@ -1,0 +1,178 @@
+"""`evaluate`: every problem at every reasoning effort, through the server, greedily, and graded.
+
+The client renders the chat template (Triton's model knows none) and sends token ids, so that special tokens mean what
+they meant in training. Token ids come back too and are decoded here with special tokens kept: only then are channels
+unambiguous. A stock server gets and gives text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from puzzle_trtllm.chat import REASONING_EFFORTS, ChatTokenizer
+from puzzle_trtllm.errors import BenchError, ConfigError
+from puzzle_trtllm.serve.bench.load import Answer, errors_of, hold_concurrency
+from puzzle_trtllm.serve.bench.progress import LoadProgress
+from puzzle_trtllm.serve.bench.target import Connect, connect_triton
+from puzzle_trtllm.serve.client.request import GenerationRequest
+from puzzle_trtllm.serve.evaluate.answers import final_answer
+from puzzle_trtllm.serve.evaluate.graders import Grader, find_grader
+from puzzle_trtllm.serve.evaluate.problems import Problem, ProblemSet, load_problems
+from puzzle_trtllm.serve.evaluate.result import EffortResult, EvaluationResult, GradedAnswer
+from puzzle_trtllm.serve.metrics.provenance import Provenance
+from puzzle_trtllm.serve.metrics.records import RequestCounts
+from puzzle_trtllm.serve.metrics.statistics import wilson_interval
+
+
+def evaluate(
+    url: str,
+    *,
+    problems: str | Path,
+    tokenizer_folder: str | Path,
+    concurrency: int,
+    max_tokens: int,
+    efforts: Sequence[str] = REASONING_EFFORTS,
+    grader: str = "numeric",
+    limit: int | None = None,
+    engine: str | Path | None = None,
+    name: str | None = None,
+    connect: Connect = connect_triton,
+    quiet: bool = False,
+) -> EvaluationResult:
+    """Evaluate the server at `url` on a problem set at each of `efforts`, `concurrency` problems at a time.
+
+    tokenizer_folder: the checkpoint (or an engine's `model/`) whose chat template and tokenizer the server's model has.
+    max_tokens: room for reasoning and answer; an answer that needs more is truncated.
+    limit: only the first so many problems. engine: the engine folder behind the URL, for provenance.
+
+    Raises ConfigError for a bad problem set, grader or effort, CheckpointError for a bad tokenizer folder, BenchError
+    when an effort has no successful request, ServeError when nobody answers.
+    """
+    grade = find_grader(grader)
+    problem_set = load_problems(problems, limit=limit)
+    for problem in problem_set.problems:
+        grade("", problem.answer)  # a problem this grader cannot grade is an error now, not after an hour
+    if not efforts:
+        raise ConfigError("no reasoning effort to evaluate", expected=", ".join(REASONING_EFFORTS))
+    tokenizer = ChatTokenizer.from_folder(tokenizer_folder)
+    provenance = Provenance.collect(engine=engine)
+    results = asyncio.run(
+        _all_efforts(
+            url,
+            problem_set,
+            tokenizer,
+            efforts=efforts,
+            grade=grade,
+            concurrency=concurrency,
+            max_tokens=max_tokens,
+            name=name or url,
+            connect=connect,
+            quiet=quiet,
+        )
+    )
+    return EvaluationResult(
+        name=name or url,
+        url=url,
+        problems_file=str(problem_set.file),
+        problems_fingerprint=problem_set.fingerprint,
+        grader=grader,
+        max_tokens=max_tokens,
+        concurrency=concurrency,
+        efforts=results,
+        provenance=provenance,
+    )
+
+
+async def _all_efforts(
+    url: str,
+    problem_set: ProblemSet,
+    tokenizer: ChatTokenizer,
+    *,
+    efforts: Sequence[str],
+    grade: Grader,
+    concurrency: int,
+    max_tokens: int,
+    name: str,
+    connect: Connect,
+    quiet: bool,
+) -> dict[str, EffortResult]:
+    """One effort after the other, so that each has a rate of its own."""
+    results = {}
+    async with connect(url) as target:
+        for effort in efforts:
+            requests = [
+                _request(problem, tokenizer, effort, max_tokens=max_tokens, as_ids=target.gives_token_ids)
+                for problem in problem_set.problems
+            ]
+            with LoadProgress(f"{name} at {effort} effort", num_requests=len(requests), quiet=quiet) as progress:
+                answers = await hold_concurrency(
+                    target.stream, requests, concurrency=concurrency, is_truncated=_ran_out, observer=progress
+                )
+            results[effort] = grade_effort(answers, problem_set.problems, tokenizer, grade, effort=effort)
+    return results
+
+
+def _request(
+    problem: Problem, tokenizer: ChatTokenizer, effort: str, *, max_tokens: int, as_ids: bool
+) -> GenerationRequest:
+    prompt = tokenizer.render_chat([{"role": "user", "content": problem.prompt}], reasoning_effort=effort)
+    if as_ids:
+        return GenerationRequest(input_ids=tokenizer.encode(prompt), max_tokens=max_tokens)
+    return GenerationRequest(prompt=prompt, max_tokens=max_tokens)
+
+
+def _ran_out(request: GenerationRequest, num_tokens: int, finish_reason: str | None) -> bool:
+    """True when the answer ended because its tokens did; a server that gives no reason is judged by the count."""
+    if finish_reason is not None:
+        return finish_reason == "length"
+    return request.max_tokens is not None and num_tokens >= request.max_tokens
+
+
+def grade_effort(
+    answers: Sequence[Answer],
+    problems: Sequence[Problem],
+    tokenizer: ChatTokenizer,
+    grade: Grader,
+    *,
+    effort: str,
+) -> EffortResult:
+    """Grade one effort's answers (in the order of `problems`). Raises BenchError when none succeeded."""
+    records = [answer.record for answer in answers]
+    counts = RequestCounts.of(records)
+    if not counts.answered:
+        first = next(errors_of(answers), "no reason given")
+        raise BenchError(f"zero successful requests at {effort} effort ({counts}); the first says: {first}")
+    graded = [
+        _grade_answer(answer, problem, tokenizer, grade) for answer, problem in zip(answers, problems, strict=True)
+    ]
+    num_correct = sum(answer.correct for answer in graded)
+    low, high = wilson_interval(num_correct, counts.answered)
+    wall_s = (max(record.end_ns for record in records) - min(record.sent_ns for record in records)) / 1e9
+    return EffortResult(
+        accuracy=num_correct / counts.answered,
+        accuracy_low=low,
+        accuracy_high=high,
+        num_problems=len(problems),
+        num_correct=num_correct,
+        requests=counts,
+        errors=dict(Counter(errors_of(answers))),
+        mean_output_tokens=sum(r.num_output_tokens for r in records if r.is_answered) / counts.answered,
+        measured_requests_per_s=counts.answered / wall_s,
+        wall_s=wall_s,
+        answers=graded,
+    )
+
+
+def _grade_answer(answer: Answer, problem: Problem, tokenizer: ChatTokenizer, grade: Grader) -> GradedAnswer:
+    text = tokenizer.decode(answer.token_ids) if answer.token_ids else answer.text
+    final = final_answer(text) if answer.record.is_answered else None
+    return GradedAnswer(
+        id=problem.id,
+        correct=final is not None and grade(final, problem.answer),
+        final=final,
+        num_output_tokens=answer.record.num_output_tokens,
+        status=answer.record.status,
+    )

@@ -1,0 +1,99 @@
+"""From an engine folder, its bench rounds and its evaluation to the one record that reports compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from puzzle_trtllm.engine import Engine
+from puzzle_trtllm.errors import BenchError
+from puzzle_trtllm.scenario import Scenario
+from puzzle_trtllm.serve.bench.result import BenchResult
+from puzzle_trtllm.serve.evaluate.result import EvaluationResult
+from puzzle_trtllm.serve.metrics.records import RequestCounts
+from puzzle_trtllm.serve.metrics.statistics import Spread
+from puzzle_trtllm.serve.report.measurement import EffortMeasurement, EngineMeasurement, EvaluationFacts, LayerBlock
+
+
+def assemble_measurement(
+    name: str,
+    *,
+    engine: str | Path | Engine,
+    rounds: Sequence[BenchResult],
+    evaluation: EvaluationResult | None = None,
+    uncapped_rounds: Sequence[BenchResult] | None = None,
+    kv_sequence_tokens: int | None = None,
+) -> EngineMeasurement:
+    """Put together what is known of one engine.
+
+    rounds: the bench results of the engine itself; uncapped_rounds: of the same model without a memory cap.
+    kv_sequence_tokens: length at which KV bytes are stated; the scenario's finished sequence by default.
+    Raises EngineError for a bad engine folder, BenchError for no rounds or rounds of different scenarios.
+    """
+    opened = engine if isinstance(engine, Engine) else Engine.open(engine)
+    scenario = _one_scenario(name, [*rounds, *(uncapped_rounds or [])])
+    manifest, architecture = opened.manifest, opened.architecture
+    tokens = kv_sequence_tokens or scenario.sequence_tokens
+    median_round = sorted(rounds, key=lambda r: r.output_tokens_per_s)[len(rounds) // 2]
+    return EngineMeasurement(
+        name=name,
+        runtime=manifest.runtime,
+        kv_dtype=manifest.kv_dtype,
+        kv_fold=manifest.kv_fold.mode,
+        blocks=[LayerBlock.model_validate(block.to_json()) for block in architecture.blocks],
+        weight_bytes=manifest.weight_bytes,
+        memory_bytes=manifest.memory_bytes,
+        kv_bytes_per_sequence=architecture.kv_bytes_per_sequence(tokens, manifest.kv_dtype),
+        kv_sequence_tokens=tokens,
+        scenario=scenario,
+        output_tokens_per_s=Spread.of(r.output_tokens_per_s for r in rounds),
+        uncapped_output_tokens_per_s=(
+            Spread.of(r.output_tokens_per_s for r in uncapped_rounds) if uncapped_rounds else None
+        ),
+        latencies=dict(median_round.distributions),
+        requests=_sum_counts([r.requests for r in rounds]),
+        lengths=median_round.lengths,
+        token_counts=median_round.token_counts,
+        evaluation=_evaluation_facts(evaluation) if evaluation else None,
+        efforts=_efforts(evaluation) if evaluation else {},
+        provenance=median_round.provenance,
+    )
+
+
+def _one_scenario(name: str, rounds: Sequence[BenchResult]) -> Scenario:
+    if not rounds:
+        raise BenchError("no bench results", file=name, expected="at least one round")
+    first = rounds[0].scenario
+    for result in rounds[1:]:
+        if not same_load(first, result.scenario):
+            raise BenchError(
+                "rounds of different scenarios", file=name, found=result.scenario.name, expected=first.name
+            )
+    return first
+
+
+def same_load(a: Scenario, b: Scenario) -> bool:
+    """True when two scenarios put the same load on a server; names, descriptions and warm-ups may differ."""
+    fields = ("input_tokens", "output_tokens", "concurrency", "num_requests")
+    return all(getattr(a, field) == getattr(b, field) for field in fields)
+
+
+def _sum_counts(counts: Sequence[RequestCounts]) -> RequestCounts:
+    return RequestCounts(
+        completed=sum(c.completed for c in counts),
+        truncated=sum(c.truncated for c in counts),
+        failed=sum(c.failed for c in counts),
+        cancelled=sum(c.cancelled for c in counts),
+    )
+
+
+def _evaluation_facts(evaluation: EvaluationResult) -> EvaluationFacts:
+    return EvaluationFacts.model_validate(evaluation.model_dump(include=set(EvaluationFacts.model_fields)))
+
+
+def _efforts(evaluation: EvaluationResult) -> dict[str, EffortMeasurement]:
+    fields = set(EffortMeasurement.model_fields)
+    return {
+        effort: EffortMeasurement.model_validate(result.model_dump(include=fields))
+        for effort, result in evaluation.efforts.items()
+    }

@@ -1,0 +1,89 @@
+"""The accuracy-speed frontier: one curve an engine, one point a reasoning effort (L, M, H).
+
+Along x the request rate relative to the first baseline at its highest effort, logarithmic, since low effort writes many
+times fewer tokens; along y the accuracy with its 95% interval. Up and to the right is better: where the child's curve
+lies right of its parent's, it answers more requests at the same accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from puzzle_trtllm.serve.report.charts.axes import Axis
+from puzzle_trtllm.serve.report.charts.svg import Drawing, text_width
+from puzzle_trtllm.serve.report.measurement import EngineMeasurement
+from puzzle_trtllm.serve.report.units import show_number
+
+WIDTH, HEIGHT = 960.0, 430.0
+LEFT, RIGHT, TOP, BOTTOM = 74.0, 30.0, 44.0, 62.0
+LOG_ABOVE = 3.0
+"""Ratio of largest to smallest rate from which a linear axis would squeeze the slow points."""
+
+
+def frontier_chart(
+    engines: Sequence[EngineMeasurement], styles: Mapping[str, str], *, baseline: EngineMeasurement
+) -> str | None:
+    """None when nothing was evaluated, or the baseline generated nothing."""
+    efforts = list(baseline.efforts)
+    unit = baseline.requests_per_s(efforts[-1]) if efforts else 0.0
+    if unit <= 0:
+        return None
+    rates = {(e.name, effort): e.requests_per_s(effort) / unit for e in engines for effort in e.efforts}
+    drawing = Drawing(WIDTH, HEIGHT, label="Accuracy against relative request rate by reasoning effort")
+    x, y = _axes(list(rates.values()))
+    _grid(drawing, x, y, f"request rate relative to {baseline.name} at {efforts[-1]} effort")
+    _legend(drawing, engines, styles)
+    for engine in engines:
+        points = [(effort, x(rates[engine.name, effort])) for effort in engine.efforts]
+        _curve(drawing, engine, points, y, styles[engine.name], rates)
+    return drawing.render()
+
+
+def _axes(rates: list[float]) -> tuple[Axis, Axis]:
+    low, high = min(rates), max(rates)
+    logarithmic = high / low > LOG_ABOVE
+    span = (low / 1.35, high * 1.35) if logarithmic else (0.0, high * 1.12)
+    x = Axis(low=span[0], high=span[1], start=LEFT, end=WIDTH - RIGHT, logarithmic=logarithmic)
+    return x, Axis(low=0.0, high=1.03, start=HEIGHT - BOTTOM, end=TOP)
+
+
+def _grid(drawing: Drawing, x: Axis, y: Axis, x_title: str) -> None:
+    for tick in y.ticks(6):
+        drawing.line(LEFT, y(tick), WIDTH - RIGHT, y(tick), "grid")
+        drawing.text(LEFT - 10, y(tick) + 4, f"{tick:.0%}", "tick", anchor="end")
+    for tick in x.ticks(8):
+        drawing.line(x(tick), TOP, x(tick), HEIGHT - BOTTOM, "grid")
+        drawing.text(x(tick), HEIGHT - BOTTOM + 19, f"{tick:g}×", "tick", anchor="middle")
+    drawing.text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 14, x_title, "axis", anchor="middle")
+    drawing.turned_text(20, (TOP + HEIGHT - BOTTOM) / 2, "accuracy", "axis")
+
+
+def _legend(drawing: Drawing, engines: Sequence[EngineMeasurement], styles: Mapping[str, str]) -> None:
+    at = LEFT
+    for engine in engines:
+        drawing.circle(at + 7, 16, 7, f"fill {styles[engine.name]}")
+        drawing.text(at + 20, 21, engine.name, "name")
+        at += 20 + text_width(engine.name, 15) + 26
+    drawing.text(WIDTH - RIGHT, 21, "L M H: low, medium, high effort", "faint", anchor="end")
+
+
+def _curve(
+    drawing: Drawing,
+    engine: EngineMeasurement,
+    points: list[tuple[str, float]],
+    y: Axis,
+    style: str,
+    rates: Mapping[tuple[str, str], float],
+) -> None:
+    drawing.polyline([(px, y(engine.efforts[effort].accuracy)) for effort, px in points], f"stroke {style}")
+    for effort, px in points:
+        result = engine.efforts[effort]
+        drawing.line(px, y(result.accuracy_low), px, y(result.accuracy_high), f"stroke thin {style}")
+        rate = show_number(rates[engine.name, effort])
+        hover = (
+            f"{engine.name}, {effort} effort: accuracy {result.accuracy:.1%} ({result.accuracy_low:.1%} to "
+            f"{result.accuracy_high:.1%}), {show_number(engine.requests_per_s(effort))} requests/s ({rate}×), "
+            f"{result.mean_output_tokens:.1f} tokens a request"
+        )
+        drawing.circle(px, y(result.accuracy), 10, f"fill {style} ring", hover=hover)
+        drawing.text(px, y(result.accuracy) + 4.5, effort[:1].upper(), "inside", anchor="middle")

@@ -1,0 +1,95 @@
+"""Everything a report needs to know of one engine: what it is, what it was given, and what it did.
+
+One such file per engine is what `report --baseline NAME=FILE --child FILE` reads; the engines need not have been
+measured by one process, but by one scenario, which is part of the file so that it can be checked.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from puzzle_trtllm.architecture import KvDtype
+from puzzle_trtllm.scenario import Scenario
+from puzzle_trtllm.serve.bench.result import Lengths, TokenCounts
+from puzzle_trtllm.serve.metrics.provenance import Provenance
+from puzzle_trtllm.serve.metrics.records import RequestCounts
+from puzzle_trtllm.serve.metrics.result_file import ResultFile
+from puzzle_trtllm.serve.metrics.statistics import Distribution, Spread
+
+
+class LayerBlock(BaseModel):
+    """One layer, as in block_configs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_local_experts: int
+    sliding_window: int | None
+
+
+class EffortMeasurement(BaseModel):
+    """One reasoning effort, as evaluated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    accuracy: float = Field(ge=0, le=1)
+    accuracy_low: float
+    accuracy_high: float
+    """Wilson's 95% interval."""
+    mean_output_tokens: float = Field(gt=0)
+    measured_requests_per_s: float
+    requests: RequestCounts
+
+
+class EvaluationFacts(BaseModel):
+    """What must be equal for two accuracies to be comparable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    problems_file: str
+    problems_fingerprint: str
+    grader: str
+    max_tokens: int
+
+
+class EngineMeasurement(ResultFile):
+    """One engine, measured under one scenario and, if an evaluation was made, at several reasoning efforts."""
+
+    kind: Literal["engine_measurement"] = "engine_measurement"
+    name: str = Field(min_length=1)
+    runtime: str
+    kv_dtype: KvDtype
+    kv_fold: str
+    """How calibrated KV scales reached the engine: tensor, channel or none."""
+    blocks: list[LayerBlock]
+    weight_bytes: int = Field(ge=1)
+    memory_bytes: int | None
+    """What the engine was given for weights and KV cache; None without a cap."""
+    kv_bytes_per_sequence: int = Field(ge=1)
+    """KV bytes of a sequence of `kv_sequence_tokens`, windows honoured, no block rounding."""
+    kv_sequence_tokens: int = Field(ge=1)
+    scenario: Scenario
+    output_tokens_per_s: Spread
+    uncapped_output_tokens_per_s: Spread | None = None
+    """The same engine without the memory cap, if it was measured."""
+    latencies: dict[str, Distribution] = Field(default_factory=dict)
+    """Tag -> distribution of the median round."""
+    requests: RequestCounts
+    """Of all rounds together."""
+    lengths: Lengths
+    token_counts: TokenCounts
+    evaluation: EvaluationFacts | None = None
+    efforts: dict[str, EffortMeasurement] = Field(default_factory=dict)
+    provenance: Provenance
+
+    def requests_per_s(self, effort: str) -> float:
+        """Request-level efficiency: the median throughput / the mean tokens a request takes at this effort."""
+        return self.output_tokens_per_s.median / self.efforts[effort].mean_output_tokens
+
+    @property
+    def sequences_held(self) -> int | None:
+        """Finished-length sequences that the memory holds beside the weights, packed ideally; None without a cap."""
+        if self.memory_bytes is None:
+            return None
+        return max(0, self.memory_bytes - self.weight_bytes) // self.kv_bytes_per_sequence

@@ -1,0 +1,49 @@
+"""What a reader must know before believing a report: sentences, generated from the measurements.
+
+They fail nothing; they stand on the page and in report.json. No note means that none of these things happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from puzzle_trtllm.serve.report.measurement import EngineMeasurement
+
+
+def notes_on(engines: Sequence[EngineMeasurement], *, baselines: Sequence[str], child: str) -> list[str]:
+    """All notes on a comparison of `child` with `baselines`."""
+    by_name = {engine.name: engine for engine in engines}
+    notes = [note for engine in engines for note in _on_engine(engine)]
+    for name in baselines:
+        notes.extend(_on_pair(by_name[child], by_name[name]))
+    return notes
+
+
+def _on_engine(engine: EngineMeasurement) -> Iterator[str]:
+    if engine.requests.completed != engine.requests.total:
+        yield f"{engine.name}: the load ended with {engine.requests}."
+    if engine.lengths != "exact":
+        yield f"{engine.name}: the server takes no token ids, so prompt and answer lengths are nominal."
+    if engine.token_counts != "server":
+        yield f"{engine.name}: the server tells no token counts, so responses were counted."
+    if engine.kv_dtype == "fp8" and engine.kv_fold == "none":
+        yield f"{engine.name}: FP8 KV cache with unit scales; no calibrated scale was folded into the weights."
+    for effort, result in engine.efforts.items():
+        if result.requests.failed or result.requests.cancelled:
+            yield f"{engine.name}, {effort} effort: {result.requests}; accuracy is over answered problems."
+        if result.requests.truncated:
+            cut, answered = result.requests.truncated, result.requests.answered
+            yield f"{engine.name}, {effort} effort: {cut} of {answered} answers ran out of tokens."
+
+
+def _on_pair(child: EngineMeasurement, baseline: EngineMeasurement) -> Iterator[str]:
+    ours, theirs = child.output_tokens_per_s, baseline.output_tokens_per_s
+    if ours.low <= theirs.high and theirs.low <= ours.high:
+        yield (
+            f"{child.name} and {baseline.name}: the ranges of their rounds overlap, so their difference in throughput "
+            "is not resolved."
+        )
+    if child.memory_bytes != baseline.memory_bytes:
+        yield f"{child.name} and {baseline.name} were given different memory."
+    if str(child.provenance.hardware) != str(baseline.provenance.hardware):
+        yield f"{child.name} and {baseline.name} were measured on different machines."

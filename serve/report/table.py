@@ -1,0 +1,113 @@
+"""The report in the terminal: engines as columns, so that it fits 80 of them, efforts as groups of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from puzzle_trtllm.serve.metrics.statistics import Ratio
+from puzzle_trtllm.serve.report.compare import Comparison
+from puzzle_trtllm.serve.report.measurement import EngineMeasurement
+from puzzle_trtllm.serve.report.summary import Report, headline
+from puzzle_trtllm.serve.report.units import NONE, show_bytes, show_number, show_percent, show_ratio
+
+Show = Callable[[EngineMeasurement], str]
+
+
+def report_table(report: Report) -> RenderableType:
+    """What `report` prints on stdout."""
+    notes = [Text(f"note: {note}", style="yellow") for note in report.notes]
+    return Group(engine_table(report), Text(headline(report), style="bold"), *notes)
+
+
+def engine_table(report: Report) -> Table:
+    """One column an engine: what it did, what it is, and then each reasoning effort. Ratios are the child's."""
+    table = Table(title=report.title, title_justify="left", title_style="bold")
+    table.add_column("")
+    for engine in report.engines:
+        table.add_column(engine.name, justify="right", style="bold" if engine is report.child else None)
+    for label, show in _ENGINE_ROWS:
+        _add_row(table, report, label, show)
+    for comparison in report.comparisons:
+        for label, ratio in _engine_ratios(comparison):
+            _add_ratio(table, report, label, show_ratio(ratio))
+    for effort in report.child.efforts:
+        table.add_section()
+        table.add_row(Text(f"{effort} effort", style="bold"))
+        for label, show in _effort_rows(effort):
+            _add_row(table, report, label, show)
+        for comparison in report.comparisons:
+            result = comparison.efforts[effort]
+            retention = show_percent(result.accuracy_retention.value)
+            _add_ratio(table, report, f"  rate vs {comparison.baseline}", show_ratio(result.relative_request_rate))
+            _add_ratio(table, report, f"  accuracy vs {comparison.baseline}", retention)
+    return table
+
+
+def _add_row(table: Table, report: Report, label: str, show: Show) -> None:
+    """A row of facts; left out where no engine has the fact."""
+    values = [show(engine) for engine in report.engines]
+    if any(value != NONE for value in values):
+        table.add_row(label, *values)
+
+
+def _add_ratio(table: Table, report: Report, label: str, ratio: str) -> None:
+    table.add_row(label, *(ratio if engine is report.child else "" for engine in report.engines))
+
+
+def _uncapped(engine: EngineMeasurement) -> str:
+    spread = engine.uncapped_output_tokens_per_s
+    return show_number(spread.median) if spread else NONE
+
+
+def _latency(tag: str) -> Show:
+    def show(engine: EngineMeasurement) -> str:
+        found = engine.latencies.get(tag)
+        return f"{show_number(found.p50)} / {show_number(found.p95)}" if found else NONE
+
+    return show
+
+
+_ENGINE_ROWS: tuple[tuple[str, Show], ...] = (
+    ("weights", lambda e: show_bytes(e.weight_bytes)),
+    ("KV cache a sequence", lambda e: show_bytes(e.kv_bytes_per_sequence)),
+    ("memory given", lambda e: NONE if e.memory_bytes is None else show_bytes(e.memory_bytes)),
+    ("  sequences that fit", lambda e: NONE if e.sequences_held is None else str(e.sequences_held)),
+    ("TTFT ms, p50 / p95", _latency("ttft_ms")),
+    ("ITL ms, p50 / p95", _latency("itl_ms")),
+    ("tokens/s, median", lambda e: show_number(e.output_tokens_per_s.median)),
+    (
+        "  range of rounds",
+        lambda e: f"{show_number(e.output_tokens_per_s.low)} to {show_number(e.output_tokens_per_s.high)}",
+    ),
+    ("  no memory limit", _uncapped),
+)
+
+
+def _engine_ratios(comparison: Comparison) -> Iterator[tuple[str, Ratio]]:
+    yield f"speedup vs {comparison.baseline}", comparison.per_token_speedup
+    if comparison.uncapped_per_token_speedup is not None:
+        yield "  no memory limit", comparison.uncapped_per_token_speedup
+
+
+def _effort_rows(effort: str) -> Iterator[tuple[str, Show]]:
+    def accuracy(engine: EngineMeasurement) -> str:
+        result = engine.efforts.get(effort)
+        return NONE if result is None else show_percent(result.accuracy)
+
+    def interval(engine: EngineMeasurement) -> str:
+        result = engine.efforts.get(effort)
+        return NONE if result is None else f"{result.accuracy_low:.0%} to {result.accuracy_high:.0%}"
+
+    def tokens(engine: EngineMeasurement) -> str:
+        result = engine.efforts.get(effort)
+        return NONE if result is None else f"{result.mean_output_tokens:.1f}"
+
+    def rate(engine: EngineMeasurement) -> str:
+        return show_number(engine.requests_per_s(effort)) if effort in engine.efforts else NONE
+
+    yield from (("  accuracy", accuracy), ("  95% interval", interval), ("  tokens/request", tokens))
+    yield "  requests/s", rate
