@@ -41,6 +41,6 @@ def connect_triton(url: str) -> AbstractAsyncContextManager[Target]:
 def prompt_tokenizer(*, engine: str | Path | None, tokenizer_folder: str | Path | None) -> ChatTokenizer:
     """The given tokenizer, or the engine's own. Raises BenchError when there is neither."""
     if tokenizer_folder is None and engine is None:
-        raise BenchError("prompts need a vocabulary", expected="an engine folder or a tokenizer folder")
+        raise BenchError("prompts need a tokenizer", expected="an engine folder or a tokenizer folder")
     folder = Path(tokenizer_folder) if tokenizer_folder is not None else Engine.open(str(engine)).model_path
     return ChatTokenizer.from_folder(folder)

@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import re
 
-_FINAL_CHANNEL = re.compile(r"<\|channel\|>final[^<]*<\|message\|>((?:(?!<\|channel\|>).)*)", re.DOTALL)
+# A channel's header may go on after its name, up to <|message|> (`final <|constrain|>json`).
+_FINAL_CHANNEL = re.compile(
+    r"<\|channel\|>final\b(?:(?!<\|channel\|>|<\|message\|>).)*<\|message\|>((?:(?!<\|channel\|>).)*)", re.DOTALL
+)
 _SPECIAL_TOKEN = re.compile(r"<\|[^|<>]*\|>")
 
 

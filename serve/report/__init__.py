@@ -9,7 +9,8 @@ document.py, table.py, page.py, charts/   report.json, the terminal, report.html
 """
 
 from puzzle_trtllm.serve.report.assemble import assemble_measurement
-from puzzle_trtllm.serve.report.maker import load_measurements, make_report
+from puzzle_trtllm.serve.report.files import load_measurements
+from puzzle_trtllm.serve.report.maker import make_report
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
 
 __all__ = ["EngineMeasurement", "assemble_measurement", "load_measurements", "make_report"]

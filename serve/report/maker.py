@@ -78,8 +78,3 @@ def _check_names(engines: Sequence[EngineMeasurement], baselines: Sequence[str],
         raise BenchError("no baseline to compare with", file=child)
     if child in baselines:
         raise BenchError("compared with itself", key=child)
-
-
-def load_measurements(files: Mapping[str, str | Path]) -> list[EngineMeasurement]:
-    """Read engine measurements, each under the name it is to have in the report. Raises ConfigError."""
-    return [EngineMeasurement.load(file).model_copy(update={"name": name}) for name, file in files.items()]

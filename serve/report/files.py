@@ -1,0 +1,60 @@
+"""Engine measurements from files: as saved, or put together from what `bench` and `evaluate` wrote.
+
+A name may stand for one engine measurement, or for any number of bench results (its rounds) and at most one evaluation;
+the engine's own facts then come from the engine folder that the bench was told of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from puzzle_trtllm.architecture import read_json_object
+from puzzle_trtllm.errors import ArchitectureError, BenchError, ConfigError
+from puzzle_trtllm.serve.bench.result import BenchResult
+from puzzle_trtllm.serve.evaluate.result import EvaluationResult
+from puzzle_trtllm.serve.report.assemble import assemble_measurement
+from puzzle_trtllm.serve.report.measurement import EngineMeasurement
+
+KINDS = ("engine_measurement", "bench", "evaluation")
+
+
+def load_measurements(files: Mapping[str, str | Path | Sequence[str | Path]]) -> list[EngineMeasurement]:
+    """Read every engine's files; the keys become the engines' names.
+
+    Raises ConfigError for a file of no or another kind, BenchError when an engine's files do not make a measurement.
+    """
+    return [
+        load_measurement(name, [given] if isinstance(given, (str, Path)) else list(given))
+        for name, given in files.items()
+    ]
+
+
+def load_measurement(name: str, files: Sequence[str | Path]) -> EngineMeasurement:
+    """One engine from its files; see `load_measurements`."""
+    by_kind: dict[str, list[Path]] = {kind: [] for kind in KINDS}
+    for file in map(Path, files):
+        by_kind[_kind_of(file)].append(file)
+    measured, benches, evaluations = (by_kind[kind] for kind in KINDS)
+    if measured and len(files) == 1:
+        return EngineMeasurement.load(measured[0]).model_copy(update={"name": name})
+    if measured or not benches or len(evaluations) > 1:
+        found = ", ".join(f"{len(found)} {kind}" for kind, found in by_kind.items() if found) or "no file"
+        expected = "one engine measurement, or bench results and at most one evaluation"
+        raise BenchError("these files make no measurement", file=name, found=found, expected=expected)
+    rounds = [BenchResult.load(file) for file in benches]
+    engine = rounds[0].provenance.engine
+    if engine is None:
+        raise BenchError("made without naming the engine folder, so its bytes are unknown", file=benches[0])
+    evaluation = EvaluationResult.load(evaluations[0]) if evaluations else None
+    return assemble_measurement(name, engine=engine.path, rounds=rounds, evaluation=evaluation)
+
+
+def _kind_of(file: Path) -> str:
+    try:
+        kind = read_json_object(file).get("kind")
+    except ArchitectureError as error:
+        raise ConfigError(str(error)) from None
+    if kind not in KINDS:
+        raise ConfigError("not a measurement", file=file, key="kind", found=kind, expected=", ".join(KINDS))
+    return str(kind)

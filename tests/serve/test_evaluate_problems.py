@@ -1,0 +1,55 @@
+"""Problem sets: read whole or refused with file and line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.serve.evaluate.problems import load_problems
+
+
+def write(folder, *records):
+    file = folder / "problems.jsonl"
+    file.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "\n")
+    return file
+
+
+def problem(number, **changes):
+    return {"id": f"p{number}", "prompt": f"{number}+1=", "answer": str(number + 1)} | changes
+
+
+def test_problems_in_order_and_the_first_few(tmp_path):
+    file = write(tmp_path, problem(1), "", problem(2), problem(3))
+    assert [p.answer for p in load_problems(file).problems] == ["2", "3", "4"]
+    assert [p.id for p in load_problems(file, limit=2).problems] == ["p1", "p2"]
+
+
+def test_the_fingerprint_tells_problem_sets_apart(tmp_path):
+    file = write(tmp_path, problem(1), problem(2))
+    whole, part = load_problems(file).fingerprint, load_problems(file, limit=1).fingerprint
+    assert load_problems(write(tmp_path, problem(1), problem(2))).fingerprint == whole != part
+    assert load_problems(write(tmp_path, problem(1), problem(2, answer="4"))).fingerprint != whole
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"problems\.jsonl:2: Invalid JSON"),
+        ({"id": "a", "prompt": "b"}, r"problems\.jsonl:2: answer: Field required"),
+        (problem(2, answer=3), r"problems\.jsonl:2: answer: Input should be a valid string"),
+        (problem(2, hint="no"), r"problems\.jsonl:2: hint: Extra inputs are not permitted"),
+        (problem(1), r"two problems with one id \(found p1\)"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    with pytest.raises(ConfigError, match=message):
+        load_problems(write(tmp_path, problem(1), line))
+
+
+def test_no_file_and_no_problems(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_problems(tmp_path / "absent.jsonl")
+    with pytest.raises(ConfigError, match="holds no problem"):
+        load_problems(write(tmp_path, ""))

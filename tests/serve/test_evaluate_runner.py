@@ -1,0 +1,144 @@
+"""`evaluate` against a scripted model that reasons as its effort says."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from puzzle_trtllm.chat import ChatTokenizer
+from puzzle_trtllm.errors import BenchError, CheckpointError, ConfigError, ServeError
+from puzzle_trtllm.serve.evaluate.result import EvaluationResult
+from puzzle_trtllm.serve.evaluate.runner import evaluate
+from tests.serve.fake_client import FakeClient
+
+PROBLEMS = [(12, 30), (5, 5), (99, 1), (40, 2)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(make_checkpoint):
+    return ChatTokenizer.from_folder(make_checkpoint([(4, None)]))
+
+
+@pytest.fixture
+def problems(tmp_path):
+    file = tmp_path / "problems.jsonl"
+    records = ({"id": f"{a}+{b}", "prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in PROBLEMS)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+class Model:
+    """Low effort answers at once and always 10; high effort writes an analysis and is right."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def answer(self, prompt):
+        effort = re.search(r"effort: (\w+)", prompt).group(1)
+        a, b = map(int, re.search(r"(\d+)\+(\d+)=", prompt).groups())
+        if effort == "low":
+            return "<|channel|>final<|message|>10<|return|>"
+        return f"<|channel|>analysis<|message|>77<|end|><|start|>assistant<|channel|>final<|message|>{a + b}<|return|>"
+
+    def __call__(self, _index, request):
+        text = self.answer(self.tokenizer.decode(request.input_ids))
+        return [[token_id] for token_id in self.tokenizer.encode(text)[: request.max_tokens]]
+
+
+def run(client, problems, tokenizer, **options):
+    settings = {"concurrency": 3, "max_tokens": 200, "efforts": ("low", "high"), "quiet": True}
+    return evaluate(
+        "host:1",
+        problems=problems,
+        tokenizer_folder=tokenizer.folder,
+        connect=client.connect,
+        **{**settings, **options},
+    )
+
+
+def test_accuracy_tokens_and_rate_per_effort(problems, tokenizer):
+    result = run(FakeClient(Model(tokenizer), finish_reason="stop"), problems, tokenizer)
+    low, high = result.efforts["low"], result.efforts["high"]
+    # "10" is right for 5+5 alone: 1 of 4; Wilson: center 0.3725, half 0.3269.
+    assert (low.num_correct, low.num_problems, low.accuracy) == (1, 4, 0.25)
+    assert (low.accuracy_low, low.accuracy_high) == pytest.approx((0.0456, 0.6994), abs=1e-4)
+    assert high.accuracy == 1.0
+    # <|channel|> final <|message|> 10 <|return|>: 3 special tokens and 5 + 2 characters.
+    assert low.mean_output_tokens == 10
+    # <|channel|> analysis <|message|> 77 <|end|> <|start|> assistant = 1 + 8 + 1 + 2 + 1 + 1 + 9 = 23, then
+    # <|channel|> final <|message|> sum <|return|> = 1 + 5 + 1 + digits + 1, with 2 + 2 + 3 + 2 digits: 31 + 9 / 4.
+    assert high.mean_output_tokens == 33.25
+    for effort in (low, high):
+        assert effort.measured_requests_per_s == pytest.approx(4 / effort.wall_s)
+    assert [(answer.id, answer.final, answer.correct) for answer in low.answers] == [
+        ("12+30", "10", False),
+        ("5+5", "10", True),
+        ("99+1", "10", False),
+        ("40+2", "10", False),
+    ]
+
+
+def test_the_prompt_is_the_rendered_chat_at_each_effort_as_token_ids(problems, tokenizer):
+    client = FakeClient(Model(tokenizer), finish_reason="stop")
+    run(client, problems, tokenizer, efforts=("medium",), concurrency=1)
+    expected = tokenizer.render_chat([{"role": "user", "content": "12+30="}], reasoning_effort="medium")
+    first = client.requests[0]
+    assert tokenizer.decode(first.input_ids) == expected
+    assert (first.ignore_eos, first.top_k, first.top_p, first.max_tokens) == (None, None, None, 200)  # greedy
+
+
+def test_an_answer_that_runs_out_of_tokens_is_truncated_and_wrong(problems, tokenizer):
+    # <|channel|>, analysis, <|message|>, 7: 1 + 8 + 1 + 1 tokens, so 12 hold the 77, which is no answer.
+    client = FakeClient(Model(tokenizer), finish_reason="length")
+    high = run(client, problems, tokenizer, efforts=("high",), max_tokens=12).efforts["high"]
+    assert (high.requests.truncated, high.requests.completed, high.accuracy) == (4, 0, 0.0)
+    assert {answer.final for answer in high.answers} == {None}
+    assert high.mean_output_tokens == 12
+
+
+def test_failed_requests_are_left_out_of_the_accuracy_and_counted(problems, tokenizer):
+    model = Model(tokenizer)
+
+    def script(index, request):
+        return ServeError("queue is full", status="UNAVAILABLE") if index == 1 else model(index, request)
+
+    high = run(FakeClient(script, finish_reason="stop"), problems, tokenizer, efforts=("high",)).efforts["high"]
+    assert (high.accuracy, high.num_correct, high.requests.failed, high.requests.answered) == (1.0, 3, 1, 3)
+    assert high.errors == {"queue is full": 1}
+    assert high.answers[1].correct is False
+
+
+def test_a_stock_server_gets_text_and_its_text_is_graded(problems, tokenizer):
+    client = FakeClient(lambda *_: [[1]], gives_token_ids=False, finish_reason="stop")
+    result = run(client, problems, tokenizer, efforts=("low",), grader="regex")
+    assert client.requests[0].prompt.endswith("<|start|>assistant")
+    assert result.efforts["low"].answers[0].final == "x"
+
+
+def test_an_evaluation_survives_its_file(problems, tokenizer, tmp_path):
+    result = run(FakeClient(Model(tokenizer), finish_reason="stop"), problems, tokenizer, limit=2)
+    assert len(result.efforts["low"].answers) == 2
+    assert EvaluationResult.load(result.save(tmp_path / "evaluation.json")) == result
+
+
+def test_bad_input_is_refused_before_anything_is_sent(problems, tokenizer, tmp_path):
+    client = FakeClient(Model(tokenizer))
+    with pytest.raises(ConfigError, match="unknown grader"):
+        run(client, problems, tokenizer, grader="vibes")
+    with pytest.raises(CheckpointError, match="effort"):
+        run(client, problems, tokenizer, efforts=("extreme",))
+    with pytest.raises(ConfigError, match="no reasoning effort"):
+        run(client, problems, tokenizer, efforts=())
+    words = tmp_path / "words.jsonl"
+    words.write_text('{"id": "a", "prompt": "b", "answer": "three"}\n')
+    with pytest.raises(ConfigError, match="numeric grader needs a number"):
+        run(client, words, tokenizer)
+    assert client.requests == []
+
+
+def test_zero_successful_requests_are_one_clear_line(problems, tokenizer):
+    client = FakeClient(lambda *_: ServeError("model not ready", status="UNAVAILABLE"))
+    with pytest.raises(BenchError, match=r"zero successful requests.*model not ready"):
+        run(client, problems, tokenizer)
