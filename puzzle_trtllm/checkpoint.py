@@ -154,8 +154,11 @@ class Checkpoint:
         )
 
 
-def resolve_folder(path: str | Path) -> Path:
-    """`path` if it is a folder; the local snapshot of a hub id otherwise (downloaded where the hub is reachable)."""
+def resolve_folder(path: str | Path, *, weights: bool = True) -> Path:
+    """`path` if it is a folder; the local snapshot of a hub id otherwise (downloaded where the hub is reachable).
+
+    Without `weights` only config.json and the index of a hub id are fetched.
+    """
     folder = Path(path)
     if folder.is_dir():
         return folder
@@ -163,8 +166,9 @@ def resolve_folder(path: str | Path) -> Path:
         raise CheckpointError("no such checkpoint folder", file=path)
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"] if weights else ["config.json", INDEX_NAME]
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
