@@ -1,0 +1,126 @@
+"""`calibrate experts`: how much each expert of each layer matters, learned from the routing of real tokens.
+
+One forward pass over the data; a hook on every router turns its logits into each token's ranking of the experts. Only
+the rankings are kept, one byte an expert and token (two above 256 experts): all that a ranked-choice election needs, a
+quarter of the float32 logits. The result is the importance file that `derive` reads: float32
+`model.layers.{i}.mlp.experts.importance` [num_experts], larger means keep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from puzzle_trtllm.calibration.dataset import CalibrationDataset, load_dataset
+from puzzle_trtllm.calibration.forward import require_finite, run_dataset
+from puzzle_trtllm.calibration.ranked_choice import elimination_order, importance_from_order
+from puzzle_trtllm.calibration.tensor_file import write_tensors
+from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.errors import CalibrationError
+from puzzle_trtllm.models.huggingface.loading import load_causal_lm
+
+METHOD = "ranked-choice-votes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertCalibration:
+    """What was learned, and from what."""
+
+    out: Path
+    method: str
+    num_sequences: int
+    num_tokens: int
+    dataset_fingerprint: str
+    parent_fingerprint: str
+    votes: tuple[tuple[int, ...], ...]
+    """By layer and expert: tokens that are routed to it."""
+
+    @property
+    def never_routed(self) -> tuple[tuple[int, ...], ...]:
+        """By layer: the experts that no token was routed to; they are the first to go."""
+        return tuple(tuple(e for e, count in enumerate(layer) if count == 0) for layer in self.votes)
+
+
+def calibrate_experts(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    dataset: str | Path | None = None,
+    max_samples: int = 512,
+    max_tokens: int = 65_536,
+    sequence_length: int | None = None,
+    pack: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
+    quiet: bool = True,
+) -> ExpertCalibration:
+    """Score the experts of `checkpoint` on `dataset` and write the importance file `out`.
+
+    Raises CalibrationError (data, activations), CheckpointError, or PuzzleError when `out` exists without `overwrite`.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise CalibrationError("exists (--overwrite replaces it)", file=out)
+    source = Checkpoint.open(checkpoint)
+    data = load_dataset(
+        dataset,
+        source,
+        max_samples=max_samples,
+        max_tokens=max_tokens,
+        sequence_length=sequence_length,
+        pack=pack,
+        seed=seed,
+    )
+    rankings = collect_rankings(load_causal_lm(source, dtype=dtype), data, quiet=quiet)
+    top_k = source.architecture.experts_per_token
+    scores = [importance_from_order(elimination_order(layer, top_k)) for layer in rankings]
+    metadata = {
+        "method": METHOD,
+        "dataset_fingerprint": data.fingerprint,
+        "parent_fingerprint": source.fingerprint(),
+        "num_tokens": str(data.num_tokens),
+    }
+    write_tensors(out, {f"model.layers.{i}.mlp.experts.importance": s for i, s in enumerate(scores)}, metadata)
+    return ExpertCalibration(
+        out=out,
+        method=METHOD,
+        num_sequences=len(data.sequences),
+        num_tokens=data.num_tokens,
+        dataset_fingerprint=metadata["dataset_fingerprint"],
+        parent_fingerprint=metadata["parent_fingerprint"],
+        votes=tuple(_first_votes(layer, top_k) for layer in rankings),
+    )
+
+
+def collect_rankings(model: Any, dataset: CalibrationDataset, *, quiet: bool = True) -> list[NDArray[Any]]:
+    """By layer: each token's experts from most to least preferred, uint8 or uint16 `[T, E]`; ties: lower index first."""
+    collected: list[list[NDArray[Any]]] = [[] for _ in model.model.layers]
+
+    def watch(layer_idx: int) -> Any:
+        def hook(router: Any, arguments: Any, output: Any) -> None:
+            hidden_TD = arguments[0].reshape(-1, arguments[0].shape[-1])
+            logits_TE = torch.nn.functional.linear(hidden_TD, router.weight, router.bias)
+            require_finite(logits_TE, f"model.layers.{layer_idx}.mlp.router")
+            ranking_TE = logits_TE.argsort(dim=-1, descending=True, stable=True)
+            small = np.uint8 if logits_TE.shape[-1] <= 256 else np.uint16
+            collected[layer_idx].append(ranking_TE.cpu().numpy().astype(small))
+
+        return hook
+
+    handles = [layer.mlp.router.register_forward_hook(watch(i)) for i, layer in enumerate(model.model.layers)]
+    try:
+        run_dataset(model, dataset, what="routing", quiet=quiet)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [np.concatenate(batches) for batches in collected]
+
+
+def _first_votes(rankings_TE: NDArray[Any], top_k: int) -> tuple[int, ...]:
+    return tuple(np.bincount(rankings_TE[:, :top_k].ravel(), minlength=rankings_TE.shape[1]).tolist())

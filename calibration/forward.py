@@ -1,0 +1,56 @@
+"""Running calibration data through a model, with a progress bar and an eye on every layer.
+
+No KV cache is used: ModelOpt sees whole sequences, and each layer sees K and V exactly once. A layer whose output is
+not finite is named at once; later layers would only spread the damage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from puzzle_trtllm.calibration.dataset import CalibrationDataset
+from puzzle_trtllm.errors import CalibrationError
+
+MAX_TOKENS_PER_BATCH = 8192
+
+
+@torch.no_grad()
+def run_dataset(model: Any, dataset: CalibrationDataset, *, what: str, quiet: bool = True) -> None:
+    """Run every sequence through the decoder stack (no output head). Raises CalibrationError for NaN or infinity."""
+    device = next(model.parameters()).device
+    with naming_layers(model), Progress(console=Console(stderr=True), disable=quiet) as bar:
+        task = bar.add_task(what, total=dataset.num_tokens)
+        for ids_BT in dataset.batches(MAX_TOKENS_PER_BATCH):
+            model.model(input_ids=torch.from_numpy(ids_BT).to(device), use_cache=False)
+            bar.advance(task, ids_BT.size)
+
+
+@contextmanager
+def naming_layers(model: Any) -> Iterator[None]:
+    """While this is open, the first decoder layer that gives NaN or infinity is named in a CalibrationError."""
+
+    def check(layer_idx: int) -> Any:
+        def hook(module: Any, arguments: Any, output: Any) -> None:
+            require_finite(output[0] if isinstance(output, tuple) else output, f"model.layers.{layer_idx}")
+
+        return hook
+
+    handles = [layer.register_forward_hook(check(i)) for i, layer in enumerate(model.model.layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def require_finite(values: torch.Tensor, name: str) -> None:
+    """Raises CalibrationError naming `name` when a value is NaN or infinite."""
+    if not torch.isfinite(values).all():
+        found = "NaN" if torch.isnan(values).any() else "infinity"
+        raise CalibrationError("activations are not finite", key=name, found=found)

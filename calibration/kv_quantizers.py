@@ -1,0 +1,49 @@
+"""ModelOpt, asked for one thing: the static FP8 scales of the KV cache, and nothing else.
+
+Its `FP8_KV_CFG` is a fragment that must be preceded by "everything off": alone it leaves the weight and activation
+quantizers of every layer on. `max` is the only algorithm that calibrates KV. ModelOpt talks on stdout, where our
+results go; what it says is dropped.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Drop ModelOpt's prints and its warnings about untested versions; errors pass."""
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def calibrate_max(model: Any, forward_loop: Callable[[Any], None]) -> Any:
+    """Give `model` KV quantizers, run `forward_loop(model)` under max calibration, return the model.
+
+    Every other quantizer is off. During the loop nothing is quantized: the amax are those of the exact model.
+    """
+    with hushed():
+        import modelopt.torch.quantization as mtq
+
+        everything_off: list[Any] = [{"quantizer_name": "*", "enable": False}]
+        config = {"quant_cfg": everything_off + list(mtq.FP8_KV_CFG["quant_cfg"]), "algorithm": "max"}
+        return mtq.quantize(model, config, forward_loop)
+
+
+def layer_amax(model: Any, layer: int) -> tuple[float, float]:
+    """ModelOpt's (K amax, V amax) of one layer."""
+    attention = model.model.layers[layer].self_attn
+    return float(attention.k_bmm_quantizer.amax), float(attention.v_bmm_quantizer.amax)
+
+
+def hf_quant_config(model: Any) -> dict[str, Any]:
+    """The content of hf_quant_config.json, by ModelOpt's own export code."""
+    with hushed():
+        from modelopt.torch.export.quant_utils import get_quant_config
+
+        return dict(get_quant_config(model))
