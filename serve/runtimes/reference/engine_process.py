@@ -13,6 +13,7 @@ import contextlib
 import logging
 import signal
 import sys
+import time
 from multiprocessing.connection import Connection
 
 from puzzle_trtllm.errors import PuzzleError
@@ -27,6 +28,9 @@ from puzzle_trtllm.serve.runtimes.reference.messages import (
     Submit,
     TokenUpdate,
 )
+
+GAUGE_SECONDS = 0.05
+"""Gauges are sent at least this often while there is work, also when no request has anything to report."""
 
 _log = logging.getLogger(__name__)
 
@@ -56,13 +60,16 @@ def main(fd: int) -> int:
 
 
 def _serve(connection: Connection, engine: ReferenceEngine) -> None:
+    reported = 0.0
     while True:
         updates: list[TokenUpdate] = []
         waits = not engine.has_work or connection.poll(0)
         if waits and not _take_messages(connection, engine, updates):
             return
         updates += engine.step()
-        if updates or not engine.has_work:
+        now = time.monotonic()
+        if updates or not engine.has_work or now - reported > GAUGE_SECONDS:
+            reported = now
             connection.send(StepReport(updates=updates, stats=engine.stats))
 
 

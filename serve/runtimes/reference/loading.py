@@ -25,6 +25,10 @@ from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
 MAX_DEQUANTIZED_BYTES = 1 << 30
 """Experts are held dequantized up to this many bytes; larger models keep MXFP4 and expand experts as they are used."""
 
+SINGLE_THREAD_BYTES = 64 << 20
+"""Models that hold less than this run on one thread: their operations are too short to be worth sharing, and a spinning
+second thread would take the core that the server and its clients need."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -44,6 +48,8 @@ def load_engine(arguments: EngineArguments) -> LoadedEngine:
     max_seq_len = arguments.max_seq_len or architecture.max_position_embeddings
     dequantize = _dequantized_bytes(architecture, dtype) <= MAX_DEQUANTIZED_BYTES
     weights = load_weights(checkpoint, dtype=dtype, device=device, dequantize_experts=dequantize)
+    if device.type == "cpu" and weights.num_bytes < SINGLE_THREAD_BYTES:
+        torch.set_num_threads(1)
     layout = _plan_cache(arguments, architecture, max_seq_len, device)
     cache = PagedKvCache(layout, device)
     engine = ReferenceEngine(
@@ -56,6 +62,7 @@ def load_engine(arguments: EngineArguments) -> LoadedEngine:
         "device": str(device),
         "compute_dtype": str(dtype).removeprefix("torch."),
         "kv_dtype": str(layout.dtype).removeprefix("torch."),
+        "num_threads": torch.get_num_threads(),
         "max_seq_len": max_seq_len,
         "num_blocks": {str(window): count for window, count in layout.num_blocks.items()},
         "kv_cache_bytes": layout.num_bytes,

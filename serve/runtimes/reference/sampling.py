@@ -28,6 +28,7 @@ class SamplingInput:
     num_generated: int
 
 
+@torch.inference_mode()
 def choose_tokens(logits: Tensor, rows: Sequence[SamplingInput]) -> tuple[list[int], list[float | None]]:
     """Next token of each row of float32 logits `[R, V]`, and its log-probability where the rule asks for it.
 

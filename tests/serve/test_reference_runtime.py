@@ -1,0 +1,265 @@
+"""The reference runtime through TensorRT-LLM's LLM API: a real engine process, held to transformers and to itself."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from puzzle_trtllm.errors import EngineError
+from puzzle_trtllm.serve.runtimes import load_runtime
+from puzzle_trtllm.serve.runtimes.reference import LLM, EngineDeadError, SamplingParams
+
+CHILD = [(6, 24), (4, None), (3, 40), (2, 24)]
+ARGS = {"dtype": "float32", "max_seq_len": 256, "max_batch_size": 8, "kv_cache_config": {"tokens_per_block": 8}}
+
+
+@pytest.fixture(scope="module")
+def child(make_checkpoint):
+    return make_checkpoint(CHILD, seed=3)
+
+
+@pytest.fixture(scope="module")
+def llm(child) -> Iterator[LLM]:
+    with LLM(child, **ARGS) as engine:
+        yield engine
+
+
+def prompt(seed: int, length: int = 20) -> list[int]:
+    return torch.randint(7, 90, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def transformers_greedy(folder, tokens: list[int], count: int) -> tuple[list[int], list[float]]:
+    """Greedy continuation and the gap between the two best logits at every step."""
+    from puzzle_trtllm.models.huggingface.loading import load_causal_lm
+
+    model = load_causal_lm(folder, dtype=torch.float32)
+    out, gaps = list(tokens), []
+    with torch.inference_mode():
+        for _ in range(count):
+            logits = model(torch.tensor([out]), use_cache=False).logits[0, -1]
+            top = logits.topk(2)
+            gaps.append(float(top.values[0] - top.values[1]))
+            out.append(int(top.indices[0]))
+    return out[len(tokens) :], gaps
+
+
+def test_greedy_generation_equals_transformers(llm, child):
+    expected, gaps = transformers_greedy(child, prompt(1), 60)
+    assert min(gaps) > 1e-4, "a near tie would make the comparison meaningless; choose another seed"
+    output = llm.generate(prompt(1), SamplingParams(max_tokens=60, ignore_eos=True)).outputs[0]
+    assert output.token_ids == expected
+    assert output.finish_reason == "length"
+
+
+def test_a_full_batch_of_mixed_lengths_gives_each_request_what_it_gets_alone(llm):
+    prompts = [prompt(seed, 5 + 13 * seed) for seed in range(12)]  # more than max_batch_size
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    alone = [llm.generate(p, params).outputs[0].token_ids for p in prompts]
+    together = [r.outputs[0].token_ids for r in llm.generate(prompts, params)]
+    assert together == alone
+
+
+def test_sampling_depends_on_seed_and_position_only(llm):
+    params = SamplingParams(max_tokens=30, ignore_eos=True, top_k=20, temperature=1.5, seed=7)
+    alone = llm.generate(prompt(2), params).outputs[0].token_ids
+    crowd = llm.generate([prompt(s) for s in (5, 2, 9)], params)
+    assert crowd[1].outputs[0].token_ids == alone
+    other = SamplingParams(max_tokens=30, ignore_eos=True, top_k=20, temperature=1.5, seed=8)
+    assert llm.generate(prompt(2), other).outputs[0].token_ids != alone
+
+
+def test_temperature_alone_is_greedy(llm):
+    greedy = llm.generate(prompt(3), SamplingParams(max_tokens=20)).outputs[0].token_ids
+    assert llm.generate(prompt(3), SamplingParams(max_tokens=20, temperature=2.0)).outputs[0].token_ids == greedy
+
+
+def test_streaming_ends_with_what_the_whole_gives(llm):
+    params = SamplingParams(max_tokens=25, ignore_eos=True)
+    whole = llm.generate(prompt(4), params).outputs[0]
+
+    async def stream() -> list[int]:
+        lengths = []
+        request = llm.generate_async(prompt(4), params, streaming=True)
+        async for step in request:
+            lengths.append(len(step.outputs[0].token_ids))
+        assert request.outputs[0].token_ids == whole.token_ids
+        assert request.outputs[0].text == whole.text
+        return lengths
+
+    lengths = asyncio.run(stream())
+    assert lengths == sorted(set(lengths)) and lengths[-1] == 25 and len(lengths) > 1
+
+
+def test_stop_token_stop_string_and_end_of_sequence(llm):
+    free = llm.generate(prompt(5), SamplingParams(max_tokens=40, ignore_eos=True)).outputs[0]
+    token = free.token_ids[7]
+    by_token = llm.generate(prompt(5), SamplingParams(max_tokens=40, ignore_eos=True, stop_token_ids=[token])).outputs[
+        0
+    ]
+    assert by_token.token_ids == free.token_ids[: free.token_ids.index(token) + 1]
+    assert (by_token.finish_reason, by_token.stop_reason) == ("stop", token)
+    by_end = llm.generate(prompt(5), SamplingParams(max_tokens=40, end_id=token)).outputs[0]
+    assert (by_end.finish_reason, by_end.stop_reason) == ("stop", None)
+    stop = free.text[6:9]
+    by_text = llm.generate(prompt(5), SamplingParams(max_tokens=40, ignore_eos=True, stop=stop)).outputs[0]
+    assert by_text.text == free.text[: free.text.index(stop)]
+    assert (by_text.finish_reason, by_text.stop_reason) == ("stop", stop)
+
+
+def test_min_tokens_holds_the_end_back(llm):
+    free = llm.generate(prompt(5), SamplingParams(max_tokens=40, ignore_eos=True)).outputs[0].token_ids
+    params = SamplingParams(max_tokens=40, end_id=free[3], min_tokens=20)
+    assert len(llm.generate(prompt(5), params).outputs[0].token_ids) >= 20
+
+
+def test_cumulative_logprob_is_the_sum_of_the_models_own(llm, child):
+    from puzzle_trtllm.models.huggingface.loading import load_causal_lm
+
+    output = llm.generate(prompt(6), SamplingParams(max_tokens=10, ignore_eos=True, logprobs=1)).outputs[0]
+    tokens = prompt(6) + output.token_ids
+    with torch.inference_mode():
+        logits = load_causal_lm(child, dtype=torch.float32)(torch.tensor([tokens]), use_cache=False).logits[0]
+    own = logits.log_softmax(-1)[range(19, 29), output.token_ids].sum()
+    assert output.cumulative_logprob == pytest.approx(float(own), abs=1e-3)
+
+
+def free_blocks(llm: LLM) -> tuple[int, int]:
+    stats = llm.get_stats()[0]["kvCacheStats"]
+    return stats["freeNumBlocks"], stats["maxNumBlocks"]
+
+
+def test_abort_ends_the_request_and_frees_its_cache(llm):
+    async def abort_midway() -> str | None:
+        request = llm.generate_async(prompt(7), SamplingParams(max_tokens=200, ignore_eos=True), streaming=True)
+        async for step in request:
+            if len(step.outputs[0].token_ids) >= 5:
+                request.abort()
+        return request.outputs[0].finish_reason
+
+    assert asyncio.run(abort_midway()) == "cancelled"
+    llm.generate(prompt(7), SamplingParams(max_tokens=1))
+    free, total = free_blocks(llm)
+    assert free == total
+
+
+def test_prompts_that_cannot_run_are_refused_by_name(llm):
+    for bad, reason in (([], "empty"), ([5] * 256, "max_seq_len is 256"), ([5, 100_000], "token ids must lie in")):
+        with pytest.raises(ValueError, match=reason):
+            llm.generate_async(bad)
+
+
+def test_what_does_not_fit_behind_the_prompt_is_not_generated(llm):
+    output = llm.generate(prompt(8, 250), SamplingParams(max_tokens=100, ignore_eos=True)).outputs[0]
+    assert (len(output.token_ids), output.finish_reason) == (6, "length")
+
+
+def test_a_capped_cache_queues_instead_of_failing(child):
+    args = {**ARGS, "kv_cache_config": {"tokens_per_block": 8, "max_gpu_total_bytes": 150_000}}
+    with LLM(child, **args) as small:
+        prompts = [prompt(seed, 60) for seed in range(8)]
+        requests = [small.generate_async(p, SamplingParams(max_tokens=100, ignore_eos=True)) for p in prompts]
+        most = 0
+        while not all(r._updates.qsize() for r in requests):  # peek without consuming
+            most = max(most, small.get_stats()[0]["numActiveRequests"])
+            time.sleep(0.005)
+        assert 1 <= most < 8
+        assert [len(r.result().outputs[0].token_ids) for r in requests] == [100] * 8
+        assert len(set(free_blocks(small))) == 1
+
+
+def test_a_cache_too_small_for_one_sequence_is_an_error(child):
+    with pytest.raises(EngineError, match="too small for one sequence of 256 tokens"):
+        LLM(child, **{**ARGS, "kv_cache_config": {"max_gpu_total_bytes": 10_000}})
+
+
+def test_parallelism_and_damaged_models_are_refused(child, make_checkpoint):
+    with pytest.raises(EngineError, match="tensor_parallel_size"):
+        LLM(child, tensor_parallel_size=2)
+    broken = make_checkpoint(CHILD)
+    shard = sorted(broken.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(EngineError, match="truncated"):
+        LLM(broken, **ARGS)
+
+
+def test_a_killed_engine_fails_open_and_new_requests_and_leaves_no_process(child):
+    llm = LLM(child, **ARGS)
+    request = llm.generate_async(prompt(1), SamplingParams(max_tokens=230, ignore_eos=True), streaming=True)
+    os.kill(llm.engine_pid, signal.SIGKILL)
+    with pytest.raises(EngineDeadError, match="died"):
+        request.result(timeout=10)
+    with pytest.raises(EngineDeadError):
+        llm.generate(prompt(1))
+    llm.shutdown()
+
+
+def test_the_engine_does_not_outlive_its_front(child):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, time; from puzzle_trtllm.serve.runtimes.reference import LLM\n"
+        f"llm = LLM({str(child)!r}, dtype='float32', max_seq_len=64, max_batch_size=2)\n"
+        "print(llm.engine_pid, flush=True); time.sleep(60)"
+    )
+    front = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert front.stdout is not None
+    pid = int(front.stdout.readline())
+    front.kill()
+    front.wait()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and _alive(pid):
+        time.sleep(0.05)
+    assert not _alive(pid)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_step_that_fails_fails_its_requests_and_keeps_the_engine(child):
+    """In process: the second step raises; its requests end with the reason, the next request runs."""
+    from puzzle_trtllm.serve.runtimes.reference.arguments import read_arguments
+    from puzzle_trtllm.serve.runtimes.reference.loading import load_engine
+    from puzzle_trtllm.serve.runtimes.reference.messages import DecodingRule, Submit
+
+    engine = load_engine(read_arguments(child, ARGS)[0]).engine
+    forward = engine.model.forward
+    engine.submit(Submit(request_id=1, prompt_token_ids=prompt(1), rule=DecodingRule(max_tokens=5), arrival_ns=0))
+    engine.step()
+
+    def broken(*_: object) -> torch.Tensor:
+        raise RuntimeError("no more memory")
+
+    engine.model.forward = broken  # type: ignore[method-assign]
+    assert [u.error for u in engine.step()] == ["RuntimeError: no more memory"]
+    engine.model.forward = forward  # type: ignore[method-assign]
+    engine.submit(Submit(request_id=2, prompt_token_ids=prompt(1), rule=DecodingRule(max_tokens=5), arrival_ns=0))
+    tokens = [token for _ in range(5) for update in engine.step() for token in update.token_ids]
+    assert len(tokens) == 5
+    assert engine.stats.num_free_blocks == engine.stats.num_blocks
+
+
+def test_an_unknown_or_missing_runtime_is_named():
+    with pytest.raises(EngineError, match="unknown runtime"):
+        load_runtime("vllm")
+    with pytest.raises(EngineError, match="tensorrt_llm is not installed here"):
+        load_runtime("tensorrt_llm")
+
+
+def test_importing_the_front_does_not_import_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, puzzle_trtllm.serve.runtimes.reference; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
