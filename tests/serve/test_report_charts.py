@@ -1,0 +1,93 @@
+"""Scales, ticks and the places of what is drawn."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from puzzle_trtllm.serve.report.charts.axes import Axis, round_step
+from puzzle_trtllm.serve.report.charts.layer_map import layer_map
+from puzzle_trtllm.serve.report.charts.memory import MOST_SEGMENTS, memory_chart
+from puzzle_trtllm.serve.report.units import show_bytes, show_number
+from tests.serve.measurements import family, measurement
+
+
+def test_axes_map_their_ends_and_middles():
+    linear = Axis(low=0, high=200, start=10, end=110)
+    assert [linear(v) for v in (0, 50, 200)] == [10, 35, 110]
+    log = Axis(low=1, high=100, start=0, end=100, logarithmic=True)
+    assert [log(v) for v in (1, 10, 100)] == pytest.approx([0, 50, 100])
+    upwards = Axis(low=0, high=1, start=300, end=100)
+    assert upwards(0.25) == 250
+
+
+def test_ticks_are_round_and_inside():
+    assert Axis(low=0, high=1130, start=0, end=1).ticks() == [0, 500, 1000]
+    assert Axis(low=0, high=1.03, start=0, end=1).ticks(6) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    log = Axis(low=0.8, high=24, start=0, end=1, logarithmic=True)
+    assert log.ticks() == pytest.approx([1, 2, 5, 10, 20])
+
+
+@settings(deadline=None)
+@given(st.floats(min_value=1e-6, max_value=1e9))
+def test_steps_are_one_two_or_five_times_a_power_of_ten_and_never_too_small(rough):
+    step = round_step(rough)
+    mantissa = float(f"{step:.6e}".split("e")[0])
+    assert mantissa in (1.0, 2.0, 5.0)
+    assert rough * 0.999 <= step <= rough * 2.5 * 1.001
+
+
+def drawn(svg, css):
+    """Geometry of the shapes with exactly these classes: (x, y, width, height)."""
+    pattern = rf'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)" rx="\d" class="{css}">'
+    return [tuple(map(float, found)) for found in re.findall(pattern, svg)]
+
+
+def test_the_memory_chart_draws_weights_and_sequences_to_scale():
+    engines = family()
+    svg = memory_chart(engines, {"parent_bf16": "s0", "parent_fp8": "s1", "child": "child"})
+    (_, _, cap_width, _), *_ = drawn(svg, "empty")
+    ((_, _, weights_width, _),) = drawn(svg, "fill child")
+    assert weights_width / cap_width == pytest.approx(750 / 2000, abs=1e-3)
+    assert [len(drawn(svg, f"fill pale {style}")) for style in ("s0", "s1", "child")] == [3, 6, 10]
+
+
+def test_more_sequences_than_can_be_seen_become_one_block():
+    engine = measurement("many", [1.0], kv_bytes_per_sequence=2)
+    assert engine.sequences_held > MOST_SEGMENTS
+    assert len(drawn(memory_chart([engine], {"many": "child"}), "fill pale child")) == 1
+
+
+def test_the_layer_map_draws_experts_to_scale_over_the_parents():
+    parent, _, child = family()
+    svg = layer_map(child, parent)
+    # Child: 8, 8, 4, 6 of 8 experts as upper bars; the one full-attention layer adds a solid lower bar, drawn last.
+    heights = [height for *_, height in drawn(svg, "fill child")]
+    *experts, full = heights
+    assert [height / experts[0] for height in experts] == pytest.approx([1, 1, 0.5, 0.75])
+    windows = [height for *_, height in drawn(svg, "fill pale child")]
+    assert windows[0] == windows[2] < windows[1] < full  # 32, 64, 32 tokens, and full attention
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (512, "512 B"),
+        (1024, "1.00 KiB"),
+        (65_254_000_000, "60.8 GiB"),
+        (1000, "0.98 KiB"),
+        (153 * 2**20, "153 MiB"),
+    ],
+)
+def test_bytes_are_written_in_binary_units(count, text):
+    assert show_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.1234, "0.123"), (4.56, "4.56"), (78.94, "78.9"), (1234.5, "1,234"), (0.0, "0.000")]
+)
+def test_numbers_are_written_with_three_digits(value, text):
+    assert show_number(value) == text

@@ -1,0 +1,139 @@
+"""Every ratio of a comparison by hand, and what must not be compared."""
+
+from __future__ import annotations
+
+import pytest
+
+from puzzle_trtllm.errors import BenchError
+from puzzle_trtllm.scenario import Scenario
+from puzzle_trtllm.serve.metrics.provenance import Hardware
+from puzzle_trtllm.serve.metrics.records import RequestCounts
+from puzzle_trtllm.serve.metrics.statistics import Spread
+from puzzle_trtllm.serve.report.compare import compare
+from puzzle_trtllm.serve.report.measurement import LayerBlock
+from puzzle_trtllm.serve.report.notes import notes_on
+from tests.serve.measurements import EVALUATION, PROVENANCE, SCENARIO, effort, family, measurement
+
+PARENT, PARENT_FP8, CHILD = family()
+
+
+def test_per_token_speedup_is_the_ratio_of_medians():
+    result = compare(CHILD, PARENT)
+    assert result.per_token_speedup.value == pytest.approx(200 / 100)
+    # Round by round: 200/100, 198/90, 220/110.
+    assert result.per_token_speedup_range == pytest.approx((2.0, 2.2))
+    assert result.uncapped_per_token_speedup.value == pytest.approx(420 / 400)
+    assert compare(CHILD, PARENT_FP8).uncapped_per_token_speedup is None
+
+
+def test_request_rate_takes_the_length_of_the_answers_into_account():
+    # requests/s: child 200/10, 200/40, 200/160; parent 100/10, 100/50, 100/100.
+    rates = {name: e.relative_request_rate.value for name, e in compare(CHILD, PARENT).efforts.items()}
+    assert rates == pytest.approx({"low": 20 / 10, "medium": 5 / 2, "high": 1.25 / 1})
+    lengths = {name: e.relative_output_tokens.value for name, e in compare(CHILD, PARENT).efforts.items()}
+    assert lengths == pytest.approx({"low": 1.0, "medium": 0.8, "high": 1.6})
+
+
+def test_twice_the_speed_with_twice_the_length_is_no_gain():
+    slow = measurement("slow", [100.0], efforts={"high": effort(0.9, 100)})
+    fast = measurement("fast", [200.0], efforts={"high": effort(0.9, 200)})
+    assert compare(fast, slow).efforts["high"].relative_request_rate.value == pytest.approx(1.0)
+
+
+def test_accuracy_retention_and_bytes():
+    result = compare(CHILD, PARENT)
+    retained = {name: e.accuracy_retention.value for name, e in result.efforts.items()}
+    assert retained == pytest.approx({"low": 1.25, "medium": 0.9, "high": 1.0})
+    assert (result.weight_bytes_ratio.value, result.kv_bytes_per_sequence_ratio.value) == (0.75, 0.4)
+
+
+def test_a_ratio_over_zero_has_a_reason_instead_of_a_value():
+    retention = compare(CHILD, PARENT_FP8).efforts["low"].accuracy_retention
+    assert (retention.value, retention.reason) == (None, "parent_fp8 solved no problem at low effort")
+
+
+def test_sequences_held_are_what_fits_beside_the_weights():
+    # (2000 - 1000) // 300, (2000 - 1000) // 150, (2000 - 750) // 120.
+    assert [engine.sequences_held for engine in family()] == [3, 6, 10]
+    assert measurement("open", [1.0], memory_bytes=None).sequences_held is None
+    assert measurement("tight", [1.0], memory_bytes=900).sequences_held == 0
+
+
+def other_load(**changes):
+    return {"scenario": Scenario.model_validate(SCENARIO.model_dump() | changes)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            other_load(output_tokens=64),
+            r"child: scenario: measured under another scenario than parent_bf16 "
+            r"\(found tiny 128/64 at 32, 64 requests, expected tiny 128/128 at 32, 64 requests\)",
+        ),
+        (other_load(concurrency=8), "measured under another scenario"),
+        ({"kv_sequence_tokens": 128}, "KV bytes are stated at another length"),
+        ({"requests": RequestCounts(failed=64)}, r"child: zero successful requests \(64 failed\)"),
+        (
+            {"evaluation": EVALUATION.model_copy(update={"problems_fingerprint": "xyz"})},
+            r"problems_fingerprint: evaluated differently from parent_bf16 \(found xyz, expected abc\)",
+        ),
+        ({"evaluation": EVALUATION.model_copy(update={"max_tokens": 80})}, "max_tokens: evaluated differently"),
+        ({"efforts": {"low": effort(0.5, 10)}}, "child: medium: missing metric: not evaluated at this effort"),
+        ({"efforts": {**CHILD.efforts, "max": effort(1, 9)}}, "parent_bf16: max: missing metric"),
+        ({"blocks": CHILD.blocks[:2]}, r"another number of layers \(found 2, expected 4\)"),
+    ],
+)
+def test_what_would_mislead_is_refused_in_one_line(changes, message):
+    with pytest.raises(BenchError, match=message) as caught:
+        compare(CHILD.model_copy(update=changes), PARENT)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_and_warm_ups_of_a_scenario_may_differ():
+    compare(CHILD.model_copy(update=other_load(name="alias", warmup_requests=4, description="x")), PARENT)
+
+
+def test_a_swapped_pair_is_noticed():
+    with pytest.raises(BenchError, match=r"more experts than in child: are child and baseline swapped\?"):
+        compare(PARENT, CHILD)
+
+
+def test_a_clean_comparison_needs_no_note():
+    assert notes_on(family(), baselines=["parent_bf16", "parent_fp8"], child="child") == []
+
+
+def test_notes_say_what_a_reader_must_know():
+    elsewhere = PROVENANCE.model_copy(
+        update={"hardware": Hardware(cpu_model="other", cpu_cores=8, memory_bytes=None, gpus=[])}
+    )
+    child = CHILD.model_copy(
+        update={
+            "requests": RequestCounts(completed=190, failed=2),
+            "output_tokens_per_s": Spread.of([105.0, 120.0]),
+            "kv_fold": "none",
+            "memory_bytes": 3000,
+            "lengths": "nominal",
+            "token_counts": "responses",
+            "provenance": elsewhere,
+            "efforts": {**CHILD.efforts, "high": effort(0.9, 160, completed=90, truncated=7, failed=3)},
+        }
+    )
+    notes = notes_on([PARENT, child], baselines=["parent_bf16"], child="child")
+    for part in (
+        "child: the load ended with 190 completed, 2 failed.",
+        "FP8 KV cache with unit scales",
+        "prompt and answer lengths are nominal",
+        "so responses were counted",
+        "child, high effort: 90 completed, 7 truncated, 3 failed; accuracy is over answered problems.",
+        "child, high effort: 7 of 97 answers ran out of tokens.",
+        "the ranges of their rounds overlap",
+        "were given different memory",
+        "measured on different machines",
+    ):
+        assert any(part in note for note in notes), part
+    assert len(notes) == 9
+
+
+def test_a_layer_block_reads_a_configs_own_entry():
+    assert LayerBlock.model_validate({"num_local_experts": 8, "sliding_window": None}).sliding_window is None

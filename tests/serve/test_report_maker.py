@@ -1,0 +1,172 @@
+"""report.json, the table and the page, from the same made-up engines."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from puzzle_trtllm.errors import BenchError
+from puzzle_trtllm.serve.report import EngineMeasurement, make_report
+from puzzle_trtllm.serve.report.document import DEFINITIONS
+from tests.serve.measurements import family, measurement
+
+BASELINES = ["parent_bf16", "parent_fp8"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    out = tmp_path_factory.mktemp("report")
+    document = make_report(family(), baselines=BASELINES, child="child", out=out, extra={"seed": 7}, quiet=True)
+    return out, document
+
+
+def test_the_document_is_what_is_returned(made):
+    out, document = made
+    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(document))
+
+
+@pytest.mark.parametrize("name", [*BASELINES, "child"])
+def test_every_engine_has_the_promised_keys(made, name):
+    entry = made[1][name]
+    for key in ("weight_bytes", "kv_bytes_per_sequence", "kv_sequence_tokens", "output_tokens_per_s", "memory_bytes"):
+        assert isinstance(entry[key], (int, float)), key
+    assert len(entry["output_tokens_per_s_rounds"]) == 3
+    assert entry["output_tokens_per_s_range"] == [
+        min(entry["output_tokens_per_s_rounds"]),
+        max(entry["output_tokens_per_s_rounds"]),
+    ]
+    assert list(entry["efforts"]) == ["low", "medium", "high"]
+    for effort in entry["efforts"].values():
+        assert {"accuracy", "mean_output_tokens", "requests_per_s", "measured_requests_per_s"} <= set(effort)
+        assert effort["requests_per_s"] == pytest.approx(entry["output_tokens_per_s"] / effort["mean_output_tokens"])
+
+
+def test_the_child_has_its_ratios_to_both_baselines(made):
+    child = made[1]["child"]
+    assert child["per_token_speedup"] == pytest.approx(2.0)
+    assert child["uncapped_per_token_speedup"] == pytest.approx(1.05)
+    assert child["efforts"]["high"]["relative_request_rate"] == pytest.approx(1.25)
+    assert child["efforts"]["medium"]["accuracy_retention"] == pytest.approx(0.9)
+    # Against FP8: 200/160 a token; at high effort (200/160)/(160/100).
+    other = child["vs_parent_fp8"]
+    assert other["per_token_speedup"] == pytest.approx(1.25)
+    assert other["efforts"]["high"]["relative_request_rate"] == pytest.approx(0.78125)
+    assert other["efforts"]["high"]["accuracy_retention"] == pytest.approx(1.0)
+    assert "vs_parent_bf16" not in child
+    assert not any("per_token_speedup" in made[1][name] for name in BASELINES)
+
+
+def test_a_ratio_over_zero_is_null_with_its_reason(made):
+    low = made[1]["child"]["vs_parent_fp8"]["efforts"]["low"]
+    assert low["accuracy_retention"] is None
+    assert low["accuracy_retention_reason"] == "parent_fp8 solved no problem at low effort"
+    assert low["relative_request_rate"] == pytest.approx(1.25)
+
+
+def test_the_document_carries_its_context(made):
+    document = made[1]
+    assert document["report"] == {"child": "child", "baselines": BASELINES}
+    assert (document["scenario"]["concurrency"], document["extra"], document["notes"]) == (32, {"seed": 7}, [])
+    assert document["child"]["blocks"][1] == {"num_local_experts": 8, "sliding_window": 64}
+    assert document["definitions"] == dict(DEFINITIONS)
+
+
+class Page(HTMLParser):
+    """Checks nesting and collects what a browser would load."""
+
+    VOID = ("meta", "br", "link", "img")
+
+    def __init__(self, html):
+        super().__init__()
+        self.stack, self.loads, self.text, self.tags = [], [], [], []
+        self.feed(html)
+        assert self.stack == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.loads += [value for key, value in attrs if key in ("src", "href", "xlink:href", "srcset")]
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def page_of(engines, out, **options):
+    make_report(engines, out=out, quiet=True, **{"baselines": BASELINES, "child": "child", **options})
+    return (out / "report.html").read_text()
+
+
+def test_the_page_is_well_formed_and_loads_nothing(made):
+    html = (made[0] / "report.html").read_text()
+    page = Page(html)
+    assert page.loads == []
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert not re.search(r"https?://|url\(|@import", html)
+    assert page.tags.count("svg") == 4  # throughput, memory, frontier, layer map
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_the_page_says_what_was_measured(made):
+    text = " ".join(" ".join(Page((made[0] / "report.html").read_text()).text).split())
+    assert (
+        "Given 1.95 KiB for weights and KV cache, child generates 2.00× the tokens per second of parent_bf16 and 1.25× "
+        "those of parent_fp8. Without a memory limit the ratio to parent_bf16 is 1.05×. At high effort it answers "
+        "1.25× the requests of parent_bf16 and keeps 100.0% of its accuracy." in text
+    )
+    assert "room for 10 sequences of 256 tokens (120 B each)" in text
+    assert "window × layers: 32 × 2, 64 × 1, full × 1" in text
+
+
+def test_names_are_escaped_everywhere(tmp_path):
+    engines = [e.model_copy(update={"name": e.name.replace("child", "<b>&child")}) for e in family()]
+    html = page_of(engines, tmp_path, child="<b>&child")
+    Page(html)
+    assert "<b>&" not in html
+    assert "&lt;b&gt;&amp;child" in html
+
+
+def test_without_an_evaluation_or_a_memory_cap_the_page_leaves_those_parts_out(tmp_path):
+    bare = {"efforts": {}, "evaluation": None, "memory_bytes": None, "uncapped_output_tokens_per_s": None}
+    engines = [engine.model_copy(update=bare) for engine in family()]
+    html = page_of(engines, tmp_path)
+    assert Page(html).tags.count("svg") == 2  # throughput and layer map
+    assert "accuracy" not in " ".join(Page(html).text).split("How each number is defined")[0]
+
+
+def test_the_table_shows_every_engine_in_80_columns(tmp_path, capsys):
+    make_report(family(), baselines=BASELINES, child="child", out=tmp_path)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    rows = {line.split("│")[1].strip(): line for line in printed.splitlines() if line.startswith("│")}
+    assert rows["tokens/s, median"].split("│")[2:5] == [f" {v:>11} " for v in ("100", "160", "200")]
+    assert "2.00×" in rows["speedup vs parent_bf16"]
+    assert "1.25×" in rows["speedup vs parent_fp8"]
+
+
+def test_a_measurement_survives_its_file(tmp_path):
+    for engine in family():
+        assert EngineMeasurement.load(engine.save(tmp_path / f"{engine.name}.json")) == engine
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (["a", "a"], {"baselines": ["a"], "child": "a"}, "a: two engines of one name"),
+        (["a", "notes"], {"baselines": ["a"], "child": "notes"}, "notes: no engine may have this name"),
+        (["a", "b"], {"baselines": ["c"], "child": "b"}, r"c: no such engine \(expected one of: a, b\)"),
+        (["a", "b"], {"baselines": [], "child": "b"}, "b: no baseline to compare with"),
+        (["a", "b"], {"baselines": ["b"], "child": "b"}, "b: compared with itself"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path, names, options, message):
+    engines = [measurement(name, [1.0]) for name in names]
+    with pytest.raises(BenchError, match=message):
+        make_report(engines, out=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
