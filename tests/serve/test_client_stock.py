@@ -1,0 +1,174 @@
+"""The client against a server that behaves like NVIDIA's own llmapi model: no extras, text so far, "None" reasons.
+
+The server is a small gRPC service in this process, so its every word is the test's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.serve.client.request import GenerationRequest
+from puzzle_trtllm.serve.client.tensors import pack_strings
+from puzzle_trtllm.serve.client.triton_client import TritonLlmClient
+from puzzle_trtllm.serve.triton.contract import EXTRA_INPUTS, INPUTS
+
+
+class StockServer(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """Plays `script`: texts so far, an Exception in-band, or a status that aborts the stream."""
+
+    def __init__(self, script) -> None:
+        self.script = script
+        self.metadata: dict[str, str] = {}
+        self.cancelled = asyncio.Event()
+
+    async def ModelConfig(self, request, context):
+        reply = service_pb2.ModelConfigResponse()
+        for spec in INPUTS:
+            if spec.name not in EXTRA_INPUTS:
+                reply.config.input.add(name=spec.name)
+        return reply
+
+    async def ModelStreamInfer(self, requests, context):
+        self.metadata = dict(context.invocation_metadata())
+        async for _ in requests:
+            break
+        try:
+            for index, item in enumerate(self.script):
+                if isinstance(item, grpc.StatusCode):
+                    await context.abort(item, "scripted abort")
+                if isinstance(item, Exception):
+                    yield service_pb2.ModelStreamInferResponse(error_message=str(item))
+                    continue
+                yield self.response(item, "stop" if index == len(self.script) - 1 else "None")
+                await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+
+    @staticmethod
+    def response(text: str | None, finish_reason: str):
+        message = service_pb2.ModelStreamInferResponse()
+        if text is not None:
+            for name, value in (("finish_reason", finish_reason), ("text_output", text)):
+                message.infer_response.outputs.add(name=name, datatype="BYTES", shape=[1])
+                message.infer_response.raw_output_contents.append(pack_strings([value]))
+        return message
+
+
+@asynccontextmanager
+async def stock_server(*script) -> AsyncIterator[tuple[StockServer, str]]:
+    service, server = StockServer(script), grpc.aio.server()
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield service, f"127.0.0.1:{port}"
+    finally:
+        await server.stop(None)
+
+
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, 30))
+
+
+def test_text_so_far_becomes_chunks_of_what_is_new() -> None:
+    async def scenario():
+        async with stock_server("a", "ab", "ab", "abcd") as (service, url), TritonLlmClient(url) as client:
+            assert not client.gives_token_ids
+            chunks = [chunk async for chunk in client.stream(GenerationRequest(prompt="x"))]
+            return service.metadata, chunks
+
+    metadata, chunks = run(scenario())
+    assert [chunk.text for chunk in chunks] == ["a", "b", "", "cd"]
+    assert [chunk.finish_reason for chunk in chunks] == [None, None, None, "stop"]
+    assert all(chunk.token_ids == [] and chunk.num_output_tokens is None for chunk in chunks)
+    assert metadata["triton_grpc_error"] == "true"
+
+
+def test_a_result_counts_responses_where_tokens_are_unknown() -> None:
+    async def scenario():
+        async with stock_server("a", "ab") as (_, url), TritonLlmClient(url) as client:
+            return await client.generate(GenerationRequest(prompt="x"))
+
+    result = run(scenario())
+    assert (result.text, result.num_output_tokens, result.finish_reason) == ("ab", None, "stop")
+    assert (
+        result.sent_ns < result.first_token_ns == result.token_times_ns[0] < result.token_times_ns[1] == result.end_ns
+    )
+
+
+def test_an_empty_final_response_is_no_chunk() -> None:
+    async def scenario():
+        async with stock_server("a", None) as (_, url), TritonLlmClient(url) as client:
+            return [chunk.text async for chunk in client.stream(GenerationRequest(prompt="x"))]
+
+    assert run(scenario()) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
+        (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT"),
+        (RuntimeError("in-band words"), "UNKNOWN"),
+    ],
+)
+def test_errors_carry_their_status(ending, status: str) -> None:
+    async def scenario():
+        async with stock_server("a", ending) as (_, url), TritonLlmClient(url) as client:
+            await client.generate(GenerationRequest(prompt="x"))
+
+    with pytest.raises(ServeError, match=r"scripted abort|in-band words") as error:
+        run(scenario())
+    assert error.value.status == status
+
+
+def test_a_server_that_ends_without_a_word_is_an_error() -> None:
+    async def scenario():
+        async with stock_server() as (_, url), TritonLlmClient(url) as client:
+            await client.generate(GenerationRequest(prompt="x"))
+
+    with pytest.raises(ServeError, match="without a response"):
+        run(scenario())
+
+
+def test_nobody_there_is_unavailable() -> None:
+    async def scenario():
+        async with TritonLlmClient("127.0.0.1:9"):
+            pass
+
+    with pytest.raises(ServeError) as error:
+        run(scenario())
+    assert error.value.status == "UNAVAILABLE"
+
+
+def test_closing_the_iterator_cancels_the_call() -> None:
+    async def scenario():
+        async with stock_server(*"abcdefghijklmnopqrstuvwxyz" * 100) as (service, url), TritonLlmClient(url) as client:
+            chunks = client.stream(GenerationRequest(prompt="x"))
+            async for _ in chunks:
+                break
+            await chunks.aclose()
+            await service.cancelled.wait()
+
+    run(scenario())
+
+
+def test_cancelling_the_task_cancels_the_call() -> None:
+    async def scenario():
+        async with stock_server(*"abcdefghijklmnopqrstuvwxyz" * 100) as (service, url), TritonLlmClient(url) as client:
+            task = asyncio.create_task(client.generate(GenerationRequest(prompt="x")))
+            await asyncio.sleep(0.1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await service.cancelled.wait()
+
+    run(scenario())

@@ -1,0 +1,147 @@
+"""The guard: whatever ends first, no process that a server started is left, nor its files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+from puzzle_trtllm.serve.triton.process import GuardedProcess, children_of, is_alive
+from tests.serve.scripted import wait_until
+
+# A "server" that starts a grandchild in a session of its own, writes all pids, and ignores SIGTERM if told to.
+SERVER = """
+import os, signal, subprocess, sys, time
+deaf, pid_file = sys.argv[1] == "deaf", sys.argv[2]
+if deaf:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+inner = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+middle = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {inner!r}]); time.sleep(600)"
+child = subprocess.Popen([sys.executable, "-c", middle], start_new_session=True, stdout=subprocess.PIPE, text=True)
+grandchild = child.stdout.readline().strip()
+open(pid_file + ".tmp", "w").write(f"{os.getpid()} {child.pid} {grandchild}")
+os.rename(pid_file + ".tmp", pid_file)
+time.sleep(float(sys.argv[3]))
+sys.exit(7)
+"""
+
+
+class Started:
+    """A guarded SERVER and the pids of its three processes."""
+
+    def __init__(self, tmp_path: Path, *, deaf: bool = False, lives_s: float = 600, grace_s: float = 10) -> None:
+        self.scratch, self.log = tmp_path / "scratch", tmp_path / "log"
+        self.scratch.mkdir()
+        self.shm = Path("/dev/shm") / f"puzzle_test_{uuid.uuid4().hex[:8]}_region"
+        self.shm.write_bytes(b"left behind")
+        pid_file = tmp_path / "pids"
+        arguments = ["deaf" if deaf else "hears", str(pid_file), str(lives_s)]
+        self.process = GuardedProcess(
+            [sys.executable, "-c", SERVER, *arguments], environment={"PUZZLE_TEST": "1"}, log_file=self.log,
+            grace_s=grace_s, shm_prefix=self.shm.name.removesuffix("region"), scratch=self.scratch,
+        )  # fmt: skip
+        wait_until(pid_file.exists, what="the server's start")
+        self.pids = [int(pid) for pid in pid_file.read_text().split()]
+        assert self.pids[0] == self.process.pid
+
+    def assert_all_gone(self) -> None:
+        wait_until(lambda: not any(is_alive(pid) for pid in self.pids), what="all processes ended", timeout_s=10)
+        wait_until(lambda: not self.shm.exists() and not self.scratch.exists(), what="files removed", timeout_s=5)
+
+
+def test_stop_ends_the_whole_tree(tmp_path: Path) -> None:
+    started = Started(tmp_path)
+    assert started.process.exit_code() is None and all(is_alive(pid) for pid in started.pids)
+    assert started.process.stop() == 128 + signal.SIGTERM
+    started.assert_all_gone()
+
+
+def test_a_server_that_ignores_sigterm_is_killed_after_the_grace_time(tmp_path: Path) -> None:
+    started = Started(tmp_path, deaf=True)
+    assert started.process.stop(grace_s=0.3) == 128 + signal.SIGKILL
+    started.assert_all_gone()
+
+
+def test_a_server_that_ends_by_itself_leaves_nothing_and_tells_its_code(tmp_path: Path) -> None:
+    started = Started(tmp_path, lives_s=0.2)
+    assert started.process.wait(timeout_s=20) == 7
+    started.assert_all_gone()
+    assert started.process.stop() == 7
+
+
+def test_the_tree_ends_when_the_starter_is_killed(tmp_path: Path) -> None:
+    """kill -9 gives the starter no chance to clean up; the guard sees its pipe close."""
+    script = (
+        "import sys, time, pathlib; sys.path.insert(0, sys.argv[2])\n"
+        "from tests.serve.test_triton_guard import Started\n"
+        "started = Started(pathlib.Path(sys.argv[1])); print(*started.pids, started.shm, flush=True); time.sleep(600)"
+    )
+    root = Path(__file__).parents[2]
+    starter = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path), str(root)], stdout=subprocess.PIPE, text=True
+    )
+    assert starter.stdout is not None
+    *pids, shm = starter.stdout.readline().split()
+    starter.kill()
+    starter.wait()
+    wait_until(lambda: not any(is_alive(int(pid)) for pid in pids), what="all processes ended", timeout_s=15)
+    wait_until(lambda: not Path(shm).exists(), what="shared memory removed", timeout_s=5)
+
+
+def test_the_server_ends_when_the_guard_itself_is_killed(tmp_path: Path) -> None:
+    started = Started(tmp_path)
+    guard = int(Path(f"/proc/{started.process.pid}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(guard, signal.SIGKILL)
+    wait_until(lambda: not is_alive(started.process.pid), what="the server ended")
+    for pid in started.pids[1:]:  # Triton's stubs watch their server; these do not
+        os.kill(pid, signal.SIGKILL)
+    started.shm.unlink()
+    started.process.stop()
+
+
+def test_only_the_command_gets_the_environment_and_its_output_goes_to_the_log(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    code = "import os, sys; print('seen', os.environ['PUZZLE_TEST']); print('error', file=sys.stderr)"
+    process = GuardedProcess(
+        [sys.executable, "-c", code], environment={"PUZZLE_TEST": "a b=c"}, log_file=tmp_path / "log", grace_s=1,
+        shm_prefix="puzzle_test_none_", scratch=tmp_path / "scratch",
+    )  # fmt: skip
+    assert process.wait(timeout_s=20) == 0
+    process.stop()
+    assert sorted((tmp_path / "log").read_text().split("\n")) == ["", "error", "seen a b=c"]
+
+
+def test_a_command_that_does_not_exist(tmp_path: Path) -> None:
+    process = GuardedProcess(
+        ["/nowhere/tritonserver"], environment={}, log_file=tmp_path / "log", grace_s=1,
+        shm_prefix="puzzle_test_none_", scratch=tmp_path / "scratch",
+    )  # fmt: skip
+    assert process.wait(timeout_s=20) == 127
+    process.stop()
+    assert "/nowhere/tritonserver" in (tmp_path / "log").read_text()
+
+
+def test_children_and_life_are_read_from_proc() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        assert child.pid in children_of(os.getpid()) and is_alive(child.pid)
+        child.kill()
+        # A zombie until it is waited for, which is not alive.
+        wait_until(lambda: not is_alive(child.pid), what="the child's death")
+    finally:
+        child.kill()
+        child.wait()
+    assert not is_alive(child.pid) and children_of(child.pid) == set()
+
+
+@pytest.mark.parametrize("stops", [1, 2])
+def test_stop_may_be_called_again(stops: int, tmp_path: Path) -> None:
+    started = Started(tmp_path)
+    codes = {started.process.stop(grace_s=5) for _ in range(stops)}
+    assert codes == {128 + signal.SIGTERM}
+    started.assert_all_gone()

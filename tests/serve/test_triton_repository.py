@@ -1,0 +1,115 @@
+"""The generated model repository, and reading model.yaml back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from puzzle_trtllm.errors import ConfigError, PuzzleError, ServeError
+from puzzle_trtllm.serve.triton.contract import render_config
+from puzzle_trtllm.serve.triton.host import import_plugin, scrub_mpi_job
+from puzzle_trtllm.serve.triton.repository import write_repository
+from puzzle_trtllm.serve.triton.settings import read_model_yaml
+from tests.serve.scripted import scripted_engine
+from tests.toys import VOCAB_SIZE
+
+
+@pytest.fixture
+def engine(make_checkpoint, tmp_path: Path):
+    checkpoint = make_checkpoint([(4, None), (2, 16)])
+    return scripted_engine(tmp_path / "engine", checkpoint, max_seq_len=64, kv_cache_config={"dtype": "fp8"})
+
+
+def test_the_repository_is_three_files(engine, tmp_path: Path) -> None:
+    out = write_repository(engine, tmp_path / "repository", max_open_requests=7)
+    files = sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
+    assert files == ["tensorrt_llm/1/model.py", "tensorrt_llm/1/model.yaml", "tensorrt_llm/config.pbtxt"]
+    assert (out / files[2]).read_text() == render_config()
+    assert "class TritonPythonModel" in (out / files[0]).read_text()
+
+
+def test_model_yaml_holds_the_llms_arguments_and_tritons(engine, tmp_path: Path) -> None:
+    out = write_repository(engine, tmp_path / "repository", max_open_requests=7, cancellation_check_period_ms=50)
+    assert yaml.safe_load((out / "tensorrt_llm/1/model.yaml").read_text()) == {
+        "model": str(engine.path / "model"),
+        "max_seq_len": 64,
+        "kv_cache_config": {"dtype": "fp8"},
+        "triton_config": {
+            "max_batch_size": 0,
+            "decoupled": True,
+            "cancellation_check_period_ms": 50.0,
+            "runtime": "reference",
+            "max_open_requests": 7,
+            "vocab_size": VOCAB_SIZE,
+        },
+    }
+
+
+def test_model_yaml_is_read_back_as_written(engine, tmp_path: Path) -> None:
+    out = write_repository(engine, tmp_path / "repository", decoupled=False)
+    settings = read_model_yaml(out / "tensorrt_llm/1/model.yaml")
+    assert settings.llm_args == {"model": str(engine.path / "model"), **engine.llm_args}
+    assert (settings.triton.runtime, settings.triton.decoupled, settings.triton.plugin) == ("reference", False, None)
+
+
+def test_an_engines_plugin_is_named(engine, tmp_path: Path) -> None:
+    (engine.path / "plugin" / "puzzle_trtllm_plugin").mkdir(parents=True)
+    out = write_repository(engine, tmp_path / "repository")
+    plugin = read_model_yaml(out / "tensorrt_llm/1/model.yaml").triton.plugin
+    assert plugin == str(engine.path / "plugin" / "puzzle_trtllm_plugin")
+
+
+def test_a_path_that_tritons_shell_would_break_is_refused(engine, tmp_path: Path) -> None:
+    with pytest.raises(ServeError, match="no spaces"):
+        write_repository(engine, tmp_path / "my repository")
+    assert not (tmp_path / "my repository").exists()
+
+
+def test_an_existing_repository_is_only_replaced_when_told_so(engine, tmp_path: Path) -> None:
+    write_repository(engine, tmp_path / "repository")
+    with pytest.raises(PuzzleError, match="not empty"):
+        write_repository(engine, tmp_path / "repository")
+    write_repository(engine, tmp_path / "repository", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: x", "triton_config: missing key"),
+        ("triton_config: {max_batch_size: 4}", "triton_config.max_batch_size"),
+        ("triton_config: {decupled: true}", "triton_config.decupled"),
+        ("triton_config: {runtime: onnx}", "triton_config.runtime"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_a_wrong_model_yaml_is_one_clear_line(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        read_model_yaml(file)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_variables_of_a_running_mpi_job_go_and_settings_stay() -> None:
+    environment = {
+        "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0", "PMI_SIZE": "1", "OMPI_MCA_orte_ess_num_procs": "2",
+        "OMPI_MCA_btl": "tcp", "PMIX_MCA_gds": "hash", "PATH": "/bin",
+    }  # fmt: skip
+    removed = scrub_mpi_job(environment)
+    assert sorted(removed) == ["OMPI_COMM_WORLD_RANK", "OMPI_MCA_orte_ess_num_procs", "PMIX_RANK", "PMI_SIZE"]
+    assert set(environment) == {"OMPI_MCA_btl", "PMIX_MCA_gds", "PATH"}
+
+
+def test_a_plugin_is_imported_by_its_folders_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    package = tmp_path / "plugin" / "puzzle_test_plugin"
+    with pytest.raises(PuzzleError, match=r"__init__\.py: missing"):
+        import_plugin(package)
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("REGISTERED = True")
+    import_plugin(package)
+    modules = __import__("sys").modules
+    assert modules["puzzle_test_plugin"].REGISTERED
+    monkeypatch.delitem(modules, "puzzle_test_plugin")

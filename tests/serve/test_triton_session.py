@@ -1,0 +1,377 @@
+"""A session's promises, with fakes for Triton and the runtime: every request ends exactly once, with its last flag.
+
+The live server is driven in test_triton_server.py; here are the orders of events that a live server cannot be made to
+show at will.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from puzzle_trtllm.serve.runtimes.api import CompletionOutput, EngineDeadError, RequestError, SamplingParams
+from puzzle_trtllm.serve.triton.metrics import MetricsThread, kv_blocks
+from puzzle_trtllm.serve.triton.outbox import Outbox
+from puzzle_trtllm.serve.triton.request import ReplyFormat, RequestLimits
+from puzzle_trtllm.serve.triton.response import Snapshot
+from puzzle_trtllm.serve.triton.session import Session
+from tests.serve.scripted import wait_until
+
+
+class Sender:
+    """Triton's response sender, remembering; as there, nothing may be sent or asked after the final flag."""
+
+    def __init__(self) -> None:
+        self.responses: list[tuple[object, int]] = []
+        self.cancelled = False
+        self.gate = threading.Event()
+        self.gate.set()
+
+    @property
+    def final(self) -> bool:
+        return bool(self.responses) and self.responses[-1][1] == 1
+
+    def send(self, response=None, flags: int = 0) -> None:
+        assert self.gate.wait(10)
+        assert not self.final, "sent after the final response"
+        self.responses.append((response, flags))
+
+    def is_cancelled(self) -> bool:
+        assert not self.final, "asked after the final response"
+        return self.cancelled
+
+    @property
+    def error(self) -> tuple[str, str]:
+        wait_until(lambda: self.final, what="a final response")
+        response = self.responses[-1][0]
+        assert isinstance(response, tuple), response
+        return response
+
+
+class Encoder:
+    FINAL = 1
+
+    def response(self, tensors):
+        return {name: array.tolist() for name, array in tensors}
+
+    def error(self, status: str, message: str):
+        return (status, message)
+
+
+class Result:
+    """A RequestOutput whose steps the test pushes: text, an exception, or None for the end."""
+
+    def __init__(self, prompt) -> None:
+        self.prompt_token_ids = [1, 2, 3]
+        self.outputs = [CompletionOutput()]
+        self.finished = False
+        self.aborted = False
+        self.queue: asyncio.Queue = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+        self.metrics = None
+
+    def push(self, *steps) -> None:
+        for step in steps:
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, step)
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        step = await self.queue.get()
+        if isinstance(step, Exception):
+            raise step
+        if step is StopAsyncIteration:
+            raise StopAsyncIteration
+        completion = self.outputs[0]
+        if step is None or step == "cancelled":
+            self.finished, completion.finish_reason = True, step or "stop"
+        else:
+            completion.text += step
+            completion.token_ids.append(len(completion.token_ids))
+        return self
+
+
+class Llm:
+    def __init__(self) -> None:
+        self.results: list[Result] = []
+        self.submit_error: Exception | None = None
+        self.healthy = True
+        self.stats: list | Exception = []
+
+    def generate_async(self, inputs, sampling_params, streaming=False):
+        if self.submit_error is not None:
+            raise self.submit_error
+        self.results.append(Result(inputs))
+        return self.results[-1]
+
+    def get_stats(self, timeout=None):
+        if isinstance(self.stats, Exception):
+            raise self.stats
+        return self.stats
+
+    def _check_health(self) -> bool:
+        return self.healthy
+
+
+@pytest.fixture
+def service():
+    llm = Llm()
+    outbox = Outbox(Encoder(), log=lambda message: None)
+    session = Session(
+        llm=llm, sampling_params=SamplingParams, outbox=outbox, limits=RequestLimits(max_seq_len=16),
+        max_open_requests=2, sweep_period_s=0.005, log=lambda message: None,
+    )  # fmt: skip
+    yield SimpleNamespace(llm=llm, outbox=outbox, session=session)
+    session.stop()
+    outbox.close()
+
+
+def begin(service, *, request_id: str = "", text: str = "hi", **flags) -> tuple[Sender, Result]:
+    """Accept a request and wait until the runtime has it."""
+    sender, before = Sender(), len(service.llm.results)
+    accept(service, sender, request_id=request_id, text=text, **flags)
+    wait_until(lambda: len(service.llm.results) > before, what="submission")
+    return sender, service.llm.results[-1]
+
+
+def accept(service, sender: Sender, *, request_id: str = "", text: str = "hi", **flags) -> Sender:
+    inputs = {"text_input": np.array([text.encode()], dtype=object)}
+    inputs |= {name: np.array([value]) for name, value in flags.items()}
+    service.session.accept(request_id, inputs, sender)
+    return sender
+
+
+def test_a_stream_ends_with_its_last_output(service) -> None:
+    sender, result = begin(service, streaming=True, stream_delta=True, return_finish_reason=True)
+    result.push("a")
+    wait_until(lambda: len(sender.responses) == 1, what="the first response")
+    result.push("b", None)
+    wait_until(lambda: sender.final, what="the end")
+    assert b"".join(r["text_output"][0] for r, _ in sender.responses) == b"ab"
+    assert sender.responses[-1][0]["finish_reason"] == [b"stop"]
+    assert [flag for _, flag in sender.responses[:-1]] == [0] * (len(sender.responses) - 1)
+
+
+def test_without_streaming_there_is_one_response(service) -> None:
+    sender, result = begin(service)
+    result.push("a", "b", None)
+    wait_until(lambda: sender.final, what="the end")
+    assert sender.responses == [({"text_output": [b"ab"]}, 1)]
+
+
+def test_a_reader_that_does_not_keep_up_gets_larger_responses(service) -> None:
+    """While one response is stuck, later steps wait as one; nothing is lost and nothing piles up."""
+    sender, result = begin(service, streaming=True, stream_delta=True)
+    sender.gate.clear()
+    result.push("a")
+    wait_until(lambda: result.queue.empty() and result.outputs[0].text == "a", what="the first step")
+    result.push(*"bcdefgh", None)
+    wait_until(lambda: result.finished, what="the last step")
+    sender.gate.set()
+    wait_until(lambda: sender.final, what="the end")
+    assert b"".join(r["text_output"][0] for r, _ in sender.responses) == b"abcdefgh"
+    assert len(sender.responses) <= 2
+
+
+def test_two_streams_keep_their_own_order(service) -> None:
+    streams = [begin(service, streaming=True, stream_delta=True) for _ in range(2)]
+    for index in range(100):
+        for _, result in streams:
+            result.push(chr(ord("A") + index % 26))
+    for sender, result in streams:
+        result.push(None)
+        wait_until(lambda sender=sender: sender.final, what="the end")
+        text = b"".join(r["text_output"][0] for r, _ in sender.responses)
+        assert text == bytes(ord("A") + index % 26 for index in range(100))
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RequestError("too long"), "INVALID_ARGUMENT"),
+        (ValueError("bad value"), "INVALID_ARGUMENT"),
+        (RuntimeError("odd"), "INTERNAL"),
+        (EngineDeadError("gone"), "UNAVAILABLE"),
+    ],
+)
+@pytest.mark.parametrize("when", ["submission", "first step"])
+def test_an_error_before_the_first_token(service, error: Exception, status: str, when: str) -> None:
+    if when == "submission":
+        service.llm.submit_error = error
+        sender = accept(service, Sender(), streaming=True)
+    else:
+        sender, result = begin(service, streaming=True)
+        result.push(error)
+    found, message = sender.error
+    assert (found, len(sender.responses)) == (status, 1) and str(error) in message
+
+
+def test_an_error_in_mid_stream_is_ours_not_the_clients(service) -> None:
+    sender, result = begin(service, streaming=True)
+    result.push("a")
+    wait_until(lambda: len(sender.responses) == 1, what="the first response")
+    result.push(RequestError("lost"))
+    assert sender.error == ("INTERNAL", "generation failed: RequestError: lost")
+
+
+def test_a_runtime_that_just_stops_is_an_error_not_silence(service) -> None:
+    sender, result = begin(service, streaming=True)
+    result.push(StopAsyncIteration)
+    assert sender.error[0] == "INTERNAL"
+
+
+def test_a_bad_sampling_value_that_only_the_runtime_knows(service) -> None:
+    service.session._sampling_params = lambda **_: (_ for _ in ()).throw(ValueError("no such thing"))
+    assert accept(service, Sender()).error == ("INVALID_ARGUMENT", "no such thing")
+
+
+def test_a_client_that_goes_away_is_noticed_and_its_generation_aborted(service) -> None:
+    sender, result = begin(service, streaming=True)
+    sender.cancelled = True
+    assert sender.error == ("CANCELLED", "the client closed the request") and result.aborted
+    wait_until(lambda: service.session.queue_lengths() == (0, 0), what="the request is forgotten")
+
+
+def test_stop_cancels_all_requests_of_its_id_and_no_other(service) -> None:
+    (one, first), (other, second) = begin(service, request_id="one"), begin(service, request_id="other")
+    stop = accept(service, Sender(), request_id="one", text="", stop=True)
+    assert one.error == ("CANCELLED", "request 'one' was stopped") and first.aborted
+    assert stop.error == ("CANCELLED", "stopped 1 running request(s) with id 'one'")
+    second.push("a", None)
+    wait_until(lambda: other.final, what="the other's end")
+    assert other.responses[-1][0] == {"text_output": [b"a"]} and not second.aborted
+
+
+def test_stop_needs_an_id(service) -> None:
+    assert accept(service, Sender(), text="", stop=True).error[0] == "INVALID_ARGUMENT"
+
+
+def test_a_cancel_that_the_runtime_reports_by_itself(service) -> None:
+    sender, result = begin(service)
+    result.push("cancelled")
+    assert sender.error[0] == "CANCELLED"
+
+
+def test_a_full_table_is_unavailable_at_once_and_has_room_again_later(service) -> None:
+    (one, first), (two, second) = begin(service), begin(service)
+    assert accept(service, Sender()).error == ("UNAVAILABLE", "the queue is full: 2 requests are open")
+    first.push("a", None)
+    wait_until(lambda: sum(service.session.queue_lengths()) == 1, what="room")
+    begin(service)
+    second.push("a", None)
+    wait_until(lambda: one.final and two.final, what="the ends")
+
+
+def test_a_dead_engine_ends_everything_open_and_everything_after(service) -> None:
+    (one, first), (two, _) = begin(service, streaming=True), begin(service)
+    first.push(EngineDeadError("killed"))
+    for sender in (one, two):
+        assert sender.error == ("UNAVAILABLE", "the engine is dead: killed")
+    assert accept(service, Sender()).error == ("UNAVAILABLE", "the engine is dead: killed")
+    assert service.session.death == "killed"
+
+
+def test_an_unhealthy_runtime_is_a_dead_engine_whatever_it_raises(service) -> None:
+    sender, result = begin(service)
+    service.llm.healthy = False
+    result.push(RuntimeError("MPI worker lost"))
+    assert sender.error == ("UNAVAILABLE", "the engine is dead: MPI worker lost")
+
+
+def test_stopping_leaves_nobody_waiting() -> None:
+    llm, outbox = Llm(), Outbox(Encoder(), log=lambda message: None)
+    session = Session(llm=llm, sampling_params=SamplingParams, outbox=outbox, limits=RequestLimits())
+    sender, _ = begin(SimpleNamespace(llm=llm, session=session))
+    session.stop()
+    outbox.close()
+    assert sender.error == ("UNAVAILABLE", "the server is stopping")
+
+
+def test_a_refused_request_never_reaches_the_runtime(service) -> None:
+    sender = accept(service, Sender(), text="")
+    assert sender.error[0] == "INVALID_ARGUMENT" and service.llm.results == []
+    assert service.session.totals.ends == {"invalid_argument": 1}
+
+
+def test_a_reply_says_nothing_after_its_end() -> None:
+    outbox = Outbox(Encoder(), log=lambda message: None)
+    sender = Sender()
+    reply = outbox.open_reply(sender, ReplyFormat())
+    reply.fail("CANCELLED", "first")
+    reply.fail("INTERNAL", "second")
+    reply.update(Snapshot("a", [1], 1, True, "stop", None, None, []))
+    outbox.close()
+    assert sender.responses == [(("CANCELLED", "first"), 1)]
+    assert not reply.is_cancelled()
+
+
+class Family:
+    """pb_utils.MetricFamily, remembering in one table."""
+
+    GAUGE, COUNTER = "gauge", "counter"
+    values: dict[str, float]
+
+    def __init__(self, *, name: str, description: str, kind: str) -> None:
+        self.name, self.kind = name, kind
+
+    def Metric(self, *, labels: dict[str, str]):
+        key = self.name + (f"/{labels['end']}" if "end" in labels else "")
+        assert labels["model"] == "tensorrt_llm"
+
+        def set_(value: float) -> None:
+            assert self.kind == "gauge"
+            self.values[key] = value
+
+        def increment(value: float) -> None:
+            assert self.kind == "counter"
+            self.values[key] = self.values.get(key, 0) + value
+
+        return SimpleNamespace(set=set_, increment=increment)
+
+
+@pytest.fixture
+def metrics(service):
+    Family.values = {}
+    return MetricsThread(service.session, service.outbox, service.llm, metric_family=Family, log=lambda m: None)
+
+
+def test_metrics_tell_waiting_from_running_and_count_tokens(service, metrics) -> None:
+    (one, first), (_, second) = begin(service, streaming=True), begin(service, streaming=True)
+    first.push("a")
+    wait_until(lambda: len(one.responses) == 1, what="a response")
+    metrics.publish()
+    assert (Family.values["puzzle_requests_waiting"], Family.values["puzzle_requests_running"]) == (1, 1)
+    first.push("b", None)
+    second.push(RuntimeError("odd"))
+    wait_until(lambda: service.session.queue_lengths() == (0, 0), what="the ends")
+    metrics.publish()
+    metrics.publish()
+    expected = {
+        "puzzle_engine_up": 1, "puzzle_requests_waiting": 0, "puzzle_requests_running": 0,
+        "puzzle_prompt_tokens_total": 3, "puzzle_output_tokens_total": 2,
+        "puzzle_requests_total/ok": 1, "puzzle_requests_total/internal": 1,
+    }  # fmt: skip
+    assert {name: Family.values.get(name) for name in expected} == expected
+
+
+def test_the_metrics_notice_that_an_idle_engine_died(service, metrics) -> None:
+    service.llm.stats = EngineDeadError("killed while idle")
+    metrics._watch_engine()
+    wait_until(lambda: service.session.death == "killed while idle", what="the death")
+    metrics.publish()
+    assert Family.values["puzzle_engine_up"] == 0
+
+
+def test_kv_blocks_come_as_dicts_or_json() -> None:
+    stats = {"kvCacheStats": {"usedNumBlocks": 3, "maxNumBlocks": 10}}
+    assert kv_blocks([{}, stats]) == (3, 10)
+    assert kv_blocks(['{"kvCacheStats": {"usedNumBlocks": 3, "maxNumBlocks": 10}}']) == (3, 10)
+    assert kv_blocks([]) is None and kv_blocks([{"iter": 1}]) is None
