@@ -1,0 +1,189 @@
+"""`generate`, `bench`, `evaluate`: what talks to a running server."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from puzzle_trtllm.commands.output import JsonOption, print_json, print_table
+
+if TYPE_CHECKING:
+    from puzzle_trtllm.serve.client.request import GenerationRequest, GenerationResult
+    from puzzle_trtllm.serve.metrics.result_file import ResultFile
+
+UrlOption = Annotated[str, typer.Option("--url", help="host:port of the server's gRPC endpoint.")]
+EngineOption = Annotated[
+    Path | None, typer.Option("--engine", help="The engine folder behind the URL: its tokenizer, and provenance.")
+]
+TokenizerOption = Annotated[
+    Path | None, typer.Option("--tokenizer", help="Checkpoint folder whose tokenizer and chat template to use.")
+]
+NameOption = Annotated[str | None, typer.Option("--name", help="What to call the server in results.")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Result file to write, for `report`.")]
+DEFAULT_URL = "localhost:8001"
+EFFORTS = ("low", "medium", "high")
+
+
+def generate_command(
+    prompt: Annotated[str, typer.Argument(help="The prompt; with --tokenizer it is the user's turn of a chat.")],
+    url: UrlOption = DEFAULT_URL,
+    tokenizer: TokenizerOption = None,
+    effort: Annotated[str | None, typer.Option("--effort", help="low, medium or high; with --tokenizer.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 256,
+    temperature: Annotated[float | None, typer.Option(help="Alone it is still greedy: add --top-k or --top-p.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k")] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0)] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop string; may be given several times.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a prompt on a running server.
+
+    The text is printed as it streams in; Ctrl-C cancels the generation on the server too.
+    """
+    from puzzle_trtllm.serve.client.request import GenerationRequest
+
+    text, input_ids = prompt, None
+    if tokenizer is not None:
+        from puzzle_trtllm.chat import ChatTokenizer
+
+        chat = ChatTokenizer.from_folder(tokenizer)
+        text = chat.render_chat([{"role": "user", "content": prompt}], reasoning_effort=effort)
+        input_ids = chat.encode(text)
+    elif effort is not None:
+        raise typer.BadParameter("needs --tokenizer, whose chat template it goes into", param_hint="--effort")
+    request = GenerationRequest(
+        prompt=text if input_ids is None else None,
+        input_ids=input_ids,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop or None,
+    )
+    if as_json:
+        print_json(result_json(asyncio.run(_generate(url, request))))
+    else:
+        asyncio.run(_stream(url, request))
+
+
+async def _generate(url: str, request: GenerationRequest) -> GenerationResult:
+    from puzzle_trtllm.serve.client.triton_client import TritonLlmClient
+
+    async with TritonLlmClient(url) as client:
+        return await client.generate(request)
+
+
+async def _stream(url: str, request: GenerationRequest) -> None:
+    from contextlib import aclosing
+
+    from puzzle_trtllm.serve.client.triton_client import TritonLlmClient
+
+    last = None
+    async with TritonLlmClient(url) as client, aclosing(client.stream(request)) as chunks:
+        async for chunk in chunks:
+            print(chunk.text, end="", flush=True)
+            last = chunk
+    print()
+    if last is not None and last.num_output_tokens is not None:
+        print(f"{last.num_output_tokens} tokens, finish reason: {last.finish_reason}", file=sys.stderr)
+
+
+def result_json(result: GenerationResult) -> dict[str, object]:
+    """What `generate --json` says: the text, its tokens, and times in ms from the moment of sending."""
+    return {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "num_output_tokens": result.num_output_tokens,
+        "finish_reason": result.finish_reason,
+        "ttft_ms": (result.first_token_ns - result.sent_ns) / 1e6,
+        "e2e_ms": (result.end_ns - result.sent_ns) / 1e6,
+    }
+
+
+def bench_command(
+    url: UrlOption = DEFAULT_URL,
+    scenario: Annotated[str, typer.Option("--scenario", help="A YAML file or a shipped name.")] = "cpu-demo",
+    engine: EngineOption = None,
+    tokenizer: TokenizerOption = None,
+    concurrency: Annotated[int | None, typer.Option("--concurrency", min=1, help="Overrides the scenario's.")] = None,
+    num_requests: Annotated[int | None, typer.Option("--num-requests", min=1, help="Overrides the scenario's.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Equal seeds give equal prompts.")] = 0,
+    name: NameOption = None,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a server under a scenario's load.
+
+    Output throughput over the steady window, and percentiles of TTFT, ITL and E2E.
+    """
+    from puzzle_trtllm.serve.bench.runner import run_bench
+
+    result = run_bench(
+        url,
+        scenario=scenario,
+        concurrency=concurrency,
+        num_requests=num_requests,
+        seed=seed,
+        engine=engine,
+        tokenizer_folder=tokenizer,
+        name=name,
+    )
+    _show(result, out, as_json=as_json)
+
+
+def evaluate_command(
+    problems: Annotated[Path, typer.Option("--problems", help="Problem set, .jsonl with prompt and answer.")],
+    url: UrlOption = DEFAULT_URL,
+    engine: EngineOption = None,
+    tokenizer: TokenizerOption = None,
+    effort: Annotated[
+        list[str] | None, typer.Option("--effort", metavar="EFFORT ...", help="Default: all three.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1)] = 16,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="For reasoning and answer.")] = 4096,
+    grader: Annotated[str, typer.Option("--grader", help="exact, numeric or regex.")] = "numeric",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many problems.")] = None,
+    name: NameOption = None,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure accuracy at each reasoning effort.
+
+    Every problem at every effort through the server, greedily; accuracy and mean tokens per request.
+    """
+    from puzzle_trtllm.serve.evaluate.runner import evaluate
+
+    folder = tokenizer or (engine / "model" if engine is not None else None)
+    if folder is None:
+        raise typer.BadParameter(
+            "name a checkpoint or --engine: prompts need its chat template", param_hint="--tokenizer"
+        )
+    result = evaluate(
+        url,
+        problems=problems,
+        tokenizer_folder=folder,
+        efforts=tuple(effort or EFFORTS),
+        concurrency=concurrency,
+        max_tokens=max_tokens,
+        grader=grader,
+        limit=limit,
+        engine=engine,
+        name=name,
+    )
+    _show(result, out, as_json=as_json)
+
+
+def _show(result: ResultFile, out: Path | None, *, as_json: bool) -> None:
+    if out is not None:
+        result.save(out)
+        print(f"written to {out}", file=sys.stderr)
+    if as_json:
+        print_json(result.model_dump(mode="json"))
+    else:
+        print_table(result)

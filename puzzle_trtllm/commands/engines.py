@@ -1,0 +1,157 @@
+"""`build` and `serve`: from a checkpoint to an engine folder, and from an engine to a running Triton server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from puzzle_trtllm.commands.output import (
+    JsonOption,
+    OverwriteOption,
+    facts_table,
+    print_json,
+    print_table,
+    show_bytes,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from puzzle_trtllm.engine import Engine
+    from puzzle_trtllm.serve.triton.server import TritonServer
+
+
+def build_command(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Checkpoint folder or hub id; with --explain a config.json is enough.")
+    ],
+    out: Annotated[Path | None, typer.Argument(help="Folder of the engine, to be made.")] = None,
+    config: Annotated[str, typer.Option("--config", help="Engine config: a YAML file or a shipped name.")] = "cpu-demo",
+    fold: Annotated[
+        Literal["tensor", "channel", "none"] | None,
+        typer.Option("--fold", help="How KV scales go into the weights (default: as the config says)."),
+    ] = None,
+    allow_unit_scale: Annotated[
+        bool, typer.Option("--allow-unit-scale", help="Accept an FP8 KV cache at scale 1, with --fold none.")
+    ] = False,
+    only_explain: Annotated[
+        bool, typer.Option("--explain", help="Only show the LLM arguments that would be written, and why.")
+    ] = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Build an engine folder from a checkpoint.
+
+    It holds the serving copy of the checkpoint, with its KV scales folded in, and the arguments to load it.
+    """
+    if only_explain:
+        _explain(checkpoint, config, as_json=as_json)
+        return
+    if out is None:
+        raise typer.BadParameter("name the folder of the engine (only --explain goes without)", param_hint="OUT")
+    from puzzle_trtllm.build.engine_build import build_engine
+
+    engine = build_engine(
+        checkpoint,
+        out,
+        config=config,
+        fold=fold,
+        allow_unit_scale=allow_unit_scale,
+        overwrite=overwrite,
+        quiet=False,
+    )
+    if as_json:
+        print_json(engine_json(engine))
+    else:
+        print_table(engine_table(engine))
+
+
+def _explain(checkpoint: str, config: str, *, as_json: bool) -> None:
+    from puzzle_trtllm.build.engine_build import explain
+    from puzzle_trtllm.build.llm_args import to_nested
+
+    values = explain(checkpoint, config=config)
+    if as_json:
+        print_json({"llm_args": to_nested(values), "reasons": {key: reason for key, _, reason in values}})
+        return
+    from rich.table import Table
+
+    table = Table(title=f"{checkpoint} with {config}", title_justify="left")
+    for column in ("argument", "value", "because"):
+        table.add_column(column, overflow="fold")
+    for key, value, reason in values:
+        table.add_row(key, str(value), reason)
+    print_table(table)
+
+
+def engine_json(engine: Engine) -> dict[str, Any]:
+    """What `build --json` says of an engine."""
+    manifest = engine.manifest
+    return {
+        "path": str(engine.path),
+        "runtime": manifest.runtime,
+        "kv_dtype": manifest.kv_dtype,
+        "kv_fold": manifest.kv_fold.mode,
+        "weight_bytes": manifest.weight_bytes,
+        "memory_bytes": manifest.memory_bytes,
+        "llm_args": engine.llm_args,
+    }
+
+
+def engine_table(engine: Engine) -> Table:
+    """What `build` prints of an engine."""
+    manifest = engine.manifest
+    limit = "no limit" if manifest.memory_bytes is None else show_bytes(manifest.memory_bytes)
+    return facts_table(
+        "engine",
+        [
+            ("folder", str(engine.path)),
+            ("runtime", manifest.runtime),
+            ("weights", show_bytes(manifest.weight_bytes)),
+            ("KV cache", f"{manifest.kv_dtype}, scales folded per {manifest.kv_fold.mode}")
+            if manifest.kv_fold.mode != "none"
+            else ("KV cache", manifest.kv_dtype),
+            ("memory for both", limit),
+        ],
+    )
+
+
+def serve_command(
+    engine: Annotated[Path, typer.Argument(help="Engine folder.")],
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    grpc_port: Annotated[int, typer.Option("--grpc-port", min=0, max=65535, help="0: a free one.")] = 8001,
+    http_port: Annotated[int, typer.Option("--http-port", min=0, max=65535, help="0: a free one.")] = 8000,
+    metrics_port: Annotated[int, typer.Option("--metrics-port", min=0, max=65535, help="0: a free one.")] = 8002,
+    restart: Annotated[bool, typer.Option("--restart", help="Start again when the engine dies.")] = False,
+    startup_timeout_s: Annotated[
+        float, typer.Option("--startup-timeout", min=1, help="Seconds until the model must be ready.")
+    ] = 1800,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve an engine through Triton until Ctrl-C.
+
+    With --json the URLs and the process id are printed once the model is ready.
+    """
+    from puzzle_trtllm.serve.triton.server import serve_engine
+
+    def on_ready(server: TritonServer) -> None:
+        urls = {"grpc_url": server.grpc_url, "http_url": server.http_url, "metrics_url": server.metrics_url}
+        if as_json:
+            print_json({**urls, "pid": server.pid})
+        else:
+            hint = f"puzzle-trtllm generate PROMPT --url {server.grpc_url}"
+            print_table(facts_table("ready; Ctrl-C stops", [*urls.items(), ("try", hint)]))
+
+    code = serve_engine(
+        engine,
+        grpc_port=grpc_port,
+        http_port=http_port,
+        metrics_port=metrics_port,
+        host=host,
+        restart=restart,
+        startup_timeout_s=startup_timeout_s,
+        on_ready=on_ready,
+    )
+    raise typer.Exit(code)

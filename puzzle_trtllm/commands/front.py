@@ -1,0 +1,119 @@
+"""What all commands share: how errors end, `--debug`, and options that take several values.
+
+Exit codes: 0 done, 2 the user's error (one line on stderr, no traceback unless `--debug`), 1 ours (a traceback, and
+please report it), 130 interrupted. A missing optional package is the user's error too: the line names the extra that
+brings it.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from puzzle_trtllm.errors import PuzzleError
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+EXTRA_OF_PACKAGE: Mapping[str, str] = {
+    "torch": "reference",
+    "transformers": "reference",
+    "safetensors": "reference",
+    "modelopt": "calibrate",
+    "datasets": "calibrate",
+    "accelerate": "calibrate",
+    "tritonclient": "serve",
+    "grpc": "serve",
+    "google": "serve",
+    "matplotlib": "serve",
+    "pytriton": "triton-wheel",
+    "tensorrt_llm": "trtllm",
+}
+"""Import name of an optional package: the extra in pyproject.toml that installs it."""
+
+SEVERAL_VALUES: Mapping[str, re.Pattern[str]] = {
+    "--seq-len": re.compile(r"\d+"),
+    "--effort": re.compile(r"low|medium|high"),
+    "--baseline": re.compile(r"[^-=][^=]*=.+"),
+}
+"""Options that may be followed by several values, and what a value looks like."""
+
+ORDER = (
+    "inspect",
+    "calibrate",
+    "derive",
+    "verify",
+    "build",
+    "serve",
+    "generate",
+    "bench",
+    "evaluate",
+    "report",
+    "demo",
+)
+"""Commands as `--help` lists them: in the order in which a child is made."""
+
+_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class PuzzleGroup(TyperGroup):
+    """The root command."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """In the order of ORDER."""
+        return sorted(super().list_commands(ctx), key=ORDER.index)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take `--debug` wherever it stands, and give every value of a list its option."""
+        end = args.index("--") if "--" in args else len(args)
+        ctx.meta["puzzle_trtllm.debug"] = "--debug" in args[:end]
+        ours = [arg for arg in args[:end] if arg != "--debug"]
+        return list(super().parse_args(ctx, [*repeat_options(ours), *args[end:]]))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; the user's errors become one line and exit code 2."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            line = explain(error)
+            if line is None:
+                raise
+            if ctx.meta["puzzle_trtllm.debug"]:
+                traceback.print_exc()
+            print(f"error: {line}", file=sys.stderr)
+            raise typer.Exit(USER_ERROR) from None
+
+
+def explain(error: Exception) -> str | None:
+    """The one line for an error that the user can mend; None for one that is ours."""
+    if isinstance(error, PuzzleError):
+        return " ".join(line.strip() for line in str(error).splitlines())
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        extra = EXTRA_OF_PACKAGE.get(error.name.partition(".")[0])
+        return extra and f"the package {error.name} is not installed: pip install 'puzzle-trtllm[{extra}]'"
+    if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return None
+
+
+def repeat_options(args: Sequence[str]) -> Iterator[str]:
+    """`--seq-len 1 2` as `--seq-len 1 --seq-len 2`, for the options in SEVERAL_VALUES."""
+    option, first = "", False
+    for arg in args:
+        if arg in SEVERAL_VALUES:
+            option, first = arg, True
+        elif first:
+            first = False
+        elif option and SEVERAL_VALUES[option].fullmatch(arg):
+            yield option
+        else:
+            option = ""
+        yield arg

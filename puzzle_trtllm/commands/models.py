@@ -1,0 +1,156 @@
+"""`inspect`, `derive`, `verify`: what a model is, and how a child comes from its parent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from puzzle_trtllm.commands.output import (
+    JsonOption,
+    OverwriteOption,
+    facts_table,
+    print_json,
+    print_table,
+    show_bytes,
+    show_count,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from puzzle_trtllm.inspection import Inspection
+
+BAR_WIDTH = 24
+
+
+def inspect_command(
+    model: Annotated[str, typer.Argument(help="Checkpoint or engine folder, config.json, or hub id.", metavar="PATH")],
+    seq_len: Annotated[
+        list[int] | None,
+        typer.Option("--seq-len", metavar="N ...", help="Sequence lengths for KV bytes (default: the longest)."),
+    ] = None,
+    kv: Annotated[
+        Literal["bf16", "fp8"] | None,
+        typer.Option("--kv", help="KV dtype (default: fp8 if the model brings KV scales, else bf16)."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a model layer by layer: experts, windows, bytes.
+
+    Reads config.json and the headers of the safetensors files, never a weight.
+    """
+    from puzzle_trtllm.inspection import inspect
+
+    inspection = inspect(model, seq_lens=seq_len or (), kv_dtype=kv)
+    if as_json:
+        print_json(inspection.to_json())
+    else:
+        print_table(layers_table(inspection), totals_table(inspection))
+
+
+def layers_table(inspection: Inspection) -> Table:
+    """One row a layer; a bar for the experts it keeps."""
+    from rich.table import Table
+
+    a, length = inspection.architecture, inspection.kv_sequence_tokens[0]
+    most = max(block.num_local_experts for block in a.blocks)
+    table = Table(title=f"{inspection.source}: {a.num_layers} layers", title_justify="left")
+    for column in ("layer", "experts", "", "window", "weights", f"KV at {length:,} tokens"):
+        table.add_column(column, justify="left" if column == "" else "right")
+    for layer, block in enumerate(a.blocks):
+        filled = round(BAR_WIDTH * block.num_local_experts / most)
+        table.add_row(
+            str(layer),
+            str(block.num_local_experts),
+            "█" * filled + "░" * (BAR_WIDTH - filled),
+            "full" if block.sliding_window is None else f"{block.sliding_window:,}",
+            show_bytes(inspection.layer_weight_bytes(layer)),
+            show_bytes(inspection.layer_kv_bytes(layer, length)),
+        )
+    return table
+
+
+def totals_table(inspection: Inspection) -> Table:
+    """Parameters, bytes, and the KV cache at every length asked for."""
+    a, dtype = inspection.architecture, inspection.kv_dtype
+    facts = [
+        ("parameters", f"{show_count(inspection.parameters)} ({inspection.parameters:,})"),
+        ("weights", f"{show_bytes(inspection.weight_bytes)} ({a.experts_format} experts)"),
+        ("router", f"top {a.experts_per_token} of each layer's experts"),
+        (f"KV cache a token ({dtype})", f"{show_bytes(a.kv_bytes_per_token(dtype))}, before any window fills"),
+    ]
+    for length in inspection.kv_sequence_tokens:
+        kept = a.kv_bytes_per_sequence(length, dtype)
+        share = kept / (length * a.kv_bytes_per_token(dtype))
+        facts.append((f"KV cache at {length:,} tokens", f"{show_bytes(kept)} ({share:.1%} of full attention's)"))
+    return facts_table("totals", facts)
+
+
+def derive_command(
+    parent: Annotated[str, typer.Argument(help="gpt-oss checkpoint folder or hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the child, to be made.")],
+    architecture: Annotated[
+        Path, typer.Option("--architecture", help="JSON with block_configs, one entry a layer; or a config.json.")
+    ],
+    importance: Annotated[
+        Path, typer.Option("--importance", help="Expert scores, as `calibrate experts` writes them.")
+    ],
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Derive a Puzzle child from its parent.
+
+    The child is the parent's bytes without the experts that matter least; its windows are set in config.json.
+    """
+    from puzzle_trtllm.architecture import PuzzleArchitecture
+    from puzzle_trtllm.build.derive import derive
+    from puzzle_trtllm.inspection import inspect
+    from puzzle_trtllm.tensors import count_weight_bytes
+
+    record = derive(parent, out, architecture=architecture, importance=importance, overwrite=overwrite, quiet=False)
+    child, parent_bytes = inspect(out), count_weight_bytes(PuzzleArchitecture.from_path(record.parent_path))
+    if as_json:
+        print_json({"path": str(out), "weight_bytes": child.weight_bytes, **record.model_dump(mode="json")})
+        return
+    saved = 1 - child.weight_bytes / parent_bytes
+    summary = f"{show_bytes(child.weight_bytes)}, {saved:.1%} less than the parent's {show_bytes(parent_bytes)}"
+    print_table(layers_table(child), facts_table("child", [("folder", str(out)), ("weights", summary)]))
+
+
+def verify_command(
+    child: Annotated[str, typer.Argument(help="A child made by `derive`.")],
+    against: Annotated[str, typer.Option("--against", help="Its parent.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Prove a child's bytes to be its parent's.
+
+    Compares every byte, but for what its derivation.json says was left out. A difference is exit code 2.
+    """
+    from puzzle_trtllm.build.verify import verify
+    from puzzle_trtllm.errors import CheckpointError
+
+    report = verify(child, against=against, quiet=False)
+    if not report.identical:
+        raise CheckpointError(f"differs from its parent: {report.first_difference}", file=report.child)
+    if as_json:
+        print_json(
+            {
+                "child": str(report.child),
+                "parent": str(report.parent),
+                "identical": True,
+                "num_tensors": report.num_tensors,
+                "num_bytes": report.num_bytes,
+                "added_scales": list(report.added_scales),
+            }
+        )
+        return
+    facts = [
+        ("child", str(report.child)),
+        ("parent", str(report.parent)),
+        ("compared", f"{report.num_tensors} tensors, {show_bytes(report.num_bytes)}: identical"),
+    ]
+    if report.added_scales:
+        facts.append(("added since", f"{len(report.added_scales)} KV scales"))
+    print_table(facts_table("verified", facts))

@@ -1,0 +1,83 @@
+"""`report`: measured engines side by side.
+
+Each engine is given as NAME=FILE. FILE is an engine measurement, or the files that one is made of, separated by commas:
+one `bench --engine ... --out` result a round, and at most one `evaluate --out` result. The engine folder is the one
+that the bench results name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from puzzle_trtllm.commands.output import JsonOption, print_json
+
+if TYPE_CHECKING:
+    from puzzle_trtllm.serve.report import EngineMeasurement
+
+
+def report_command(
+    child: Annotated[
+        str, typer.Option("--child", metavar="[NAME=]FILE[,FILE...]", help="The child's result files; NAME: child.")
+    ],
+    baseline: Annotated[
+        list[str],
+        typer.Option("--baseline", metavar="NAME=FILE[,FILE...] ...", help="What to compare with, headlines first."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for report.json and report.html.")] = Path("runs/report"),
+    title: Annotated[str, typer.Option("--title")] = "A Puzzle child against its parent",
+    as_json: JsonOption = False,
+) -> None:
+    """Compare a child with its baselines.
+
+    Per-token speedup, relative request rate and accuracy retention; as a table, report.json and report.html.
+    """
+    from puzzle_trtllm.serve.report import make_report
+
+    names = [name_and_files(value, "--baseline") for value in baseline]
+    child_name, child_files = name_and_files(child if "=" in child else f"child={child}", "--child")
+    engines = [load_engine(name, files) for name, files in [*names, (child_name, child_files)]]
+    document = make_report(
+        engines, baselines=[name for name, _ in names], child=child_name, out=out, title=title, quiet=as_json
+    )
+    if as_json:
+        print_json(document)
+    else:
+        print(f"page: {out / 'report.html'}")
+
+
+def name_and_files(value: str, option: str) -> tuple[str, list[Path]]:
+    """`NAME=FILE,FILE` in its parts."""
+    name, _, files = value.partition("=")
+    if not name or not files:
+        raise typer.BadParameter(f"expected NAME=FILE, found {value!r}", param_hint=option)
+    return name, [Path(file) for file in files.split(",")]
+
+
+def load_engine(name: str, files: list[Path]) -> EngineMeasurement:
+    """One engine's measurement, from its own file or put together from bench and evaluation results."""
+    from puzzle_trtllm.architecture import read_json_object
+    from puzzle_trtllm.errors import ConfigError
+    from puzzle_trtllm.serve.bench.result import BenchResult
+    from puzzle_trtllm.serve.evaluate.result import EvaluationResult
+    from puzzle_trtllm.serve.report import assemble_measurement, load_measurements
+
+    kinds = {file: read_json_object(file).get("kind") for file in files}
+    if list(kinds.values()) == ["engine_measurement"]:
+        return load_measurements({name: files[0]})[0]
+    for file, kind in kinds.items():
+        if kind not in ("bench", "evaluation"):
+            raise ConfigError("not a result of bench or evaluate", file=file, key="kind", found=kind)
+    rounds = [BenchResult.load(file) for file, kind in kinds.items() if kind == "bench"]
+    evaluations = [EvaluationResult.load(file) for file, kind in kinds.items() if kind == "evaluation"]
+    if not rounds or len(evaluations) > 1:
+        found = f"{len(rounds)} bench and {len(evaluations)} evaluation files"
+        raise ConfigError("cannot be measured", key=name, found=found, expected="1 or more, and at most 1")
+    engine = rounds[0].provenance.engine
+    if engine is None:
+        raise ConfigError("does not say which engine was measured", file=files[0], expected="a bench run with --engine")
+    return assemble_measurement(
+        name, engine=engine.path, rounds=rounds, evaluation=evaluations[0] if evaluations else None
+    )

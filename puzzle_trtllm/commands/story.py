@@ -1,0 +1,21 @@
+"""`demo`: the main job from end to end, on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo_command(
+    out: Annotated[Path, typer.Option("--out", help="Folder for everything that the demo makes.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer problems and requests, for a first look.")] = False,
+) -> None:
+    """Run the whole story on this machine.
+
+    Calibrates, derives, builds, serves and measures a Puzzle child of the demo's trained model against its parent.
+    """
+    from puzzle_trtllm.demo.story import run_demo
+
+    run_demo(out, quick=quick)
