@@ -21,6 +21,7 @@ from pathlib import Path
 
 import puzzle_trtllm
 from puzzle_trtllm.architecture import PuzzleArchitecture, read_blocks
+from puzzle_trtllm.build.companions import companions
 from puzzle_trtllm.build.derivation import DerivationRecord, ImportanceSource
 from puzzle_trtllm.build.disk import require_free_bytes
 from puzzle_trtllm.build.importance import ExpertImportance, read_importance
@@ -134,7 +135,7 @@ def _write_config(folder: Path, parent: Checkpoint, architecture: PuzzleArchitec
 
 
 def _link_companions(folder: Path, parent: Checkpoint) -> None:
-    files = parent.companion_files()
+    files = companions(parent)
     if parent.kv_scales:
         files += [file for name in _CALIBRATION_FILES if (file := parent.path / name).is_file()]
     for file in files:

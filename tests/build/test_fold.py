@@ -106,16 +106,17 @@ def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
         assert torch.equal(ours, theirs), f"step {step}: differs by {(ours - theirs).abs().max()}"
 
 
+@pytest.fixture(scope="class")
+def case(make_checkpoint, tmp_path_factory, mode, dtype):
+    source = Checkpoint.open(make_checkpoint(BLOCKS, kv_scales=SCALES))
+    amax = calibration_file(source.path)
+    folded = folded_copy(source, tmp_path_factory.mktemp("fold") / "folded", mode)
+    return load(source.path, dtype), load(folded, dtype), amax
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "float32"], scope="class")
 @pytest.mark.parametrize("mode", ["tensor", "channel"], scope="class")
 class TestTheModelIsTheSame:
-    @pytest.fixture(scope="class")
-    def case(self, make_checkpoint, tmp_path_factory, mode, dtype):
-        source = Checkpoint.open(make_checkpoint(BLOCKS, kv_scales=SCALES))
-        amax = calibration_file(source.path)
-        folded = folded_copy(source, tmp_path_factory.mktemp("fold") / "folded", mode)
-        return load(source.path, dtype), load(folded, dtype), amax
-
     def scales_by_hand(self, mode, amax):
         """Oracle: the folds as FP8 scales for the original, from the definition rather than from the code."""
         if mode == "tensor":

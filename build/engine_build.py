@@ -1,0 +1,188 @@
+"""Build an engine: checkpoint + engine config -> a self-contained folder that a runtime loads.
+
+    engine.json       what it is and where it came from
+    llm_args.yaml     the arguments of TensorRT-LLM's `LLM`, derived (puzzle_trtllm.build.llm_args)
+    model/            the serving copy, KV scales folded in   (puzzle_trtllm.build.serving_copy)
+
+FP8 KV needs scales. Engines hold theirs at 1, so without a fold FP8 KV runs at unit scale: that is refused unless it is
+asked for by name (fold "none" and allow_unit_scale), and then the manifest says so.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+import puzzle_trtllm
+from puzzle_trtllm.architecture import PuzzleArchitecture
+from puzzle_trtllm.build.disk import require_free_bytes
+from puzzle_trtllm.build.fold import fold_scales
+from puzzle_trtllm.build.llm_args import DerivedValue, derive_llm_args, to_nested
+from puzzle_trtllm.build.progress import byte_progress, warn
+from puzzle_trtllm.build.serving_copy import bytes_to_write, is_plain_gpt_oss, write_serving_copy
+from puzzle_trtllm.checkpoint import Checkpoint, resolve_folder
+from puzzle_trtllm.engine import (
+    LLM_ARGS_NAME,
+    MANIFEST_NAME,
+    Engine,
+    EngineConfig,
+    EngineManifest,
+    FoldName,
+    KvFold,
+    load_engine_config,
+)
+from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.folders import atomic_folder
+from puzzle_trtllm.scenario import load_scenario
+
+_LLM_ARGS_HEADER = "# Arguments of TensorRT-LLM's LLM; `model` is passed by the loader. By puzzle-trtllm build.\n"
+
+
+def build_engine(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    config: EngineConfig | str | Path,
+    fold: FoldName | None = None,
+    allow_unit_scale: bool = False,
+    overwrite: bool = False,
+    quiet: bool = True,
+) -> Engine:
+    """Write the engine folder `out` for `checkpoint` and open it.
+
+    Args:
+        checkpoint: parent or child, calibrated when the KV cache is FP8; a folder or a hub id.
+        out: folder to create; existing and not empty is an error unless `overwrite`.
+        config: an EngineConfig, the name of a shipped one, or a YAML file.
+        fold: how KV scales go into the weights; the engine config's own choice when None.
+        allow_unit_scale: accept FP8 KV at scale 1, with fold "none".
+
+    Raises a PuzzleError subclass in one line for anything wrong with the inputs, and leaves nothing behind.
+    """
+    settings, label = _load_config(config)
+    source = Checkpoint.open(checkpoint)
+    source.validate()
+    values = _derive(source.architecture, settings, label)
+    mode = _choose_fold(source, settings, fold or settings.fold, allow_unit_scale, label)
+    folding = fold_scales(source, mode)
+    warnings = [*folding.warnings, *_runtime_warnings(source.architecture, settings, mode)]
+    for line in warnings:
+        warn(line, quiet=quiet)
+    out = Path(out)
+    num_bytes = bytes_to_write(source, out)
+    require_free_bytes(out, num_bytes)
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        model = folder / "model"
+        model.mkdir()
+        with byte_progress("build", num_bytes, quiet=quiet) as progress:
+            notes = write_serving_copy(source, model, folding, progress=progress)
+        served = Checkpoint.open(model)
+        served.validate()
+        (folder / LLM_ARGS_NAME).write_text(render_llm_args(values), encoding="utf-8")
+        provenance = _provenance(source, settings, values, warnings=warnings, notes=notes)
+        manifest = _manifest(served, settings, folding.record, provenance)
+        (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return Engine.open(out)
+
+
+def explain(config_json_or_checkpoint: str | Path, *, config: EngineConfig | str | Path) -> list[DerivedValue]:
+    """Every LLM argument that `build_engine` would write: (dotted key, value, reason).
+
+    Needs only an architecture: a config.json, a folder with one, or a hub id. `to_nested` turns the result into the
+    arguments themselves. Raises the errors that building would, as far as they show without weights.
+    """
+    path = Path(config_json_or_checkpoint)
+    path = path if path.is_file() else resolve_folder(config_json_or_checkpoint)
+    settings, label = _load_config(config)
+    return _derive(PuzzleArchitecture.from_path(path), settings, label)
+
+
+def render_llm_args(values: list[DerivedValue]) -> str:
+    """llm_args.yaml as text: keys in the order they were derived, lists on one line."""
+    text = yaml.safe_dump(to_nested(values), sort_keys=False, default_flow_style=None, width=120)
+    return _LLM_ARGS_HEADER + text
+
+
+def _load_config(config: EngineConfig | str | Path) -> tuple[EngineConfig, str]:
+    if isinstance(config, EngineConfig):
+        return config, "engine config"
+    return load_engine_config(config), str(config)
+
+
+def _derive(architecture: PuzzleArchitecture, config: EngineConfig, label: str) -> list[DerivedValue]:
+    return derive_llm_args(architecture, config, load_scenario(config.scenario), file=label)
+
+
+def _choose_fold(
+    checkpoint: Checkpoint, config: EngineConfig, wanted: FoldName, allow_unit_scale: bool, label: str
+) -> FoldName:
+    """The fold that will be done. Raises ConfigError for FP8 KV that would silently run at unit scale."""
+    if config.kv_dtype != "fp8":
+        return "none"
+    if wanted == "none":
+        if allow_unit_scale:
+            return "none"
+        raise ConfigError(
+            "FP8 KV without a fold runs at unit scale",
+            file=label,
+            key="fold",
+            found="none",
+            expected="tensor or channel, or --allow-unit-scale if that is meant",
+        )
+    if not checkpoint.kv_scales:
+        raise ConfigError(
+            f"{label} wants an FP8 KV cache, and this checkpoint has no KV scales",
+            file=checkpoint.path,
+            expected="one from `calibrate kv`, or --fold none --allow-unit-scale",
+        )
+    return wanted
+
+
+def _runtime_warnings(architecture: PuzzleArchitecture, config: EngineConfig, mode: FoldName) -> list[str]:
+    warnings = []
+    if config.kv_dtype == "fp8" and mode == "none":
+        warnings.append("the FP8 KV cache runs at unit scale: nothing was folded")
+    if config.runtime == "tensorrt_llm" and not is_plain_gpt_oss(architecture):
+        warnings.append("TensorRT-LLM has no model of its own for layers that differ; it needs one registered for it")
+    return warnings
+
+
+def _provenance(
+    source: Checkpoint,
+    config: EngineConfig,
+    values: list[DerivedValue],
+    *,
+    warnings: list[str],
+    notes: list[str],
+) -> dict[str, Any]:
+    return {
+        "source": {"path": str(source.path.resolve()), "fingerprint": source.fingerprint()},
+        "engine_config": config.model_dump(mode="json"),
+        "versions": {
+            "puzzle_trtllm": puzzle_trtllm.__version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        },
+        "llm_args_reasons": {value.key: value.reason for value in values},
+        "warnings": warnings,
+        "notes": notes,
+    }
+
+
+def _manifest(served: Checkpoint, config: EngineConfig, kv_fold: KvFold, provenance: dict[str, Any]) -> EngineManifest:
+    a = served.architecture
+    shared = {field.name: getattr(a, field.name) for field in fields(a) if field.name not in ("blocks", "rope")}
+    return EngineManifest(
+        runtime=config.runtime,
+        kv_dtype=config.kv_dtype,
+        weight_bytes=served.weight_bytes,
+        memory_bytes=config.memory_bytes,
+        architecture={"block_configs": [block.to_json() for block in a.blocks], **shared},
+        kv_fold=kv_fold,
+        provenance=provenance,
+    )

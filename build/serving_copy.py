@@ -1,0 +1,113 @@
+"""`<engine>/model`: the checkpoint as a runtime should see it.
+
+It differs from the checkpoint in what engines would trip over:
+- `model_type` is `gpt_oss` (an unknown one needs remote code in every worker; GptOssConfig keeps `block_configs`), and
+  only `architectures` says that a plain gpt-oss cannot run it;
+- no scale tensor is left, whether its scales were folded or not, so that no engine can apply one twice or by half;
+- no hf_quant_config.json: TensorRT-LLM would read it instead of config.json's mxfp4 entry;
+- `<|call|>`, where the tokenizer has it, ends a generation: gpt-oss ends its tool calls so, and released generation
+  configs forget it.
+Experts are hard-linked; only the small shards are written anew.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from puzzle_trtllm.architecture import CHILD_CLASS, PARENT_MODEL_TYPE, PuzzleArchitecture
+from puzzle_trtllm.build.companions import GENERATION_CONFIG, companions
+from puzzle_trtllm.build.fold import Folding
+from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.checkpoint_writer import PlannedTensor, Progress, rewrite_checkpoint
+from puzzle_trtllm.errors import CheckpointError
+from puzzle_trtllm.folders import link_or_copy
+from puzzle_trtllm.tensors import is_expert_tensor
+
+PARENT_CLASS = "GptOssForCausalLM"
+_NOT_FOR_SERVING = ("auto_map", "per_layer_config", "num_experts")
+"""Remote code is not shipped here, per_layer_config would compete with block_configs, and num_experts triggers a legacy
+remapping in TensorRT-LLM."""
+
+
+def serving_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config.json of the serving copy."""
+    a = checkpoint.architecture
+    config = {key: value for key, value in checkpoint.config.items() if key not in _NOT_FOR_SERVING}
+    config = {**a.child_config(config), "model_type": PARENT_MODEL_TYPE}
+    config["sliding_window"] = config["sliding_window"] or checkpoint.config.get("sliding_window")
+    if is_plain_gpt_oss(a):
+        del config["block_configs"]
+        config["architectures"] = [PARENT_CLASS]
+    else:
+        config["architectures"] = [CHILD_CLASS]
+    return config
+
+
+def is_plain_gpt_oss(a: PuzzleArchitecture) -> bool:
+    """True when engines' own gpt-oss model can run it: equal layers, windows on the even ones."""
+    alternating = all((block.sliding_window is None) == (i % 2 == 1) for i, block in enumerate(a.blocks))
+    return alternating and not a.is_heterogeneous
+
+
+def bytes_to_write(checkpoint: Checkpoint, out: Path) -> int:
+    """Bytes that cannot be hard-linked into `out`."""
+    parent = out.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    same_disk = checkpoint.path.resolve().stat().st_dev == parent.stat().st_dev
+    mixed = {e.file for name, e in checkpoint.tensors.items() if not is_expert_tensor(name)}
+    return sum(e.num_bytes for e in checkpoint.tensors.values() if e.file in mixed or not same_disk)
+
+
+def write_serving_copy(
+    checkpoint: Checkpoint, folder: Path, folding: Folding, *, progress: Progress | None = None
+) -> list[str]:
+    """Write the serving copy into the empty `folder` and return notes on what was changed for serving."""
+    scales = {entry.name: None for entry in checkpoint.kv_scales.values()}
+    replace: dict[str, PlannedTensor | None] = {**scales, **folding.replace}
+    rewrite_checkpoint(
+        checkpoint,
+        folder,
+        config=serving_config(checkpoint),
+        replace=replace,
+        companions=False,
+        progress=progress,
+    )
+    for file in companions(checkpoint):
+        if file.name != GENERATION_CONFIG:
+            link_or_copy(file, folder / file.name)
+    return _write_generation_config(checkpoint, folder)
+
+
+def _write_generation_config(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """generation_config.json with every token that ends a generation; made from config.json where there is none."""
+    file = checkpoint.path / GENERATION_CONFIG
+    given = _read_json(file) if file.is_file() else {}
+    eos = given.get("eos_token_id", checkpoint.config.get("eos_token_id"))
+    ids = [eos] if isinstance(eos, int) else list(eos or [])
+    notes = []
+    call_id = _special_token_id(checkpoint.path, "<|call|>")
+    if call_id is not None and call_id not in ids:
+        ids.append(call_id)
+        notes.append(f"{GENERATION_CONFIG}: added {call_id} <|call|> to eos_token_id, so that tool calls end")
+    text = json.dumps({**given, "eos_token_id": ids}, indent=2)
+    (folder / GENERATION_CONFIG).write_text(text + "\n", encoding="utf-8")
+    return notes
+
+
+def _special_token_id(folder: Path, token: str) -> int | None:
+    file = folder / "tokenizer.json"
+    added = _read_json(file).get("added_tokens", []) if file.is_file() else []
+    return next((int(entry["id"]) for entry in added if entry.get("content") == token), None)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot be read: {error}", file=file) from None
+    if not isinstance(value, dict):
+        raise CheckpointError("not a JSON object", file=file)
+    return value

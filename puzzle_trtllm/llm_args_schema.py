@@ -1,0 +1,118 @@
+"""TensorRT-LLM's LLM arguments, held against the recorded schema: a wrong key is found here, not on the GPU host.
+
+`llm_args_schema.json` lists the fields of `TorchLlmArgs` and its nested classes as read in TensorRT-LLM's source. All
+of those classes forbid unknown keys, so one misspelt name stops an engine from starting. Fields that exist only in the
+newest line are accepted only when the engine config targets it. Types are checked as far as YAML can get them wrong;
+types that are classes we did not record are let through.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from puzzle_trtllm.errors import ConfigError
+
+SCHEMA_FILE = Path(__file__).with_name("llm_args_schema.json")
+ROOT_CLASS = "TorchLlmArgs"
+NEWEST_TARGET = "late"
+_LATE = "_added_on_late_main"
+_OPTIONAL = re.compile(r"^Optional\[(.*)\]( \[0,1\])?$")
+
+
+@cache
+def fields_of(class_name: str, target: str) -> Mapping[str, str]:
+    """Field name: type, of one argument class in one TensorRT-LLM line."""
+    entries = _schema()[class_name]
+    newest = entries.get(_LATE, {}) if target == NEWEST_TARGET else {}
+    own = {name: entry for name, entry in entries.items() if not name.startswith("_")}
+    return {name: entry["type"] for name, entry in {**own, **newest}.items()}
+
+
+def section_class(key: str) -> str | None:
+    """The class of a nested section such as kv_cache_config, or None for a plain field."""
+    name = _strip_optional(_schema()[ROOT_CLASS].get(key, {}).get("type", ""))
+    return name if name in _schema() else None
+
+
+def check_llm_args(arguments: Mapping[str, Any], *, target: str, file: str | Path) -> None:
+    """Raise ConfigError at the first key that TensorRT-LLM's `LLM` would refuse, or value of another type."""
+    _check_class(ROOT_CLASS, arguments, target, "", file)
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    schema: dict[str, Any] = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    return schema
+
+
+def _check_class(class_name: str, values: Mapping[str, Any], target: str, prefix: str, file: str | Path) -> None:
+    fields = fields_of(class_name, target)
+    for key, value in values.items():
+        if key not in fields:
+            raise _unknown_key(class_name, key, target, prefix, file)
+        kind = _strip_optional(fields[key])
+        if value is None and kind != fields[key]:
+            continue
+        if kind in _schema() and isinstance(value, Mapping):
+            _check_class(kind, value, target, f"{prefix}{key}.", file)
+        elif not _fits(kind, value):
+            raise ConfigError(
+                "wrong type of an LLM argument",
+                file=file,
+                key=f"{prefix}{key}",
+                found=json.dumps(value, default=str),
+                expected=fields[key],
+            )
+
+
+def _unknown_key(class_name: str, key: str, target: str, prefix: str, file: str | Path) -> ConfigError:
+    if key in fields_of(class_name, NEWEST_TARGET):
+        message = f"not in TensorRT-LLM {target}, only in its newest line (target: {NEWEST_TARGET})"
+        return ConfigError(message, file=file, key=prefix + key)
+    reason = _schema()[class_name].get("_not_fields", {}).get(key)
+    if reason is not None:
+        return ConfigError(f"not an LLM argument: {reason}", file=file, key=prefix + key)
+    close = difflib.get_close_matches(key, fields_of(class_name, target), n=1)
+    hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+    return ConfigError(f"unknown LLM argument of TensorRT-LLM's {class_name}{hint}", file=file, key=prefix + key)
+
+
+def _strip_optional(kind: str) -> str:
+    match = _OPTIONAL.match(kind)
+    return match[1] + (match[2] or "") if match else kind
+
+
+def _fits(kind: str, value: Any) -> bool:
+    if kind.startswith("Literal["):
+        return value in [choice.strip("'\" ") for choice in kind[len("Literal[") : -1].split(",")]
+    if kind.startswith("List["):
+        return isinstance(value, list) and all(_fits(kind[len("List[") : -1], item) for item in value)
+    if kind.startswith("Dict[") or kind in _schema():
+        return isinstance(value, Mapping)
+    check = _CHECKS.get(re.split(r"[ |]", kind)[0])
+    return check is None or check(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_CHECKS: Mapping[str, Callable[[Any], bool]] = {
+    "bool": lambda value: isinstance(value, bool),
+    "str": lambda value: isinstance(value, str),
+    "int": _is_integer,
+    "PositiveInt": lambda value: _is_integer(value) and value > 0,
+    "NonNegativeInt": lambda value: _is_integer(value) and value >= 0,
+    "float": _is_number,
+    "NonNegativeFloat": lambda value: _is_number(value) and value >= 0,
+}

@@ -1,0 +1,283 @@
+"""Engines: what is in the folder, what was folded, and what is refused without leaving a trace."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from puzzle_trtllm.build.engine_build import build_engine, explain
+from puzzle_trtllm.build.llm_args import to_nested
+from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.checkpoint_writer import rewrite_checkpoint, tensor_of
+from puzzle_trtllm.engine import Engine, EngineConfig
+from puzzle_trtllm.errors import CheckpointError, ConfigError, PuzzleError
+from puzzle_trtllm.tensors import is_expert_tensor
+from tests.toys import RETURN_ID
+
+PLAIN = [(4, 16), (4, None)]
+MIXED = [(4, 16), (3, None), (4, 40)]
+SCALES = [(0.3, 4.0), (1.0, 1.0), (2.5, 0.1)]
+FOLDS = [(0.5, 4.0), (1.0, 1.0), (4.0, 0.125)]
+
+GOLDEN_ARGS = """\
+# Arguments of TensorRT-LLM's LLM; `model` is passed by the loader. By puzzle-trtllm build.
+backend: pytorch
+tensor_parallel_size: 1
+max_seq_len: 256
+max_batch_size: 32
+max_num_tokens: 8192
+enable_chunked_prefill: true
+kv_cache_config:
+  dtype: fp8
+  max_attention_window: [16, 256, 40]
+  tokens_per_block: 16
+  enable_block_reuse: false
+"""
+
+
+@pytest.fixture
+def child(make_checkpoint):
+    return make_checkpoint(MIXED, kv_scales=SCALES)
+
+
+def config(**changes) -> EngineConfig:
+    return EngineConfig(**{"runtime": "reference", "kv_dtype": "fp8", "scenario": "cpu-demo", **changes})
+
+
+@pytest.fixture
+def engine(child, tmp_path) -> Engine:
+    return build_engine(child, tmp_path / "engine", config=config())
+
+
+class TestTheFolder:
+    def test_holds_exactly_the_engine(self, engine):
+        assert sorted(f.name for f in engine.path.iterdir()) == ["engine.json", "llm_args.yaml", "model"]
+        names = sorted(f.name for f in engine.model_path.iterdir())
+        assert names == [
+            "chat_template.jinja",
+            "config.json",
+            "generation_config.json",
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors",
+            "model.safetensors.index.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ]
+
+    def test_llm_args_are_golden(self, engine):
+        assert (engine.path / "llm_args.yaml").read_text() == GOLDEN_ARGS
+
+    def test_opens_as_it_was_returned(self, engine, child):
+        assert Engine.open(engine.path) == engine
+        assert engine.architecture == Checkpoint.open(child).architecture
+
+    def test_manifest(self, engine, child):
+        manifest, source = engine.manifest, Checkpoint.open(child)
+        assert (manifest.runtime, manifest.kv_dtype, manifest.memory_bytes) == ("reference", "fp8", None)
+        assert manifest.weight_bytes == source.weight_bytes - 4 * len(source.kv_scales)
+        assert manifest.architecture["block_configs"] == [
+            {"num_local_experts": n, "sliding_window": w} for n, w in MIXED
+        ]
+        assert manifest.architecture["head_dim"] == 16
+        assert manifest.provenance["source"] == {"path": str(child), "fingerprint": source.fingerprint()}
+        assert manifest.provenance["engine_config"]["scenario"] == "cpu-demo"
+        assert set(manifest.provenance["versions"]) == {"puzzle_trtllm", "python", "numpy"}
+
+    def test_the_demos_config_builds(self, child, tmp_path):
+        engine = build_engine(child, tmp_path / "demo", config="cpu-demo")
+        assert engine.manifest.kv_dtype == "fp8"
+
+
+class TestTheServingCopy:
+    def test_says_gpt_oss_and_our_class(self, engine, child):
+        served = json.loads((engine.model_path / "config.json").read_text())
+        source = json.loads((child / "config.json").read_text())
+        assert served["model_type"] == "gpt_oss"
+        assert served["architectures"] == ["GptOssPuzzleForCausalLM"]
+        assert served["block_configs"] == source["block_configs"]
+        assert served["num_local_experts"] == 4, "the maximum"
+        assert served["quantization_config"] == source["quantization_config"]
+        assert "auto_map" not in served
+
+    def test_of_a_plain_model_is_plain(self, make_checkpoint, tmp_path):
+        engine = build_engine(make_checkpoint(PLAIN), tmp_path / "e", config=config(kv_dtype="bf16"))
+        served = json.loads((engine.model_path / "config.json").read_text())
+        assert served["architectures"] == ["GptOssForCausalLM"]
+        assert "block_configs" not in served and served["sliding_window"] == 16
+
+    def test_of_equal_layers_with_windows_elsewhere_is_not(self, make_checkpoint, tmp_path):
+        engine = build_engine(make_checkpoint(PLAIN[::-1]), tmp_path / "e", config=config(kv_dtype="bf16"))
+        served = json.loads((engine.model_path / "config.json").read_text())
+        assert served["architectures"] == ["GptOssPuzzleForCausalLM"] and len(served["block_configs"]) == 2
+
+    def test_without_windows_keeps_the_number_that_readers_expect(self, make_checkpoint, tmp_path):
+        engine = build_engine(make_checkpoint([(4, None)] * 2), tmp_path / "e", config=config(kv_dtype="bf16"))
+        assert json.loads((engine.model_path / "config.json").read_text())["sliding_window"] == 128
+
+    def test_loads_by_glob_without_the_index(self, engine, child):
+        """As TensorRT-LLM does: every tensor once, and no scale among them."""
+        load_file = pytest.importorskip("safetensors.torch").load_file
+        names: list[str] = []
+        for file in engine.model_path.glob("*.safetensors"):
+            names += load_file(file)
+        expected = {name for name in Checkpoint.open(child).tensors if not name.endswith("_scale")}
+        assert len(names) == len(set(names)) and set(names) == expected
+
+    def test_shares_the_experts_with_the_checkpoint_on_disk(self, engine, child):
+        served, source = Checkpoint.open(engine.model_path), Checkpoint.open(child)
+        name = next(name for name in source.tensors if is_expert_tensor(name))
+        assert served.entry(name).file.stat().st_ino == source.entry(name).file.stat().st_ino
+
+    def test_is_in_transformers_hands_the_same_model(self, make_checkpoint, tmp_path):
+        torch = pytest.importorskip("torch")
+        transformers = pytest.importorskip("transformers")
+        source = make_checkpoint(PLAIN, kv_scales=SCALES[:2])
+        engine = build_engine(source, tmp_path / "e", config=config())
+        tokens = torch.arange(40)[None]
+        logits = [
+            transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.bfloat16,
+                attn_implementation="eager",
+                quantization_config=transformers.Mxfp4Config(dequantize=True),
+            )(tokens).logits
+            for folder in (source, engine.model_path)
+        ]
+        assert torch.equal(*logits)
+
+    def test_ends_tool_calls(self, child, tmp_path):
+        file = child / "tokenizer.json"
+        tokenizer = json.loads(file.read_text())
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 95, "content": "<|call|>"})
+        file.write_text(json.dumps(tokenizer))
+        engine = build_engine(child, tmp_path / "e", config=config())
+        generation = json.loads((engine.model_path / "generation_config.json").read_text())
+        assert generation["eos_token_id"] == [RETURN_ID, 95] and generation["pad_token_id"] == 0
+        assert "95 <|call|>" in engine.manifest.provenance["notes"][0]
+
+    def test_makes_a_generation_config_where_there_is_none(self, child, tmp_path):
+        (child / "generation_config.json").unlink()
+        engine = build_engine(child, tmp_path / "e", config=config())
+        assert json.loads((engine.model_path / "generation_config.json").read_text()) == {"eos_token_id": [RETURN_ID]}
+
+
+class TestScales:
+    def test_are_folded_and_recorded(self, engine, child):
+        fold = engine.manifest.kv_fold
+        assert fold.mode == "tensor"
+        assert [(layer.k_fold, layer.v_fold) for layer in fold.layers] == FOLDS
+        served, source = Checkpoint.open(engine.model_path), Checkpoint.open(child)
+        for layer, (k_fold, v_fold) in enumerate(FOLDS):
+            prefix = f"model.layers.{layer}.self_attn"
+            factors = {"q_proj": k_fold, "k_proj": 1 / k_fold, "v_proj": 1 / v_fold, "o_proj": v_fold}
+            for projection, factor in factors.items():
+                name = f"{prefix}.{projection}.weight"
+                np.testing.assert_array_equal(served.float32(name), source.float32(name) * np.float32(factor))
+                bias = f"{prefix}.{projection}.bias"
+                on_bias = np.float32(1.0 if projection == "o_proj" else factor)
+                np.testing.assert_array_equal(served.float32(bias), source.float32(bias) * on_bias)
+        untouched = [n for n in served.tensors if "_proj." not in n or is_expert_tensor(n)]
+        assert all(served.raw(name).tobytes() == source.raw(name).tobytes() for name in untouched)
+
+    def test_are_dropped_unfolded_for_a_bf16_cache(self, child, tmp_path):
+        engine = build_engine(child, tmp_path / "e", config=config(kv_dtype="bf16"))
+        served, source = Checkpoint.open(engine.model_path), Checkpoint.open(child)
+        assert engine.manifest.kv_fold.mode == "none" and not served.kv_scales
+        assert all(served.raw(name).tobytes() == source.raw(name).tobytes() for name in served.tensors)
+        assert engine.llm_args["kv_cache_config"]["dtype"] == "auto"
+
+    def test_unit_scale_must_be_asked_for_twice(self, child, tmp_path):
+        engine = build_engine(child, tmp_path / "e", config=config(), fold="none", allow_unit_scale=True)
+        assert engine.manifest.kv_fold.mode == "none"
+        assert not Checkpoint.open(engine.model_path).kv_scales
+        assert any("unit scale" in line for line in engine.manifest.provenance["warnings"])
+
+    def test_the_argument_wins_over_the_config(self, child, tmp_path):
+        engine = build_engine(child, tmp_path / "e", config=config(fold="none"), fold="tensor")
+        assert engine.manifest.kv_fold.mode == "tensor"
+
+
+class TestRefusals:
+    """Each is one line, and no engine folder is left."""
+
+    def refused(self, checkpoint, tmp_path, error: type[PuzzleError], match: str, **arguments) -> None:
+        out = tmp_path / "results" / "engine"
+        with pytest.raises(error, match=match) as caught:
+            build_engine(checkpoint, out, **{"config": config(), **arguments})
+        assert "\n" not in str(caught.value)
+        assert not out.parent.exists() or list(out.parent.iterdir()) == []
+
+    def test_fp8_without_scales(self, make_checkpoint, tmp_path):
+        match = "wants an FP8 KV cache, and this checkpoint has no KV scales .*calibrate kv.*--allow-unit-scale"
+        self.refused(make_checkpoint(MIXED), tmp_path, ConfigError, match)
+
+    def test_unit_scale_without_permission(self, child, tmp_path):
+        match = "fold: FP8 KV without a fold runs at unit scale .*--allow-unit-scale"
+        self.refused(child, tmp_path, ConfigError, match, fold="none")
+
+    def test_permission_does_not_replace_the_choice(self, make_checkpoint, tmp_path):
+        self.refused(make_checkpoint(MIXED), tmp_path, ConfigError, "has no KV scales", allow_unit_scale=True)
+
+    def test_channel_fold_without_its_file(self, child, tmp_path):
+        self.refused(child, tmp_path, CheckpointError, "--fold channel needs it", fold="channel")
+
+    def test_a_fold_that_bf16_cannot_hold(self, make_checkpoint, tmp_path):
+        checkpoint = make_checkpoint(PLAIN, kv_scales=[(2.0**125, 1.0), (1.0, 1.0)])
+        self.refused(checkpoint, tmp_path, CheckpointError, "cannot be folded exactly")
+
+    def test_a_cap_without_room(self, child, tmp_path):
+        self.refused(child, tmp_path, ConfigError, "memory_bytes: leaves no room", config=config(memory_bytes=1000))
+
+    def test_an_unknown_config(self, child, tmp_path):
+        self.refused(child, tmp_path, ConfigError, "no such engine config .*cpu-demo", config="gpu-demo")
+
+    def test_an_unknown_scenario(self, child, tmp_path):
+        self.refused(child, tmp_path, ConfigError, "no such scenario", config=config(scenario="busy"))
+
+    def test_an_unknown_argument_names_the_file(self, child, tmp_path):
+        file = tmp_path / "mine.yaml"
+        file.write_text(yaml.safe_dump({**config().model_dump(), "llm_args": {"max_len": 3}}))
+        self.refused(child, tmp_path, ConfigError, r"mine\.yaml: llm_args: max_len: unknown LLM argument", config=file)
+
+    def test_a_checkpoint_with_a_wrong_shape(self, child, tmp_path):
+        name, source, bad = "model.layers.1.mlp.router.weight", Checkpoint.open(child), tmp_path / "bad"
+        bad.mkdir()
+        replace = {name: tensor_of(name, "BF16", np.zeros((4, 64), np.uint16))}
+        rewrite_checkpoint(source, bad, config=source.config, replace=replace)
+        self.refused(bad, tmp_path, CheckpointError, rf"{name}: wrong dtype or shape")
+
+    def test_a_truncated_shard(self, child, tmp_path):
+        shard = sorted(child.glob("*.safetensors"))[-1]
+        shard.write_bytes(shard.read_bytes()[:-1])
+        self.refused(child, tmp_path, CheckpointError, "truncated")
+
+    def test_an_existing_engine_is_kept_unless_overwritten(self, child, tmp_path):
+        build_engine(child, tmp_path / "e", config=config())
+        with pytest.raises(PuzzleError, match="exists and is not empty"):
+            build_engine(child, tmp_path / "e", config=config(kv_dtype="bf16"))
+        assert Engine.open(tmp_path / "e").manifest.kv_dtype == "fp8"
+        build_engine(child, tmp_path / "e", config=config(kv_dtype="bf16"), overwrite=True)
+        assert Engine.open(tmp_path / "e").manifest.kv_dtype == "bf16"
+
+
+class TestExplain:
+    def test_is_what_build_writes(self, engine, child):
+        for source in (child, child / "config.json"):
+            values = explain(source, config=config())
+            assert to_nested(values) == engine.llm_args
+            assert all(len(value) == 3 and value.reason for value in values)
+
+    def test_needs_no_weights(self, tmp_path, child):
+        (tmp_path / "config.json").write_bytes((child / "config.json").read_bytes())
+        assert explain(tmp_path, config="cpu-demo") == explain(child, config="cpu-demo")
+
+    def test_refuses_what_building_would(self, child):
+        with pytest.raises(ConfigError, match="memory_bytes"):
+            explain(child / "config.json", config=config(memory_bytes=1))
+
+    def test_of_nothing(self, tmp_path):
+        with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+            explain(tmp_path / "nowhere.json", config=config())

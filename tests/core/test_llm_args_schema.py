@@ -1,0 +1,74 @@
+"""The recorded schema of TensorRT-LLM's LLM arguments: what its strict classes would refuse is refused here."""
+
+from __future__ import annotations
+
+import pytest
+
+from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.llm_args_schema import check_llm_args, fields_of, section_class
+
+GOOD = {
+    "backend": "pytorch",
+    "tensor_parallel_size": 8,
+    "moe_expert_parallel_size": None,
+    "max_seq_len": 131072,
+    "enable_attention_dp": True,
+    "env_overrides": {"TRTLLM_ENABLE_PDL": "1"},
+    "kv_cache_config": {"dtype": "fp8", "max_attention_window": [128, 131072], "free_gpu_memory_fraction": 0.9},
+    "moe_config": {"backend": "TRITON"},
+    "cuda_graph_config": None,
+    "scheduler_config": {"capacity_scheduler_policy": "GUARANTEED_NO_EVICT"},
+}
+
+
+@pytest.mark.parametrize("target", ["1.2", "1.3", "late"])
+def test_a_usual_set_of_arguments_passes(target):
+    check_llm_args(GOOD, target=target, file="x.yaml")
+
+
+def test_recorded_fields():
+    assert {"model", "kv_cache_config", "moe_config", "stream_interval"} <= set(fields_of("TorchLlmArgs", "1.2"))
+    assert fields_of("KvCacheConfig", "1.2")["max_attention_window"] == "Optional[List[PositiveInt]]"
+    assert section_class("kv_cache_config") == "KvCacheConfig"
+    assert section_class("cuda_graph_config") == "CudaGraphConfig"
+    assert section_class("env_overrides") is None and section_class("max_seq_len") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_batchsize": 3}, r"max_batchsize: unknown LLM argument .*did you mean max_batch_size\?"),
+        (
+            {"kv_cache_config": {"token_per_block": 32}},
+            r"kv_cache_config\.token_per_block: unknown .*did you mean kv_cache_config\.tokens_per_block\?",
+        ),
+        ({"zzz": 1}, "zzz: unknown LLM argument of TensorRT-LLM's TorchLlmArgs$"),
+        ({"quant_config": {}}, "quant_config: not an LLM argument: property"),
+        ({"custom_module_dirs": []}, "custom_module_dirs: not an LLM argument: .*CLI option"),
+        ({"_not_fields": 1}, "_not_fields: unknown"),
+        ({"tensor_parallel_size": "8"}, r'tensor_parallel_size: wrong type .*found "8", expected int'),
+        ({"tensor_parallel_size": True}, "tensor_parallel_size: wrong type"),
+        ({"tensor_parallel_size": None}, "tensor_parallel_size: wrong type"),
+        ({"enable_chunked_prefill": 1}, "enable_chunked_prefill: wrong type"),
+        ({"stream_interval": 0}, "stream_interval: wrong type .*expected PositiveInt"),
+        ({"kv_cache_config": {"max_attention_window": [128, None]}}, r"max_attention_window: wrong type"),
+        ({"kv_cache_config": {"max_attention_window": 128}}, r"max_attention_window: wrong type"),
+        ({"kv_cache_config": None}, "kv_cache_config: wrong type"),
+        ({"moe_config": {"backend": "MAGIC"}}, r'moe_config\.backend: wrong type .*"MAGIC".*TRITON'),
+        ({"moe_config": "TRITON"}, "moe_config: wrong type"),
+    ],
+)
+def test_a_refused_argument_is_one_line(arguments, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_llm_args(arguments, target="1.2", file="x.yaml")
+    assert str(caught.value).startswith("x.yaml: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"num_serve_frontends": 2}, {"kv_cache_config": {"iteration_stats_interval": 2}}]
+)
+def test_too_new_an_argument_needs_the_newest_target(arguments):
+    check_llm_args(arguments, target="late", file="x.yaml")
+    for target in ("1.2", "1.3"):
+        with pytest.raises(ConfigError, match=rf"not in TensorRT-LLM {target}, only in its newest line"):
+            check_llm_args(arguments, target=target, file="x.yaml")
