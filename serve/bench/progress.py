@@ -5,7 +5,9 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Column
+from rich.text import Text
 from typing_extensions import Self
 
 from puzzle_trtllm.serve.metrics.records import RequestRecord
@@ -20,17 +22,22 @@ class LoadProgress:
     def __init__(self, label: str, *, num_requests: int, quiet: bool) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
-            TextColumn("requests  {task.fields[tokens]:,} tokens{task.fields[problems]}"),
+            _Counters(self),
             TimeElapsedColumn(),
             console=Console(stderr=True, quiet=quiet),
             refresh_per_second=REFRESHES_PER_SECOND,
             disable=quiet,
         )
-        self._task = self._progress.add_task(label, total=num_requests, tokens=0, problems="")
+        self._task = self._progress.add_task(label, total=num_requests)
         self._tokens = 0
         self._problems = 0
+
+    def counters(self) -> str:
+        """What has happened so far, in words."""
+        problems = f", {self._problems} not completed" if self._problems else ""
+        return f"{self._tokens:,} tokens{problems}"
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -46,5 +53,15 @@ class LoadProgress:
 
     def on_end(self, record: RequestRecord) -> None:
         self._problems += record.status != "completed"
-        problems = f", {self._problems} not completed" if self._problems else ""
-        self._progress.update(self._task, advance=1, tokens=self._tokens, problems=problems)
+        self._progress.advance(self._task)
+
+
+class _Counters(ProgressColumn):
+    """Reads the counters when the line is drawn, so that a token costs one addition."""
+
+    def __init__(self, progress: LoadProgress) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._load = progress
+
+    def render(self, task: Task) -> Text:
+        return Text(self._load.counters())

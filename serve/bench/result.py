@@ -60,7 +60,7 @@ class BenchResult(ResultFile):
         return self.scalar("output_tokens_per_s")
 
     def __rich__(self) -> Table:
-        return bench_table([self])
+        return bench_table(self)
 
 
 class ServerRounds(BaseModel):
@@ -94,32 +94,33 @@ def metric_facts(field: Literal["unit", "formula"]) -> dict[str, str]:
     return {tag: str(getattr(metric, field)) for tag, metric in METRICS.items()}
 
 
-def bench_table(results: list[BenchResult]) -> Table:
-    """One row a metric and one column a statistic; several results one below the other."""
-    table = Table(title=f"scenario {results[0].scenario.name}", title_justify="left")
-    for column in ("server", "metric", "unit", "value / mean", "p50", "p90", "p95", "p99"):
-        table.add_column(column, justify="left" if column in ("server", "metric", "unit") else "right")
-    for result in results:
-        for tag, value in result.scalars.items():
-            table.add_row(result.name, tag, result.units[tag], f"{value:,.2f}")
-        for tag, d in result.distributions.items():
-            numbers = (f"{number:,.1f}" for number in (d.mean, d.p50, d.p90, d.p95, d.p99))
-            table.add_row(result.name, tag, result.units[tag], *numbers)
-        table.add_row(result.name, "requests", "", str(result.requests), end_section=True)
+def bench_table(result: BenchResult) -> Table:
+    """One row a metric, one column a statistic; how the requests ended stands below."""
+    scenario = result.scenario
+    title = f"{result.name}: {scenario.name}, {scenario.input_tokens:,} in, {scenario.output_tokens:,} out"
+    caption = f"{scenario.concurrency} in flight for {result.steady_window_s:.1f} s; requests: {result.requests}"
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for column in ("metric", "unit", "mean", "p50", "p90", "p95", "p99"):
+        table.add_column(column, justify="left" if column in ("metric", "unit") else "right", no_wrap=True)
+    for tag, value in result.scalars.items():
+        table.add_row(tag, result.units[tag], f"{value:,.2f}")
+    for tag, d in result.distributions.items():
+        numbers = (f"{number:,.1f}" for number in (d.mean, d.p50, d.p90, d.p95, d.p99))
+        table.add_row(tag, result.units[tag], *numbers)
     return table
 
 
 def interleaved_table(servers: Mapping[str, ServerRounds]) -> Table:
-    """One row a server: median, range and rounds of its output throughput."""
-    table = Table(title="output tokens per second", title_justify="left")
-    for column in ("server", "median", "range", "rounds", "TTFT p50 ms", "ITL p50 ms", "requests"):
+    """One row a server: median and rounds of its output throughput, and its last round's latencies."""
+    table = Table(title="Output tokens per second, rounds in turn", title_justify="left")
+    for column in ("server", "median", "rounds", "TTFT p50", "ITL p50", "requests"):
         table.add_column(column, justify="left" if column in ("server", "requests") else "right")
     for name, server in servers.items():
         spread, last = server.output_tokens_per_s, server.rounds[-1]
         latencies = [
-            f"{last.distributions[tag].p50:,.1f}" if tag in last.distributions else "-" for tag in ("ttft_ms", "itl_ms")
+            f"{last.distributions[tag].p50:,.1f} ms" if tag in last.distributions else "-"
+            for tag in ("ttft_ms", "itl_ms")
         ]
         rounds = " ".join(f"{value:,.0f}" for value in spread.rounds)
-        range_text = f"{spread.low:,.0f} to {spread.high:,.0f}"
-        table.add_row(name, f"{spread.median:,.0f}", range_text, rounds, *latencies, str(last.requests))
+        table.add_row(name, f"{spread.median:,.0f}", rounds, *latencies, str(last.requests))
     return table

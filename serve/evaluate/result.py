@@ -1,7 +1,8 @@
 """What an evaluation leaves behind, per reasoning effort, down to each answer.
 
-Accuracy is right answers / answered problems. An answer that ran out of tokens is answered and, having no final
-channel, wrong; a request that failed says nothing about the model: it is left out of the accuracy and counted apart.
+Accuracy is right answers / answered problems. An answer that ran out of tokens is graded like any other, and wrong
+if it never came to its final channel; a request that failed says nothing about the model: it is left out of the
+accuracy and counted apart.
 """
 
 from __future__ import annotations
@@ -67,14 +68,13 @@ class EvaluationResult(ResultFile):
 
     def __rich__(self) -> Table:
         table = Table(title=f"{self.name}: accuracy by reasoning effort", title_justify="left")
-        for column in ("effort", "accuracy", "95% interval", "right", "mean tokens", "measured requests/s", "requests"):
+        for column in ("effort", "accuracy", "95% interval", "mean tokens", "done/s", "requests"):
             table.add_column(column, justify="left" if column in ("effort", "requests") else "right")
         for effort, result in self.efforts.items():
             table.add_row(
                 effort,
                 f"{result.accuracy:.1%}",
-                f"{result.accuracy_low:.1%} to {result.accuracy_high:.1%}",
-                f"{result.num_correct} / {result.requests.answered}",
+                f"{result.accuracy_low:.0%} to {result.accuracy_high:.0%}",
                 f"{result.mean_output_tokens:.1f}",
                 f"{result.measured_requests_per_s:.2f}",
                 str(result.requests),
