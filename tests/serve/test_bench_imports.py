@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-HEAVY = ("torch", "transformers", "matplotlib", "tritonclient", "grpc", "numpy")
+HEAVY = ("torch", "transformers", "matplotlib", "tritonclient", "grpc")
 MODULES = (
     "puzzle_trtllm.serve.metrics.provenance",
     "puzzle_trtllm.serve.bench.runner",
