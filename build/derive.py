@@ -23,8 +23,8 @@ import puzzle_trtllm
 from puzzle_trtllm.architecture import PuzzleArchitecture, read_blocks
 from puzzle_trtllm.build.companions import companions
 from puzzle_trtllm.build.derivation import DerivationRecord, ImportanceSource
-from puzzle_trtllm.build.disk import require_free_bytes
 from puzzle_trtllm.build.importance import ExpertImportance, read_importance
+from puzzle_trtllm.build.output_folder import check_output_folder
 from puzzle_trtllm.build.progress import byte_progress, warn
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import MAX_SHARD_BYTES, PlannedTensor, copy_of, rows_of, write_shards
@@ -83,7 +83,7 @@ def derive(
         warn(line, quiet=quiet)
     plan = plan_child(source, source.architecture.with_blocks(blocks), scores.kept_experts(blocks), dropped)
     out = Path(out)
-    require_free_bytes(out, plan.num_bytes)
+    check_output_folder(out, source=source.path, num_bytes=plan.num_bytes)
     with atomic_folder(out, overwrite=overwrite) as folder:
         with byte_progress("derive", plan.num_bytes, quiet=quiet) as progress:
             write_shards(folder, plan.tensors, max_shard_bytes=max_shard_bytes, progress=progress)

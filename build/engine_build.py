@@ -20,9 +20,9 @@ import yaml
 
 import puzzle_trtllm
 from puzzle_trtllm.architecture import PuzzleArchitecture
-from puzzle_trtllm.build.disk import require_free_bytes
 from puzzle_trtllm.build.fold import fold_scales
 from puzzle_trtllm.build.llm_args import DerivedValue, derive_llm_args, to_nested
+from puzzle_trtllm.build.output_folder import check_output_folder
 from puzzle_trtllm.build.progress import byte_progress, warn
 from puzzle_trtllm.build.serving_copy import bytes_to_write, is_plain_gpt_oss, write_serving_copy
 from puzzle_trtllm.checkpoint import Checkpoint, resolve_folder
@@ -75,7 +75,7 @@ def build_engine(
         warn(line, quiet=quiet)
     out = Path(out)
     num_bytes = bytes_to_write(source, out)
-    require_free_bytes(out, num_bytes)
+    check_output_folder(out, source=source.path, num_bytes=num_bytes)
     with atomic_folder(out, overwrite=overwrite) as folder:
         model = folder / "model"
         model.mkdir()

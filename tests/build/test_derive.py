@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import puzzle_trtllm.build.derive
-import puzzle_trtllm.build.disk
+import puzzle_trtllm.build.output_folder
 from puzzle_trtllm.build.derivation import read_derivation
 from puzzle_trtllm.build.derive import derive
 from puzzle_trtllm.build.importance import best_experts
@@ -246,7 +246,7 @@ class TestRefusals:
 
     def test_a_full_disk_is_noticed_before_the_first_byte(self, monkeypatch):
         usage = shutil.disk_usage(self.parent)._replace(free=1000)
-        monkeypatch.setattr(puzzle_trtllm.build.disk.shutil, "disk_usage", lambda folder: usage)
+        monkeypatch.setattr(puzzle_trtllm.build.output_folder.shutil, "disk_usage", lambda folder: usage)
         monkeypatch.setattr("puzzle_trtllm.build.derive.write_shards", lambda *a, **k: pytest.fail("wrote"))
         self.refused(PuzzleError, r"not enough disk space .found 0\.00 GiB")
 
@@ -259,6 +259,13 @@ class TestRefusals:
             "puzzle_trtllm.build.derive.write_shards", lambda *a, **k: write_shards(*a, **{**k, "progress": fail})
         )
         self.refused(PuzzleError, "No space left on device")
+
+    @pytest.mark.parametrize("out", [".", ".."])
+    def test_an_output_that_would_replace_the_parent(self, out):
+        before = {file: file.read_bytes() for file in self.parent.iterdir()}
+        with pytest.raises(PuzzleError, match="would replace the checkpoint it is made from"):
+            derive(self.parent, self.parent / out, **self.inputs, overwrite=True)
+        assert {file: file.read_bytes() for file in self.parent.iterdir()} == before
 
     def test_an_existing_folder_is_kept_unless_overwritten(self):
         derive(self.parent, self.out, **self.inputs)

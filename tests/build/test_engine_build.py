@@ -254,6 +254,11 @@ class TestRefusals:
         shard.write_bytes(shard.read_bytes()[:-1])
         self.refused(child, tmp_path, CheckpointError, "truncated")
 
+    def test_an_output_that_would_replace_the_checkpoint(self, child):
+        with pytest.raises(PuzzleError, match="would replace the checkpoint it is made from"):
+            build_engine(child, child, config=config(), overwrite=True)
+        assert Checkpoint.open(child).kv_scales
+
     def test_an_existing_engine_is_kept_unless_overwritten(self, child, tmp_path):
         build_engine(child, tmp_path / "e", config=config())
         with pytest.raises(PuzzleError, match="exists and is not empty"):

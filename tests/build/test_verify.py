@@ -100,6 +100,19 @@ def test_scales_added_by_calibration_are_no_difference(child, parent, tmp_path):
     assert report.added_scales == ("model.layers.0.self_attn.k_proj.k_scale",)
 
 
+def test_tensors_dropped_by_name_are_accounted_for(parent, write_architecture, write_importance, tmp_path):
+    source, old = Checkpoint.open(parent), tmp_path / "old"
+    old.mkdir()
+    extra = tensor_of("model.layers.0.self_attn.rotary_emb.inv_freq", "F32", np.ones(8, np.float32))
+    rewrite_checkpoint(source, old, config=source.config, replace={}, add=[extra])
+    arguments = {"architecture": write_architecture(CHILD_BLOCKS), "importance": write_importance(SCORES)}
+    derive(old, tmp_path / "child", **arguments)
+    assert verify(tmp_path / "child", against=old).identical
+    edit_record(tmp_path / "child", dropped_tensors={})
+    with pytest.raises(CheckpointError, match="was derived from another parent"):
+        verify(tmp_path / "child", against=old)
+
+
 def test_another_parent_is_refused(child, make_checkpoint):
     with pytest.raises(CheckpointError, match=r"was derived from another parent .found sha256:.*, expected sha256:"):
         verify(child, against=make_checkpoint(BLOCKS, seed=1))
