@@ -99,7 +99,7 @@ def calibrate_experts(
 
 
 def collect_rankings(model: Any, dataset: CalibrationDataset, *, quiet: bool = True) -> list[NDArray[Any]]:
-    """By layer: each token's experts from most to least preferred, uint8 or uint16 `[T, E]`; ties: lower index first."""
+    """By layer: each token's experts from most to least preferred, uint8 or uint16 `[T, E]`; ties by index."""
     collected: list[list[NDArray[Any]]] = [[] for _ in model.model.layers]
 
     def watch(layer_idx: int) -> Any:

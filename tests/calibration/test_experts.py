@@ -1,0 +1,168 @@
+"""Expert importance: the election against a naive one, and the file against what the routers really did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from puzzle_trtllm.calibration.dataset import load_dataset
+from puzzle_trtllm.calibration.experts import calibrate_experts, collect_rankings
+from puzzle_trtllm.calibration.ranked_choice import elimination_order, importance_from_order
+from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.errors import CalibrationError
+from puzzle_trtllm.models.huggingface.loading import load_causal_lm
+
+BLOCKS = [(6, 5), (8, None), (3, 9)]
+
+
+def naive_order(rankings: list[list[int]], top_k: int) -> list[int]:
+    """The rule read aloud: count each token's first k among those that remain, drop the fewest, start over."""
+    remaining = set(range(len(rankings[0])))
+    order = []
+    while remaining:
+        votes = dict.fromkeys(remaining, 0)
+        for ranking in rankings:
+            for expert in [e for e in ranking if e in remaining][:top_k]:
+                votes[expert] += 1
+        dropped = min(remaining, key=lambda e: (votes[e], -e))
+        order.append(dropped)
+        remaining.remove(dropped)
+    return order
+
+
+@st.composite
+def elections(draw):
+    num_experts = draw(st.integers(1, 9))
+    rankings = draw(st.lists(st.permutations(range(num_experts)), min_size=1, max_size=30))
+    return rankings, draw(st.integers(1, num_experts))
+
+
+@settings(deadline=None)
+@given(elections())
+def test_the_election_equals_a_naive_one(election):
+    rankings, top_k = election
+    found = elimination_order(np.array(rankings, dtype=np.uint8), top_k)
+    assert found.tolist() == naive_order(rankings, top_k)
+
+
+def test_votes_go_to_the_next_choice():
+    # First choices: 4 for expert 0, 3 for 1, 2 for 2. Counting once keeps {0, 1}. But whoever wants 2 wants 1 next and
+    # never 0: after 2 is dropped its votes make 1 the most popular (5 against 4).
+    rankings = np.array([[0, 2, 1]] * 4 + [[1, 2, 0]] * 3 + [[2, 1, 0]] * 2, dtype=np.uint8)
+    assert elimination_order(rankings, 1).tolist() == [2, 0, 1]
+
+
+def test_an_expert_that_is_never_routed_goes_first():
+    # expert 1 is everyone's second choice and nobody's first
+    rankings = np.array([[0, 1, 2]] * 5 + [[2, 1, 0]], dtype=np.uint8)
+    assert elimination_order(rankings, 1).tolist()[0] == 1
+
+
+def test_ties_keep_the_lower_index():
+    rankings = np.array([[0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]], dtype=np.uint8)
+    assert elimination_order(rankings, 1).tolist()[0] == 3
+
+
+def test_importance_is_the_step_of_dropping():
+    assert importance_from_order(np.array([2, 0, 1])).tolist() == [1.0, 2.0, 0.0]
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(make_checkpoint) -> Path:
+    folder = make_checkpoint(BLOCKS, seed=5)
+    rng = np.random.default_rng(0)
+    lines = [json.dumps({"input_ids": rng.integers(7, 90, 5 + i % 7).tolist()}) for i in range(40)]
+    (folder / "calibration.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@torch.no_grad()
+def test_rankings_are_the_routers_own(folder):
+    source = Checkpoint.open(folder)
+    data, model = load_dataset(None, source), load_causal_lm(source)
+    rankings = collect_rankings(model, data)
+    outputs = [model.model(torch.from_numpy(ids), output_router_logits=True) for ids in data.batches(8192)]
+    for layer, (num_experts, _) in enumerate(BLOCKS):
+        logits = torch.cat([output.router_logits[layer] for output in outputs])
+        assert rankings[layer].shape == (data.num_tokens, num_experts)
+        assert rankings[layer].dtype == np.uint8
+        assert torch.equal(torch.from_numpy(rankings[layer][:, :2]).long(), logits.topk(2).indices)
+
+
+def test_the_importance_file(folder, tmp_path):
+    report = calibrate_experts(folder, tmp_path / "importance.safetensors")
+    source = Checkpoint.open(folder)
+    data = load_dataset(None, source)
+    rankings = collect_rankings(load_causal_lm(source), data)
+    with safe_open(report.out, "numpy") as file:
+        assert sorted(file.keys()) == [f"model.layers.{i}.mlp.experts.importance" for i in range(3)]
+        for layer, ranking in enumerate(rankings):
+            scores = file.get_tensor(f"model.layers.{layer}.mlp.experts.importance")
+            assert scores.dtype == np.float32
+            assert np.argsort(scores).tolist() == naive_order(ranking.tolist(), 2)
+        assert file.metadata() == {
+            "method": "ranked-choice-votes",
+            "dataset_fingerprint": data.fingerprint,
+            "parent_fingerprint": source.fingerprint(),
+            "num_tokens": str(data.num_tokens),
+        }
+    assert [sum(votes) for votes in report.votes] == [2 * data.num_tokens] * 3
+    assert report.num_sequences == 40
+
+
+def test_what_is_written_is_what_derive_reads(folder, tmp_path):
+    from puzzle_trtllm.build.importance import read_importance
+
+    calibrate_experts(folder, tmp_path / "importance.safetensors")
+    found = read_importance(tmp_path / "importance.safetensors", Checkpoint.open(folder))
+    assert not found.warnings
+    assert [len(scores) for scores in found.scores] == [6, 8, 3]
+
+
+def test_a_silenced_expert_is_the_first_to_go(make_checkpoint, tmp_path, folder):
+    silenced = make_checkpoint(BLOCKS, seed=5)
+    (silenced / "calibration.jsonl").write_bytes((folder / "calibration.jsonl").read_bytes())
+    entry = Checkpoint.open(silenced).entry("model.layers.1.mlp.router.bias")
+    overwrite_bf16(entry, index=4, value=-1000.0)
+    report = calibrate_experts(silenced, tmp_path / "importance.safetensors")
+    assert report.never_routed[1] == (4,)
+    with safe_open(report.out, "numpy") as file:
+        assert file.get_tensor("model.layers.1.mlp.experts.importance")[4] == 0.0
+
+
+def overwrite_bf16(entry, *, index: int, value: float) -> None:
+    """Change one BF16 number of a checkpoint in place."""
+    bits = np.array([value], dtype=np.float32).view(np.uint32) >> 16
+    with entry.file.open("r+b") as stream:
+        stream.seek(entry.offset + 2 * index)
+        stream.write(bits.astype("<u2").tobytes())
+
+
+def test_an_existing_file_is_kept(folder, tmp_path):
+    out = tmp_path / "importance.safetensors"
+    out.write_text("mine")
+    with pytest.raises(CalibrationError, match="exists"):
+        calibrate_experts(folder, out)
+    assert out.read_text() == "mine"
+    calibrate_experts(folder, out, overwrite=True)
+    assert out.stat().st_size > 100
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_activations_that_are_not_finite_name_the_layer(make_checkpoint, folder, tmp_path, value):
+    broken = make_checkpoint(BLOCKS, seed=5)
+    (broken / "calibration.jsonl").write_bytes((folder / "calibration.jsonl").read_bytes())
+    overwrite_bf16(Checkpoint.open(broken).entry("model.layers.1.self_attn.o_proj.bias"), index=0, value=value)
+    with pytest.raises(CalibrationError, match=r"model\.layers\.1.*not finite"):
+        calibrate_experts(broken, tmp_path / "importance.safetensors")
+    assert not (tmp_path / "importance.safetensors").exists()
