@@ -27,8 +27,8 @@ def build_command(
     checkpoint: Annotated[
         str, typer.Argument(help="Checkpoint folder or hub id; with --explain a config.json is enough.")
     ],
+    config: Annotated[str, typer.Option("--config", help="Engine config: a YAML file or a shipped name.")],
     out: Annotated[Path | None, typer.Argument(help="Folder of the engine, to be made.")] = None,
-    config: Annotated[str, typer.Option("--config", help="Engine config: a YAML file or a shipped name.")] = "cpu-demo",
     fold: Annotated[
         Literal["tensor", "channel", "none"] | None,
         typer.Option("--fold", help="How KV scales go into the weights (default: as the config says)."),
