@@ -1,8 +1,10 @@
 """An asynchronous gRPC client of the `tensorrt_llm` model, lean enough to be a load generator's.
 
-Each request gets a stream of its own on a shared connection: closing the stream cancels the generation, and the header
-`triton_grpc_error: true` makes errors arrive as gRPC statuses that end just that stream. Works against NVIDIA's own
-llmapi model too: the first thing a client asks is which inputs the model has, and it sends only those.
+Each request gets a stream of its own on a shared connection: closing the stream cancels the generation. Works against
+NVIDIA's own llmapi model too: the first thing a client asks is which inputs the model has, and it sends only those.
+
+Errors arrive as words in a response (errors.py). The trap: the header `triton_grpc_error: true` asks for gRPC statuses
+instead, and servers from before spring 2026 can crash when an error ends such a stream, so it is not sent.
 
     async with TritonLlmClient("127.0.0.1:8001") as client:
         async for chunk in client.stream(GenerationRequest(prompt="12+30=")):
@@ -22,10 +24,10 @@ import grpc  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.serve.client.errors import error_of_status, error_of_words
 from puzzle_trtllm.serve.client.request import GenerationChunk, GenerationRequest, GenerationResult
 from puzzle_trtllm.serve.client.tensors import RequestBuilder, unpack_int32, unpack_string
 
-_METADATA = (("triton_grpc_error", "true"),)
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -59,7 +61,7 @@ class TritonLlmClient:
             reply = await self._stubs[0].ModelConfig(service_pb2.ModelConfigRequest(name=self._model), timeout=30)
         except grpc.aio.AioRpcError as error:
             await self._close()
-            raise _serve_error(error, self.url) from None
+            raise error_of_status(error, url=self.url) from None
         self._builder = RequestBuilder(self._model, [tensor.name for tensor in reply.config.input])
         return self
 
@@ -82,16 +84,16 @@ class TritonLlmClient:
         message = self._builder.build(request)
         reader = _Reader(delta=self._builder.streams_delta, counts=self._builder.gives_token_ids)
         self._next = (self._next + 1) % len(self._stubs)
-        call = self._stubs[self._next].ModelStreamInfer(_once(message), metadata=_METADATA)
+        call = self._stubs[self._next].ModelStreamInfer(_once(message))
         try:
             async for response in call:
                 if response.error_message:
-                    raise ServeError(response.error_message, file=self.url, status="UNKNOWN")
+                    raise error_of_words(response.error_message, url=self.url)
                 chunk = reader.read(response.infer_response)
                 if chunk is not None:
                     yield chunk
         except grpc.aio.AioRpcError as error:
-            raise _serve_error(error, self.url) from None
+            raise error_of_status(error, url=self.url) from None
         finally:
             call.cancel()  # does nothing to a call that has ended
 
@@ -123,14 +125,17 @@ class TritonLlmClient:
 
     async def stop(self, request_id: str) -> str:
         """Cancel the running requests of this id; returns the server's words."""
-        call = self._stubs[0].ModelStreamInfer(_once(self._builder.build_stop(request_id)), metadata=_METADATA)
+        call = self._stubs[0].ModelStreamInfer(_once(self._builder.build_stop(request_id)))
         try:
-            async for _ in call:
-                pass
+            async for response in call:
+                if response.error_message:
+                    raise error_of_words(response.error_message, url=self.url)
         except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.CANCELLED:
-                return str(error.details())
-            raise _serve_error(error, self.url) from None
+            raise error_of_status(error, url=self.url) from None
+        except ServeError as error:
+            if error.status != "CANCELLED":
+                raise
+            return str(error)
         return ""
 
     async def _close(self) -> None:
@@ -187,7 +192,3 @@ class _Reader:
 
 async def _once(message: Any) -> AsyncIterator[Any]:
     yield message
-
-
-def _serve_error(error: grpc.aio.AioRpcError, url: str) -> ServeError:
-    return ServeError(str(error.details() or "no details"), file=url, status=error.code().name)

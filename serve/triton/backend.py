@@ -20,13 +20,18 @@ class TritonEncoder:
         return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor(name, array) for name, array in tensors])
 
     def error(self, status: Status, message: str) -> Any:
+        """The status twice: as the code, and before the text, since over a gRPC stream only the text arrives.
+
+        (The header `triton_grpc_error: true` would bring the code, but Triton before spring 2026 can crash when an
+        error ends such a stream: https://github.com/triton-inference-server/server/pull/8708.)
+        """
         code = {
             "UNAVAILABLE": pb_utils.TritonError.UNAVAILABLE,
             "INVALID_ARGUMENT": pb_utils.TritonError.INVALID_ARG,
             "CANCELLED": pb_utils.TritonError.CANCELLED,
             "INTERNAL": pb_utils.TritonError.INTERNAL,
         }[status]
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{status}: {message}", code))
 
 
 def read_inputs(request: Any) -> Inputs:

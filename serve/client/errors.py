@@ -1,0 +1,38 @@
+"""What a server's refusal means: gRPC statuses, and the words that stand for them in a stream's responses.
+
+Our model writes its status before the text (`UNAVAILABLE: the queue is full`). Triton's own refusals, made before the
+model sees a request, are bare text; their status is read from how they begin.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from puzzle_trtllm.errors import ServeError
+
+_OURS = re.compile(r"^(UNAVAILABLE|INVALID_ARGUMENT|CANCELLED|INTERNAL): (.*)$", re.DOTALL)
+_TRITONS = (
+    (re.compile(r"unknown model", re.IGNORECASE), "NOT_FOUND"),
+    (re.compile(r"not ready|not healthy|unavailable|stopp|shut", re.IGNORECASE), "UNAVAILABLE"),
+    (
+        re.compile(r"^(\[request id: [^\]]*\] )?(unexpected|expected|inference (input|request)|input)"),
+        "INVALID_ARGUMENT",
+    ),
+)
+
+
+def error_of_words(words: str, *, url: str) -> ServeError:
+    """The error in a stream's response; status UNKNOWN where the words do not tell."""
+    ours = _OURS.match(words)
+    if ours is not None:
+        return ServeError(ours.group(2), file=url, status=ours.group(1))
+    for pattern, status in _TRITONS:
+        if pattern.search(words):
+            return ServeError(words, file=url, status=status)
+    return ServeError(words, file=url, status="UNKNOWN")
+
+
+def error_of_status(error: Any, *, url: str) -> ServeError:
+    """A grpc.aio.AioRpcError: the connection or the call itself failed."""
+    return ServeError(str(error.details() or "no details"), file=url, status=error.code().name)
