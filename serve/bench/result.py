@@ -15,6 +15,7 @@ from puzzle_trtllm.serve.metrics.provenance import Provenance
 from puzzle_trtllm.serve.metrics.records import RequestCounts
 from puzzle_trtllm.serve.metrics.result_file import ResultFile
 from puzzle_trtllm.serve.metrics.statistics import Distribution, Spread
+from puzzle_trtllm.serve.metrics.units import show_number
 
 Lengths = Literal["exact", "nominal"]
 TokenCounts = Literal["server", "responses"]
@@ -103,9 +104,9 @@ def bench_table(result: BenchResult) -> Table:
     for column in ("metric", "unit", "mean", "p50", "p90", "p95", "p99"):
         table.add_column(column, justify="left" if column in ("metric", "unit") else "right", no_wrap=True)
     for tag, value in result.scalars.items():
-        table.add_row(tag, result.units[tag], f"{value:,.2f}")
+        table.add_row(tag, result.units[tag], show_number(value))
     for tag, d in result.distributions.items():
-        numbers = (f"{number:,.1f}" for number in (d.mean, d.p50, d.p90, d.p95, d.p99))
+        numbers = (show_number(number) for number in (d.mean, d.p50, d.p90, d.p95, d.p99))
         table.add_row(tag, result.units[tag], *numbers)
     return table
 
@@ -118,7 +119,7 @@ def interleaved_table(servers: Mapping[str, ServerRounds]) -> Table:
     for name, server in servers.items():
         spread, last = server.output_tokens_per_s, server.rounds[-1]
         latencies = [
-            f"{last.distributions[tag].p50:,.1f} ms" if tag in last.distributions else "-"
+            f"{show_number(last.distributions[tag].p50)} ms" if tag in last.distributions else "-"
             for tag in ("ttft_ms", "itl_ms")
         ]
         rounds = " ".join(f"{value:,.0f}" for value in spread.rounds)

@@ -12,13 +12,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from puzzle_trtllm.serve.metrics.units import show_bytes, show_number, show_percent, show_ratio
 from puzzle_trtllm.serve.report.charts.frontier import frontier_chart
 from puzzle_trtllm.serve.report.charts.layer_map import layer_map
 from puzzle_trtllm.serve.report.charts.memory import memory_chart
 from puzzle_trtllm.serve.report.charts.throughput import throughput_chart
 from puzzle_trtllm.serve.report.document import DEFINITIONS
 from puzzle_trtllm.serve.report.summary import Report, headline, headline_tiles
-from puzzle_trtllm.serve.report.units import show_bytes, show_number, show_percent, show_ratio
 
 TEMPLATE = "page.html.jinja"
 

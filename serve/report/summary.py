@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from puzzle_trtllm.serve.metrics.statistics import Ratio
+from puzzle_trtllm.serve.metrics.units import show_bytes, show_percent, show_ratio
 from puzzle_trtllm.serve.report.compare import Comparison
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
-from puzzle_trtllm.serve.report.units import show_bytes, show_percent, show_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +96,9 @@ def _bytes_tile(caption: str, ratio: Ratio, ours: int, theirs: int) -> Tile:
 
 
 def _range_text(comparison: Comparison) -> str:
-    if comparison.per_token_speedup_range is None:
+    low, high = comparison.per_token_speedup_range or (0.0, 0.0)
+    if low == high:  # a single round has no range
         return ""
-    low, high = comparison.per_token_speedup_range
     return f"{low:.2f}× to {high:.2f}× over rounds"
 
 
@@ -128,7 +128,7 @@ def _effort_sentences(report: Report) -> Sequence[str]:
     if not first.efforts:
         return []
     effort, result = list(first.efforts.items())[-1]
-    rate, retention = show_ratio(result.relative_request_rate), show_percent(result.accuracy_retention.value)
-    return [
-        f"At {effort} effort it answers {rate} the requests of {first.baseline} and keeps {retention} of its accuracy."
-    ]
+    retention = result.accuracy_retention.value
+    kept = "" if retention is None else f" and keeps {show_percent(retention)} of its accuracy"
+    rate = show_ratio(result.relative_request_rate)
+    return [f"At {effort} effort it answers {rate} the requests of {first.baseline}{kept}."]

@@ -9,10 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from puzzle_trtllm.serve.metrics.statistics import Ratio
+from puzzle_trtllm.serve.metrics.units import NONE, show_bytes, show_number, show_percent, show_ratio
 from puzzle_trtllm.serve.report.compare import Comparison
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
 from puzzle_trtllm.serve.report.summary import Report, headline
-from puzzle_trtllm.serve.report.units import NONE, show_bytes, show_number, show_percent, show_ratio
 
 Show = Callable[[EngineMeasurement], str]
 
