@@ -104,7 +104,7 @@ class MetricsThread:
         if self._session.death is not None:
             return
         if not engine_is_healthy(self._llm):
-            self._session.engine_died("the runtime reports that its engine has stopped")
+            self._session.engine_died("its process has ended")
             return
         if not self._stats_wanted:
             return

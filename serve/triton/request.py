@@ -100,6 +100,8 @@ def parse_request(inputs: Inputs, limits: RequestLimits) -> GenerateCall:
             found=True,
             expected="false, or a decoupled model",
         )
+    if reply.cumulative_logprob:
+        sampling["logprobs"] = 1  # runtimes sum up only what they compute; 1 is what all of them take
     return GenerateCall(prompt=_prompt(inputs, limits), sampling=sampling, reply=reply)
 
 

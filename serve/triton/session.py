@@ -20,6 +20,7 @@ from typing import Any
 
 from puzzle_trtllm.serve.runtimes.api import EngineDeadError, RequestError
 from puzzle_trtllm.serve.triton.outbox import Log, Outbox, Reply, ResponseSender, Status
+from puzzle_trtllm.serve.triton.process import is_alive
 from puzzle_trtllm.serve.triton.request import (
     GenerateCall,
     Inputs,
@@ -246,9 +247,12 @@ class Session:
 
 
 def engine_is_healthy(llm: Any) -> bool:
-    """What the runtime says of itself; True where it says nothing (TensorRT-LLM: `_check_health`)."""
+    """What the runtime says of itself (TensorRT-LLM: `_check_health`), and whether the process it names lives."""
     check = getattr(llm, "_check_health", None)
-    return bool(check()) if callable(check) else True
+    if callable(check) and not check():
+        return False
+    pid = getattr(llm, "engine_pid", None)
+    return not isinstance(pid, int) or is_alive(pid)
 
 
 def is_about_the_request(error: Exception) -> bool:

@@ -63,6 +63,10 @@ def test_the_reply_is_what_was_asked_for() -> None:
     )
 
 
+def test_a_cumulative_logprob_has_the_runtime_compute_logprobs() -> None:
+    assert parse_request(tensors(return_cumulative_logprob=True), LIMITS).sampling == {"logprobs": 1}
+
+
 def test_token_ids_replace_an_empty_text() -> None:
     assert parse_request(tensors("", input_ids=[5, 99, 0]), LIMITS).prompt == [5, 99, 0]
 

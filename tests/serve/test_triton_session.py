@@ -7,6 +7,7 @@ show at will.
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import threading
 from types import SimpleNamespace
 
@@ -368,6 +369,14 @@ def test_the_metrics_notice_that_an_idle_engine_died(service, metrics) -> None:
     wait_until(lambda: service.session.death == "killed while idle", what="the death")
     metrics.publish()
     assert Family.values["puzzle_engine_up"] == 0
+
+
+def test_the_metrics_notice_that_the_engines_process_has_gone(service, metrics) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    service.llm.engine_pid = gone.pid
+    metrics._watch_engine()
+    wait_until(lambda: service.session.death == "its process has ended", what="the death")
 
 
 def test_kv_blocks_come_as_dicts_or_json() -> None:

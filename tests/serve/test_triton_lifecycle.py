@@ -1,0 +1,274 @@
+"""How a served engine starts, dies and stops: what a person sees, and that nothing is left behind.
+
+Each test that needs a tritonserver of its own starts one (3 to 6 seconds), so there are few.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.serve.client.request import GenerationRequest
+from puzzle_trtllm.serve.client.triton_client import TritonLlmClient, generate
+from puzzle_trtllm.serve.triton import install
+from puzzle_trtllm.serve.triton.install import find_triton
+from puzzle_trtllm.serve.triton.log import find_reason
+from puzzle_trtllm.serve.triton.ports import choose_ports
+from puzzle_trtllm.serve.triton.process import children_of, is_alive
+from puzzle_trtllm.serve.triton.server import TritonServer, serve_engine
+from tests.serve.scripted import scripted_engine, wait_until
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def engine(make_checkpoint, tmp_path_factory):
+    checkpoint = make_checkpoint([(4, None), (2, 16)])
+    return scripted_engine(tmp_path_factory.mktemp("scripted") / "engine", checkpoint, step_ms=5)
+
+
+class Serving:
+    """`serve_engine` in a process of its own, as a person runs it; it prints one JSON line when ready."""
+
+    SCRIPT = """
+import json, sys
+from puzzle_trtllm.serve.triton.server import serve_engine
+from tests.serve.scripted import SCRIPTED
+
+def ready(server):
+    stubs = server.stub_pids()
+    print(json.dumps({"url": server.grpc_url, "pid": server.pid, "stubs": sorted(stubs)}), flush=True)
+
+sys.exit(serve_engine(sys.argv[1], grpc_port=0, http_port=0, metrics_port=0, restart=sys.argv[2] == "restart",
+                      on_ready=ready, **SCRIPTED))
+"""
+
+    def __init__(self, engine, how: str = "once") -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.SCRIPT, str(engine.path), how], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+
+    def wait_ready(self) -> dict:
+        line = self.process.stdout.readline()
+        assert line, "serve_engine ended before it was ready"
+        self.ready = json.loads(line)
+        (self.engine_pid,) = children_of(self.ready["stubs"][0])
+        self.pids = [self.ready["pid"], *self.ready["stubs"], self.engine_pid]
+        return self.ready
+
+    def assert_all_gone(self) -> None:
+        wait_until(lambda: not any(is_alive(pid) for pid in self.pids), what="server, stub and engine ended")
+
+
+@pytest.fixture
+def serving(engine) -> Iterator:
+    started: list[Serving] = []
+
+    def start(how: str = "once") -> Serving:
+        started.append(Serving(engine, how))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.process.kill()
+        each.process.wait()
+        each.process.stdout.close()
+
+
+async def stream_until_it_breaks(url: str, break_it) -> ServeError:
+    """Read a stream, call `break_it` after its first chunk, return how it ended."""
+    async with TritonLlmClient(url) as client:
+        with pytest.raises(ServeError) as error:
+            async for chunk in client.stream(GenerationRequest(prompt="hello ", max_tokens=100_000)):
+                if break_it is not None and chunk.text:
+                    break_it()
+                    break_it = None
+    return error.value
+
+
+def test_an_engine_that_dies_in_mid_stream_answers_unavailable_and_serve_exits_1(serving) -> None:
+    running = serving()
+    url = running.wait_ready()["url"]
+    error = asyncio.run(stream_until_it_breaks(url, lambda: os.kill(running.engine_pid, signal.SIGKILL)))
+    assert error.status == "UNAVAILABLE" and "the engine is dead" in str(error)
+    assert running.process.wait(timeout=20) == 1
+    running.assert_all_gone()
+
+
+def test_restart_serves_again_and_kill_9_leaves_nothing(serving) -> None:
+    running = serving("restart")
+    running.wait_ready()
+    first = list(running.pids)
+    os.kill(running.engine_pid, signal.SIGKILL)  # idle: nobody is there to notice but the watch
+    url = running.wait_ready()["url"]
+    assert generate("again", url=url, max_tokens=5).text == "again"
+    assert not any(is_alive(pid) for pid in first)
+    running.process.kill()
+    running.assert_all_gone()
+
+
+def test_sigterm_stops_cleanly_with_exit_code_0(serving) -> None:
+    running = serving()
+    running.wait_ready()
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(timeout=30) == 0
+    running.assert_all_gone()
+
+
+def test_sigint_while_starting_is_no_failure(serving) -> None:
+    running = serving()
+    wait_until(lambda: len(children_of(running.process.pid)) == 1, what="the guard's start")
+    (guard,) = children_of(running.process.pid)
+    wait_until(lambda: len(children_of(guard)) == 1, what="the server's start")
+    running.pids = [guard, *children_of(guard)]
+    running.process.send_signal(signal.SIGINT)
+    assert running.process.wait(timeout=30) == 0
+    running.assert_all_gone()
+
+
+# --- what cannot start --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "purpose"), [("grpc_port", "gRPC"), ("http_port", "HTTP"), ("metrics_port", "metrics")]
+)
+def test_a_port_in_use_is_named_before_anything_starts(engine, option: str, purpose: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ServeError, match=rf"^port {port} \({purpose}\) is in use") as error:
+            TritonServer(engine, **{option: port}).start()
+    assert "\n" not in str(error.value)
+
+
+def test_free_ports_differ_from_each_other() -> None:
+    ports = choose_ports("127.0.0.1", dict.fromkeys("abc", 0))
+    assert len(set(ports.values())) == 3 and all(ports.values())
+
+
+def test_an_address_that_is_not_ours(engine) -> None:
+    with pytest.raises(ServeError, match=r"cannot listen on 203\.0\.113\.1"):
+        TritonServer(engine, host="203.0.113.1").start()
+
+
+def fake_server(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """A `tritonserver` on PATH that is not one."""
+    file = folder / "bin" / "tritonserver"
+    file.parent.mkdir()
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
+    monkeypatch.setattr(install, "CONTAINER_SERVER", folder / "nowhere")
+    monkeypatch.setenv("PATH", f"{file.parent}:{os.environ['PATH']}")
+
+
+def test_a_server_that_dies_at_start_shows_the_end_of_its_log(engine, tmp_path: Path, monkeypatch) -> None:
+    fake_server(
+        tmp_path, monkeypatch, "echo loading; echo 'error while loading shared libraries: libx.so' >&2; exit 127"
+    )
+    log_file = tmp_path / "logs" / "triton.log"
+    with pytest.raises(ServeError, match=r"code 127.*\n.*loading\n.*libx\.so") as error:
+        TritonServer(engine, log_file=log_file).start()
+    assert str(error.value).startswith(str(log_file))
+
+
+def test_a_server_that_is_never_ready_is_given_up(engine, tmp_path: Path, monkeypatch) -> None:
+    fake_server(tmp_path, monkeypatch, "sleep 600")
+    waits: list[float] = []
+    server = TritonServer(engine, log_file=tmp_path / "log", startup_timeout_s=0.5, on_wait=waits.append)
+    with pytest.raises(ServeError, match="not ready after"):
+        server.start()
+    assert waits == sorted(waits) and waits
+    with pytest.raises(ServeError, match="not running"):
+        assert server.pid
+
+
+def test_an_engine_whose_runtime_is_not_installed_says_so(engine, make_checkpoint, tmp_path: Path) -> None:
+    other = scripted_engine(tmp_path / "engine", make_checkpoint([(4, None), (2, 16)]))
+    manifest = (other.path / "engine.json").read_text()
+    (other.path / "engine.json").write_text(manifest.replace('"reference"', '"tensorrt_llm"'))
+    with pytest.raises(ServeError, match="the runtime tensorrt_llm is not installed here") as error:
+        serve_engine(other.path, grpc_port=0, http_port=0, metrics_port=0, log_file=tmp_path / "log", quiet=True)
+    assert "\n" not in str(error.value)
+
+
+# --- finding a server ---------------------------------------------------------------------------------------------
+
+
+def test_the_path_comes_before_the_wheel_and_needs_nothing_added(tmp_path: Path, monkeypatch) -> None:
+    fake_server(tmp_path, monkeypatch, "true")
+    found = find_triton()
+    assert (found.source, found.server, found.environment) == ("PATH", tmp_path / "bin" / "tritonserver", {})
+    assert found.arguments(tmp_path / "scratch") == [] and not (tmp_path / "scratch").exists()
+
+
+def test_the_container_comes_before_the_path(tmp_path: Path, monkeypatch) -> None:
+    fake_server(tmp_path, monkeypatch, "true")
+    monkeypatch.setattr(install, "CONTAINER_SERVER", tmp_path / "bin" / "tritonserver")
+    assert find_triton().source == "container"
+
+
+@pytest.fixture
+def only_wheel(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(install, "CONTAINER_SERVER", tmp_path / "nowhere")
+    monkeypatch.setattr(install.shutil, "which", lambda name: None)
+
+
+def test_the_wheels_backend_is_put_together_for_this_python(only_wheel, tmp_path: Path) -> None:
+    found = find_triton()
+    assert found.source == "wheel" and found.server.is_file()
+    (option, folder) = found.arguments(tmp_path)
+    assert option == "--backend-directory"
+    stub = (Path(folder) / "python" / "triton_python_backend_stub").resolve()
+    assert stub.parent.name == f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert (Path(folder) / "python" / "libtriton_python.so").is_file()
+    assert found.environment["PATH"].split(":")[0] == str(Path(sys.executable).parent)
+
+
+def test_no_server_anywhere_says_how_to_get_one(only_wheel, monkeypatch) -> None:
+    monkeypatch.setattr(install.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ServeError, match=r"no tritonserver found.*pip install"):
+        find_triton()
+
+
+def test_a_python_without_a_shared_library_is_named(only_wheel, monkeypatch) -> None:
+    monkeypatch.setattr(install.sysconfig, "get_config_var", lambda key: "/nowhere" if key == "LIBDIR" else None)
+    monkeypatch.setattr(install.sys, "base_prefix", "/nowhere")
+    monkeypatch.setattr(install.Path, "is_file", lambda self: self.name == "tritonserver" and "pytriton" in self.parts)
+    version = re.escape(f"{sys.version_info.major}.{sys.version_info.minor}")
+    with pytest.raises(ServeError, match=rf"libpython{version}\.so\.1\.0 not found.*the package libpython{version}"):
+        find_triton()
+
+
+def test_a_wheel_without_a_stub_for_this_python(only_wheel, monkeypatch, tmp_path: Path) -> None:
+    found = find_triton()
+    monkeypatch.setattr(install.sys, "version_info", type("V", (), {"major": 3, "minor": 99}))
+    with pytest.raises(ServeError, match=r"no stub for this Python \(found 3\.99, expected .*3\.11"):
+        found.arguments(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (
+            'I1123 14:42:10 1 pb_stub.cc:366] "TritonModelException: cannot start: no such file\\n\\nAt:\\n /x"\n',
+            "no such file",
+        ),
+        (
+            'I1123 14:42:10 1 a.cc:1] "fine"\nE1123 14:42:11 1 main.cc:2] "failed to start HTTP"\n',
+            "failed to start HTTP",
+        ),
+        ("nothing that helps\n", None),
+    ],
+)
+def test_the_reason_is_found_in_the_log(log: str, reason: str | None) -> None:
+    assert find_reason(log) == reason
