@@ -9,6 +9,7 @@ where the packed bytes are [E, 2F, D/32, 16] and [E, D, F/32, 16].
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,12 @@ def load_causal_lm(
 
 
 def model_config(checkpoint: Checkpoint) -> GptOssConfig:
-    """The transformers config of a checkpoint, without its storage format (which transformers would act on)."""
+    """The transformers config of a checkpoint, without its storage format (which transformers would act on).
+
+    Copied through and through: transformers rewrites nested blocks (the rotary one) in place.
+    """
     values = {
-        k: v
+        k: copy.deepcopy(v)
         for k, v in checkpoint.config.items()
         if k not in ("quantization_config", "auto_map", "transformers_version")
     }

@@ -1,0 +1,127 @@
+"""The main job, told as one story: a trained parent becomes a Puzzle child, and the child is measured against it.
+
+    abacus ── calibrate experts ── derive ──▶ child ── calibrate kv ──▶ child + scales ── build ──▶ engine ┐
+       └────────────────────────────────────── calibrate kv ──▶ parent + scales ── build ──▶ two engines ─┤
+                                                                  report ◀── evaluate ◀── bench ◀── serve ─┘
+
+Every step is the function behind the CLI command of the same name; nothing here does work of its own. What the demo
+shows is the paper's one-GPU gain in small: active parameters are equal, so a child is not faster as such, but within
+one memory budget for weights and KV cache it holds more sequences, and throughput grows with them. Each model is
+therefore also measured without the cap.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from puzzle_trtllm.demo.serving import EngineFolders, MeasurementPlan, measure_engines
+from puzzle_trtllm.engine import EngineConfig, load_engine_config
+
+ABACUS = Path(__file__).parent / "abacus"
+"""The shipped parent checkpoint, with its problems, calibration records and child architecture."""
+
+ENGINE_CONFIG = "cpu-demo"
+FULL_PLAN = MeasurementPlan(rounds=3, num_requests=None, num_problems=None)
+QUICK_PLAN = MeasurementPlan(rounds=1, num_requests=32, num_problems=12)
+"""Every step for real, too few samples to mean much: for tests."""
+
+
+def run_demo(out: str | Path = "runs/demo", *, quick: bool = False) -> dict[str, Any]:
+    """Run the whole chain into `out`; prints the comparison and the path of the page.
+
+    Returns the content of `out/report.json`. Raises PuzzleError when a step fails; no performance figure fails it.
+    """
+    folder = Path(out)
+    story = _Story()
+    plan = QUICK_PLAN if quick else FULL_PLAN
+    child, parent = _make_checkpoints(folder, story)
+    engines = _build_engines(folder, story, child=child, parent=parent)
+    with story.chapter("serve, bench, evaluate", "six Triton servers up together, measured in turn"):
+        measurements = measure_engines(engines, plan, problems=ABACUS / "problems.jsonl", log_folder=folder / "logs")
+    with story.chapter("report", "the child against its parent at BF16 and at FP8 KV cache"):
+        from puzzle_trtllm.serve.report import make_report
+
+        for measurement in measurements:
+            measurement.save(folder / "measurements" / f"{measurement.name}.json")
+        document = make_report(
+            measurements,
+            baselines=["parent_bf16", "parent_fp8"],
+            child="child",
+            out=folder,
+            title="abacus: a Puzzle child against its parent",
+            extra={"rounds": plan.rounds, "quick": quick, "wall_s_of_each_step": story.seconds},
+        )
+    print(f"report: {folder / 'report.html'}")
+    return document
+
+
+def _make_checkpoints(folder: Path, story: _Story) -> tuple[Path, Path]:
+    """(calibrated child, calibrated parent)."""
+    dataset = ABACUS / "calibration.jsonl"
+    architecture = ABACUS / "child_architecture.json"
+    importance = folder / "importance.safetensors"
+    child, child_kv, parent_kv = (folder / "checkpoints" / name for name in ("child", "child-kv", "parent-kv"))
+    with story.chapter("calibrate experts", "which experts of the parent its router really asks for"):
+        from puzzle_trtllm.calibration.experts import calibrate_experts
+
+        calibrate_experts(ABACUS, importance, dataset=dataset, overwrite=True)
+    with story.chapter("derive", "keep those, byte for byte; narrow the windows"):
+        from puzzle_trtllm.build.derive import derive
+
+        derive(ABACUS, child, architecture=architecture, importance=importance, overwrite=True)
+    with story.chapter("calibrate kv", "ModelOpt's FP8 KV cache ranges, for the child and for the parent"):
+        from puzzle_trtllm.calibration.kv import calibrate_kv
+
+        calibrate_kv(child, child_kv, dataset=dataset, overwrite=True)
+        calibrate_kv(ABACUS, parent_kv, dataset=dataset, overwrite=True)
+    return child_kv, parent_kv
+
+
+def _build_engines(folder: Path, story: _Story, *, child: Path, parent: Path) -> dict[str, EngineFolders]:
+    """By name: the engine with the memory cap, and the same one without."""
+    from puzzle_trtllm.build.engine_build import build_engine
+
+    config = load_engine_config(ENGINE_CONFIG)
+    recipes = {
+        "parent_bf16": (parent, config.model_copy(update={"kv_dtype": "bf16"})),
+        "parent_fp8": (parent, config),
+        "child": (child, config),
+    }
+    engines: dict[str, EngineFolders] = {}
+    with story.chapter("build", "engine folders, scales folded into the weights, with and without the memory cap"):
+        for name, (checkpoint, recipe) in recipes.items():
+            capped, uncapped = folder / "engines" / name, folder / "engines" / f"{name}-uncapped"
+            build_engine(checkpoint, capped, config=recipe, overwrite=True)
+            build_engine(checkpoint, uncapped, config=_without_cap(recipe), overwrite=True)
+            engines[name] = EngineFolders(capped=capped, uncapped=uncapped)
+    return engines
+
+
+def _without_cap(config: EngineConfig) -> EngineConfig:
+    return config.model_copy(update={"memory_bytes": None})
+
+
+class _Story:
+    """Says on stderr which step runs and how long it took."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.seconds: dict[str, float] = {}
+        self._started = time.monotonic()
+
+    @contextmanager
+    def chapter(self, command: str, purpose: str) -> Iterator[None]:
+        self.console.print(f"[bold]{command}[/bold]: {purpose}", highlight=False)
+        started = time.monotonic()
+        yield
+        now = time.monotonic()
+        self.seconds[command] = round(now - started, 1)
+        self.console.print(
+            f"  [dim]{now - started:.1f} s, {now - self._started:.0f} s since the start[/dim]", highlight=False
+        )
