@@ -333,6 +333,16 @@ def test_nothing_is_said_on_stdout(child, tmp_path, capfd):
     assert "KV calibration" in printed.err
 
 
+def test_the_thread_count_is_given_back(child, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        calibrate_kv(child, tmp_path / "out")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_stage_imports_without_torch():
     code = "import sys, puzzle_trtllm.calibration, puzzle_trtllm.calibration.dataset; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
