@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from puzzle_trtllm.commands.output import JsonOption, print_json, print_table
+from puzzle_trtllm.errors import PuzzleError
 
 if TYPE_CHECKING:
     from puzzle_trtllm.serve.client.request import GenerationRequest, GenerationResult
@@ -55,7 +56,7 @@ def generate_command(
         text = chat.render_chat([{"role": "user", "content": prompt}], reasoning_effort=effort)
         input_ids = chat.encode(text)
     elif effort is not None:
-        raise typer.BadParameter("needs --tokenizer, whose chat template it goes into", param_hint="--effort")
+        raise PuzzleError("needs --tokenizer, whose chat template it goes into", key="--effort")
     request = GenerationRequest(
         prompt=text if input_ids is None else None,
         input_ids=input_ids,
@@ -161,9 +162,7 @@ def evaluate_command(
 
     folder = tokenizer or (engine / "model" if engine is not None else None)
     if folder is None:
-        raise typer.BadParameter(
-            "name a checkpoint or --engine: prompts need its chat template", param_hint="--tokenizer"
-        )
+        raise PuzzleError("missing: prompts need a chat template", key="--tokenizer", expected="it or --engine")
     result = evaluate(
         url,
         problems=problems,

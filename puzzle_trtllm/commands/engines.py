@@ -15,6 +15,7 @@ from puzzle_trtllm.commands.output import (
     print_table,
     show_bytes,
 )
+from puzzle_trtllm.errors import PuzzleError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,7 +51,7 @@ def build_command(
         _explain(checkpoint, config, as_json=as_json)
         return
     if out is None:
-        raise typer.BadParameter("name the folder of the engine (only --explain goes without)", param_hint="OUT")
+        raise PuzzleError("missing", key="OUT", expected="the engine's folder; only --explain goes without")
     from puzzle_trtllm.build.engine_build import build_engine
 
     engine = build_engine(

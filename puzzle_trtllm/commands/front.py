@@ -31,7 +31,6 @@ EXTRA_OF_PACKAGE: Mapping[str, str] = {
     "tritonclient": "serve",
     "grpc": "serve",
     "google": "serve",
-    "matplotlib": "serve",
     "pytriton": "triton-wheel",
     "tensorrt_llm": "trtllm",
 }

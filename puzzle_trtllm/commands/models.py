@@ -16,6 +16,7 @@ from puzzle_trtllm.commands.output import (
     show_bytes,
     show_count,
 )
+from puzzle_trtllm.errors import CheckpointError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -129,7 +130,6 @@ def verify_command(
     Compares every byte, but for what its derivation.json says was left out. A difference is exit code 2.
     """
     from puzzle_trtllm.build.verify import verify
-    from puzzle_trtllm.errors import CheckpointError
 
     report = verify(child, against=against, quiet=False)
     if not report.identical:

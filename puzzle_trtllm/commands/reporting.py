@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from puzzle_trtllm.commands.output import JsonOption, print_json
+from puzzle_trtllm.errors import ConfigError, PuzzleError
 
 if TYPE_CHECKING:
     from puzzle_trtllm.serve.report import EngineMeasurement
@@ -52,14 +53,13 @@ def name_and_files(value: str, option: str) -> tuple[str, list[Path]]:
     """`NAME=FILE,FILE` in its parts."""
     name, _, files = value.partition("=")
     if not name or not files:
-        raise typer.BadParameter(f"expected NAME=FILE, found {value!r}", param_hint=option)
+        raise PuzzleError("names no file", key=option, found=value, expected="NAME=FILE")
     return name, [Path(file) for file in files.split(",")]
 
 
 def load_engine(name: str, files: list[Path]) -> EngineMeasurement:
     """One engine's measurement, from its own file or put together from bench and evaluation results."""
     from puzzle_trtllm.architecture import read_json_object
-    from puzzle_trtllm.errors import ConfigError
     from puzzle_trtllm.serve.bench.result import BenchResult
     from puzzle_trtllm.serve.evaluate.result import EvaluationResult
     from puzzle_trtllm.serve.report import assemble_measurement, load_measurements

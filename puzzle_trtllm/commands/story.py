@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 
+from puzzle_trtllm.commands.output import JsonOption, print_json
+
 
 def demo_command(
     out: Annotated[Path, typer.Option("--out", help="Folder for everything that the demo makes.")] = Path("runs/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer problems and requests, for a first look.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Run the whole story on this machine.
 
@@ -18,4 +21,6 @@ def demo_command(
     """
     from puzzle_trtllm.demo.story import run_demo
 
-    run_demo(out, quick=quick)
+    document = run_demo(out, quick=quick)
+    if as_json:
+        print_json(document)

@@ -1,0 +1,278 @@
+"""Whatever a user does wrong ends in one line that names the place, exit code 2, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from puzzle_trtllm.calibration.tensor_file import write_tensors
+from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.commands import front
+from puzzle_trtllm.errors import PuzzleError
+from tests.front_door.cli import ROOT, assert_user_error, invoke, last_json, run
+
+MakeCheckpoint = Callable[..., Path]
+BLOCKS = [(8, 16), (8, None)]
+FREE_PORTS = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
+
+
+@pytest.fixture
+def parent(make_checkpoint: MakeCheckpoint) -> Path:
+    return make_checkpoint(BLOCKS)
+
+
+@pytest.fixture
+def importance(parent: Path, tmp_path: Path) -> Path:
+    return write_importance(parent, tmp_path / "importance.safetensors")
+
+
+def write_importance(parent: Path, file: Path) -> Path:
+    import numpy as np
+
+    scores = {
+        f"model.layers.{i}.mlp.experts.importance": np.arange(n, dtype=np.float32) for i, (n, _) in enumerate(BLOCKS)
+    }
+    write_tensors(file, scores, {"method": "test", "parent_fingerprint": Checkpoint.open(parent).fingerprint()})
+    return file
+
+
+def derive(parent: Path, importance: Path, out: Path, blocks: object) -> object:
+    architecture = importance.with_name("architecture.json")
+    architecture.write_text(json.dumps({"block_configs": blocks}), encoding="utf-8")
+    return invoke("derive", parent, out, "--architecture", architecture, "--importance", importance)
+
+
+def test_a_good_child_is_derived_and_verified(parent: Path, importance: Path, tmp_path: Path) -> None:
+    """The counterpart of every failure below."""
+    blocks = [{"num_local_experts": 4, "sliding_window": 16}, {"num_local_experts": 2, "sliding_window": 64}]
+    assert derive(parent, importance, tmp_path / "child", blocks).exit_code == 0
+    result = invoke("verify", tmp_path / "child", "--against", parent, "--json")
+    assert result.exit_code == 0
+    assert last_json(result.stdout)["identical"] is True
+
+
+@pytest.mark.parametrize(
+    ("blocks", "words"),
+    [
+        ([(4, 16)], ("block_configs", "found 1, expected 2")),
+        ([(0, 16), (4, None)], ("block_configs[0].num_local_experts", "found 0")),
+        ([(4, 16), (9, None)], ("block_configs[1].num_local_experts", "found 9", "2 (top-k) to 8")),
+        ([(1, 16), (4, None)], ("block_configs[0].num_local_experts", "found 1", "2 (top-k) to 8")),
+        ([(4, 0), (4, None)], ("block_configs[0].sliding_window", "found 0")),
+        ([(4, -5), (4, None)], ("block_configs[0].sliding_window", "found -5")),
+        ([(4, "all"), (4, None)], ("block_configs[0].sliding_window", '"all"')),
+    ],
+)
+def test_impossible_architectures(
+    blocks: list[tuple[object, object]], words: tuple[str, ...], parent: Path, importance: Path, tmp_path: Path
+) -> None:
+    entries = [{"num_local_experts": experts, "sliding_window": window} for experts, window in blocks]
+    before = set(tmp_path.iterdir())
+    assert_user_error(derive(parent, importance, tmp_path / "child", entries), "architecture.json", *words)
+    assert {path.name for path in set(tmp_path.iterdir()) - before} == {"architecture.json"}
+
+
+def test_importance_of_another_model(parent: Path, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    other = write_importance(make_checkpoint(BLOCKS, seed=1), tmp_path / "other.safetensors")
+    blocks = [{"num_local_experts": 4, "sliding_window": 16}] * 2
+    assert_user_error(derive(parent, other, tmp_path / "child", blocks), "other.safetensors")
+    assert not (tmp_path / "child").exists()
+
+
+def truncate(folder: Path) -> None:
+    shard = max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    os.truncate(shard, shard.stat().st_size - 100)
+
+
+def remove_a_shard(folder: Path) -> None:
+    max(folder.glob("*.safetensors")).unlink()
+
+
+def rename_a_tensor(folder: Path) -> None:
+    edit_header(folder, b"model.layers.0.self_attn.sinks", b"model.layers.0.self_attn.stink")
+
+
+def change_a_shape(folder: Path) -> None:
+    edit_header(folder, b'"shape":[8,64]', b'"shape":[64,8]')
+
+
+def edit_header(folder: Path, old: bytes, new: bytes) -> None:
+    """Replace equally long bytes in the header that holds `old`, and drop the index, which would notice first."""
+    (folder / "model.safetensors.index.json").unlink()
+    for shard in folder.glob("*.safetensors"):
+        content = shard.read_bytes()
+        (length,) = struct.unpack("<Q", content[:8])
+        if old in content[: 8 + length]:
+            shard.write_bytes(content[: 8 + length].replace(old, new) + content[8 + length :])
+            return
+    raise AssertionError(f"no shard has {old!r}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (truncate, (".safetensors", "truncated")),
+        (remove_a_shard, ("missing shard",)),
+        (rename_a_tensor, ("model.layers.0.self_attn.sinks", "missing tensor")),
+        (change_a_shape, ("model.layers.0.mlp.router.weight", "BF16 [64, 8]", "BF16 [8, 64]")),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "build"])
+def test_damaged_checkpoints(
+    command: str, damage: Callable[[Path], None], words: tuple[str, ...], parent: Path, tmp_path: Path
+) -> None:
+    damage(parent)
+    arguments = ["inspect", parent] if command == "inspect" else build_arguments(parent, tmp_path)
+    assert_user_error(invoke(*arguments), *words)
+    assert not (tmp_path / "engine").exists()
+
+
+def build_arguments(checkpoint: Path, tmp_path: Path, **settings: object) -> list[str | Path]:
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"runtime": "reference", **settings}), encoding="utf-8")
+    return ["build", checkpoint, tmp_path / "engine", "--config", config]
+
+
+def test_engine_configs_that_cannot_be(parent: Path, tmp_path: Path) -> None:
+    assert_user_error(invoke("build", parent, tmp_path / "engine", "--config", "nope"), "nope", "cpu-demo")
+    unknown = invoke(*build_arguments(parent, tmp_path, kv_type="fp8"))
+    assert_user_error(unknown, "config.yaml: kv_type: unknown key", "kv_dtype")
+    assert_user_error(invoke(*build_arguments(parent, tmp_path, kv_dtype="fp8")), "no KV scales")
+    assert_user_error(invoke(*build_arguments(parent, tmp_path)[:2], "--config", "cpu-demo"), "OUT")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_explain_needs_no_weights(parent: Path) -> None:
+    result = invoke("build", parent / "config.json", "--config", "cpu-demo", "--explain", "--json")
+    assert result.exit_code == 0, result.stderr
+    value = last_json(result.stdout)
+    assert value["llm_args"]["kv_cache_config"]["dtype"] == "fp8"  # as cpu-demo.yaml says
+    assert "fp8" in value["reasons"]["kv_cache_config.dtype"]
+
+
+@pytest.fixture
+def engine(parent: Path, tmp_path: Path) -> Path:
+    assert invoke(*build_arguments(parent, tmp_path)).exit_code == 0
+    return tmp_path / "engine"
+
+
+def test_what_is_there_is_not_replaced_unasked(engine: Path, parent: Path, tmp_path: Path) -> None:
+    before = (engine / "engine.json").read_bytes()
+    assert_user_error(invoke(*build_arguments(parent, tmp_path)), "not empty", "--overwrite")
+    assert (engine / "engine.json").read_bytes() == before
+    assert invoke(*build_arguments(parent, tmp_path), "--overwrite").exit_code == 0
+
+
+def test_a_port_in_use(engine: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert_user_error(run("serve", engine, *FREE_PORTS[2:], "--grpc-port", port), f"port {port} (gRPC) is in use")
+
+
+def test_a_tritonserver_that_dies_at_start(engine: Path, tmp_path: Path) -> None:
+    server = tmp_path / "bin" / "tritonserver"
+    server.parent.mkdir()
+    server.write_text("#!/bin/sh\necho the last words >&2\nexit 3\n", encoding="utf-8")
+    server.chmod(server.stat().st_mode | stat.S_IXUSR)
+    environment = {**os.environ, "PATH": f"{server.parent}:{os.environ['PATH']}"}
+    assert_user_error(run("serve", engine, *FREE_PORTS, env=environment), "code 3", "the last words")
+
+
+def test_no_engine_and_no_server(tmp_path: Path, engine: Path) -> None:
+    assert_user_error(invoke("serve", tmp_path / "nothing"), "nothing/engine.json: missing")
+    assert_user_error(run("generate", "hello", "--url", "127.0.0.1:1"), "127.0.0.1:1", "Connection refused")
+    assert_user_error(run("bench", "--url", "127.0.0.1:1", "--engine", engine), "127.0.0.1:1", "Connection refused")
+
+
+def test_results_that_cannot_be_compared(tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text('{"kind": "shopping list"}', encoding="utf-8")
+    assert_user_error(invoke("report", "--baseline", "parent", "--child", other), "--baseline", "found parent")
+    assert_user_error(invoke("report", "--baseline", f"a={other}", "--child", other), "other.json", "shopping list")
+    missing = tmp_path / "missing.json"
+    assert_user_error(invoke("report", "--baseline", f"a={missing}", "--child", other), "missing.json")
+
+
+def test_options_that_need_another() -> None:
+    assert_user_error(invoke("generate", "hello", "--effort", "low"), "--effort", "--tokenizer")
+    assert_user_error(invoke("evaluate", "--problems", "x.jsonl"), "--tokenizer", "--engine")
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(tmp_path: Path) -> None:
+    for arguments in (("--debug", "inspect", tmp_path), ("inspect", tmp_path, "--debug")):
+        result = invoke(*arguments)
+        assert result.exit_code == 2
+        assert "Traceback" in result.stderr
+        assert result.stderr.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (PuzzleError("two\n  lines", file="a"), 2, "error: a: two lines"),
+        (ModuleNotFoundError("no", name="modelopt.torch"), 2, "pip install 'puzzle-trtllm[calibrate]'"),
+        (ModuleNotFoundError("no", name="tritonclient"), 2, "pip install 'puzzle-trtllm[serve]'"),
+        (OSError(28, "No space left on device", "out.bin"), 2, "error: out.bin: No space left on device"),
+        (KeyboardInterrupt(), 130, ""),
+        (ModuleNotFoundError("no", name="puzzle_trtllm.gone"), 1, ""),
+        (ValueError("a bug"), 1, ""),
+    ],
+)
+def test_how_errors_end(error: BaseException, code: int, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("puzzle_trtllm.inspection.inspect", fail)
+    result = invoke("inspect", "model")
+    assert result.exit_code == code
+    assert line in (result.stderr.splitlines() or [""])[-1]
+    if code == 1:
+        assert result.exception is error  # its traceback is what a bug report needs
+
+
+def test_every_extra_that_is_named_exists() -> None:
+    extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")[1]
+    for extra in set(front.EXTRA_OF_PACKAGE.values()):
+        assert f"\n{extra} = [" in extras
+
+
+def test_a_bug_leaves_its_traceback_and_exit_code_1() -> None:
+    program = (
+        "import sys, puzzle_trtllm.inspection\n"
+        "puzzle_trtllm.inspection.inspect = lambda *a, **k: 1 / 0\n"
+        "sys.argv = ['puzzle-trtllm', 'inspect', 'model']\n"
+        "from puzzle_trtllm.cli import main\nmain()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "ZeroDivisionError: division by zero"
+
+
+def test_interrupting_ends_quietly_with_130() -> None:
+    program = (
+        "import os, signal, sys, time, puzzle_trtllm.inspection\n"
+        "def wait(*a, **k):\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "puzzle_trtllm.inspection.inspect = wait\n"
+        "sys.argv = ['puzzle-trtllm', 'inspect', 'model']\n"
+        "from puzzle_trtllm.cli import main\nmain()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout, stderr) == (130, "", "")

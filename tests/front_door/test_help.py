@@ -1,0 +1,86 @@
+"""`--help` answers at once because it imports nothing heavy, and every command shows an example."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.main import get_command
+
+from puzzle_trtllm import __version__
+from puzzle_trtllm.cli import app
+from puzzle_trtllm.commands.front import ORDER
+from tests.front_door.cli import invoke, run
+
+HEAVY = ("torch", "transformers", "modelopt", "numpy", "tokenizers", "huggingface_hub", "yaml", "grpc", "tritonclient")
+"""pydantic is not among them: typer itself imports it for some kinds of options."""
+CALIBRATE = (("calibrate", "experts"), ("calibrate", "kv"))
+COMMANDS = [*((name,) for name in ORDER if name != "calibrate"), *CALIBRATE]
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("inspect", "--help"), ("calibrate", "kv", "--help")])
+def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
+    program = (
+        "import json, sys\n"
+        f"sys.argv = ['puzzle-trtllm', *{list(arguments)!r}]\n"
+        "from puzzle_trtllm.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    code = end.code\n"
+        "print(json.dumps([code, sorted({name.partition('.')[0] for name in sys.modules})]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    code, modules = json.loads(done.stdout.splitlines()[-1])
+    assert code == 0
+    assert "Usage: puzzle-trtllm" in done.stdout
+    assert "typer" in modules  # the list is that of the process that showed the help
+    assert set(modules).isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_shows_an_example_of_itself(command: tuple[str, ...]) -> None:
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: puzzle-trtllm {' '.join(command)}" in " ".join(result.stdout.split())
+
+
+def test_commands_are_listed_in_the_order_in_which_a_child_is_made() -> None:
+    lines = [line.strip("│ ").split(" ")[0] for line in invoke("--help").stdout.splitlines()]
+    assert [word for word in lines if word in ORDER] == list(ORDER)
+
+
+def test_the_flags_are_frozen() -> None:
+    """Scripts of users depend on them: adding one means adding it here, dropping one means a new major version."""
+    group = get_command(app)
+    found = {}
+    for name, command in group.commands.items():
+        for inner_name, inner in getattr(command, "commands", {"": command}).items():
+            flags = {option for parameter in inner.params for option in parameter.opts if option.startswith("--")}
+            found[f"{name} {inner_name}".strip()] = " ".join(sorted(flags))
+    data = "--dataset --json --max-samples --max-tokens --overwrite --pack --seed --sequence-length"
+    assert found == {
+        "inspect": "--json --kv --seq-len",
+        "derive": "--architecture --importance --json --overwrite",
+        "verify": "--against --json",
+        "calibrate experts": data,
+        "calibrate kv": data.replace("--json", "--exact --json"),
+        "build": "--allow-unit-scale --config --explain --fold --json --overwrite",
+        "serve": "--grpc-port --host --http-port --json --metrics-port --restart --startup-timeout",
+        "generate": "--effort --json --max-tokens --seed --stop --temperature --tokenizer --top-k --top-p --url",
+        "bench": "--concurrency --engine --json --name --num-requests --out --scenario --seed --tokenizer --url",
+        "evaluate": "--concurrency --effort --engine --grader --json --limit --max-tokens --name --out --problems "
+        "--tokenizer --url",
+        "report": "--baseline --child --json --out --title",
+        "demo": "--json --out --quick",
+    }
+
+
+def test_version_from_a_shell() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"puzzle-trtllm {__version__}\n")
+
+
+def test_a_mistyped_option_is_the_users_error() -> None:
+    result = invoke("inspect", "--seqlen", "3", "model")
+    assert result.exit_code == 2
+    assert "--seqlen" in result.stderr
