@@ -6,7 +6,7 @@ BIN := .venv/bin
 SOURCES := puzzle_trtllm build calibration serve tests bootstrap.py requirements
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint lock bench clean
+.PHONY: help setup demo test test-all lint bench lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?(.*)/  make \1\t\2/' | expand -t 20
@@ -17,20 +17,20 @@ setup:  ## check this machine and set up .venv
 demo: setup  ## derive, calibrate, build, serve and measure a Puzzle child of the demo's model (runs/demo)
 	@$(BIN)/puzzle-trtllm demo --out runs/demo
 
-lint: setup  ## ruff and mypy
-	$(BIN)/ruff check $(SOURCES)
-	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/mypy -p puzzle_trtllm
-	$(BIN)/mypy -m bootstrap -m requirements.machine -m requirements.lock
-
 test: lint  ## lint, then the tests that take minutes at most
 	$(BIN)/pytest
 
 test-all: lint  ## lint, then every test, the slow ones too
 	$(BIN)/pytest -m "not gpu"
 
-bench: setup  ## measure a running server: make bench URL=localhost:8001 SCENARIO=cpu-demo
-	@$(BIN)/puzzle-trtllm bench --url $(or $(URL),localhost:8001) --scenario $(or $(SCENARIO),cpu-demo)
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy -p puzzle_trtllm
+	$(BIN)/mypy -m bootstrap -m requirements.machine -m requirements.lock
+
+bench: setup  ## measure a running server: make bench ENGINE=folder [URL=localhost:8001] [SCENARIO=cpu-demo]
+	@$(BIN)/puzzle-trtllm bench --engine $(ENGINE) --url $(or $(URL),localhost:8001) --scenario $(or $(SCENARIO),cpu-demo)
 
 lock: setup  ## resolve requirements/cpu-py311.in anew into cpu-py311.txt (Python 3.11)
 	$(BIN)/python requirements/lock.py
