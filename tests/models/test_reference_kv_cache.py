@@ -1,0 +1,103 @@
+"""The paged cache: what it stores, how much it holds, and that no block is ever lost."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, blocks_needed, expand_e4m3, plan_layout
+from tests.toys import toy_architecture
+
+CPU = torch.device("cpu")
+FOUR_WINDOWS = [(4, 24), (4, None), (4, 40), (4, 24), (4, 7)]
+
+
+def make_cache(blocks=FOUR_WINDOWS, *, budget: int = 1 << 20, tokens: int = 200, sequences: int = 64) -> PagedKvCache:
+    layout = plan_layout(
+        toy_architecture(blocks),
+        tokens_per_block=8,
+        dtype=torch.bfloat16,
+        budget_bytes=budget,
+        sequence_tokens=tokens,
+        max_sequences=sequences,
+    )
+    return PagedKvCache(layout, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_e4m3_code_expands_to_what_torch_says(dtype):
+    codes = torch.arange(256, dtype=torch.uint8)
+    finite = (codes & 0x7F) != 0x7F
+    expected = codes.view(torch.float8_e4m3fn).to(dtype)
+    assert torch.equal(expand_e4m3(codes, dtype)[finite], expected[finite])
+
+
+def test_an_e4m3_store_saturates():
+    cache = PagedKvCache(
+        plan_layout(
+            toy_architecture([(4, None)]),
+            tokens_per_block=8,
+            dtype=torch.float8_e4m3fn,
+            budget_bytes=1 << 16,
+            sequence_tokens=16,
+            max_sequences=2,
+        ),
+        CPU,
+    )
+    stored = cache.store(torch.tensor([1e9, -1e9, 448.0, 460.0, 0.3]))
+    assert stored.float().tolist() == [448.0, -448.0, 448.0, 448.0, 0.3125]
+
+
+@given(
+    budget=st.integers(20_000, 3_000_000),
+    tokens=st.integers(1, 300),
+    windows=st.lists(st.one_of(st.none(), st.integers(1, 100)), min_size=1, max_size=6),
+    sequences=st.integers(1, 40),
+)
+def test_a_layout_stays_in_its_budget_and_holds_what_it_promises(budget, tokens, windows, sequences):
+    architecture = toy_architecture([(4, w) for w in windows])
+    layout = plan_layout(
+        architecture,
+        tokens_per_block=8,
+        dtype=torch.bfloat16,
+        budget_bytes=budget,
+        sequence_tokens=tokens,
+        max_sequences=sequences,
+    )
+    assert layout.num_bytes <= budget
+    own = sum(blocks_needed(w, tokens, 8) * 8 * architecture.kv_bytes_per_token_and_layer("bf16") for w in windows)
+    promised = min(budget // own, sequences)
+    for window, count in layout.num_blocks.items():
+        assert count >= promised * blocks_needed(window, tokens, 8)
+
+
+@given(window=st.one_of(st.none(), st.integers(1, 60)), chunks=st.lists(st.integers(1, 50), min_size=1, max_size=12))
+def test_a_sequence_holds_the_blocks_of_what_it_can_still_see_and_no_more(window, chunks):
+    cache = make_cache([(4, window)], tokens=1000, sequences=1)
+    pool = cache.pools[window]
+    sequence = cache.admit(sum(chunks))[window]
+    end = 0
+    for chunk in chunks:
+        end += chunk
+        pool.extend(sequence, 0 if window is None else max(0, end - window), end)
+        first_needed = 0 if window is None else max(0, end - window) // 8
+        assert sequence.first_block == first_needed
+        assert len(sequence.blocks) == math.ceil(end / 8) - first_needed
+        if window is not None:
+            assert len(sequence.blocks) <= math.ceil(window / 8) + 1
+    assert len(sequence.blocks) <= blocks_needed(window, sum(chunks), 8)
+
+
+def test_admission_counts_what_sequences_may_still_claim():
+    cache = make_cache(budget=120_000, tokens=100)
+    admitted = []
+    while cache.can_admit(100):
+        admitted.append(cache.admit(100))
+    assert 1 <= len(admitted) < 64
+    assert cache.num_free == cache.num_blocks, "admission alone claims nothing"
+    cache.release(admitted.pop(), 100)
+    assert cache.can_admit(100)

@@ -1,0 +1,160 @@
+"""The engine core without weights: scheduling, accounting and sampling under thousands of requests."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, plan_layout
+from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
+from puzzle_trtllm.serve.runtimes.reference.messages import DecodingRule, Submit, TokenUpdate
+from puzzle_trtllm.serve.runtimes.reference.sampling import SamplingInput, choose_tokens, uniform
+from tests.toys import toy_architecture
+
+VOCABULARY = 50
+END = 3
+
+
+class RandomModel:
+    """Logits without a forward pass; checks that no step exceeds its limits."""
+
+    dtype = torch.float32
+
+    def __init__(self, max_rows: int) -> None:
+        self.max_rows = max_rows
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, step, cache) -> torch.Tensor:
+        assert len(step.token_ids) <= self.max_rows
+        return torch.randn(len(step.logit_rows), VOCABULARY, generator=self.generator)
+
+
+def make_engine(*, max_batch_size: int = 16, max_num_tokens: int = 64, budget: int = 400_000) -> ReferenceEngine:
+    layout = plan_layout(
+        toy_architecture([(4, 24), (4, None), (4, 7)]),
+        tokens_per_block=8,
+        dtype=torch.bfloat16,
+        budget_bytes=budget,
+        sequence_tokens=120,
+        max_sequences=max_batch_size,
+    )
+    cache = PagedKvCache(layout, torch.device("cpu"))
+    model = RandomModel(max_num_tokens)
+    return ReferenceEngine(model, cache, max_batch_size=max_batch_size, max_num_tokens=max_num_tokens)  # type: ignore[arg-type]
+
+
+def submit(engine: ReferenceEngine, request_id: int, prompt_tokens: int, **rule: object) -> None:
+    message = Submit(
+        request_id=request_id,
+        prompt_token_ids=[5] * prompt_tokens,
+        rule=DecodingRule(**rule),  # type: ignore[arg-type]
+        arrival_ns=0,
+    )
+    assert engine.submit(message) is None
+
+
+def test_ten_thousand_requests_with_random_aborts_lose_no_block():
+    engine, rng = make_engine(), random.Random(0)
+    ends: Counter[str] = Counter()
+    open_ids: set[int] = set()
+
+    def take(updates: list[TokenUpdate]) -> None:
+        for update in updates:
+            assert update.error is None
+            if update.finish_reason:
+                ends[update.finish_reason] += 1
+                open_ids.discard(update.request_id)
+
+    for request_id in range(10_000):
+        submit(engine, request_id, rng.randint(1, 60), max_tokens=rng.randint(1, 12), end_ids=frozenset({END}))
+        open_ids.add(request_id)
+        if rng.random() < 0.3:
+            victim = rng.choice(sorted(open_ids))
+            update = engine.abort(victim)
+            take([update] if update else [])
+        while len(open_ids) > 40:
+            take(engine.step())
+    while engine.has_work:
+        take(engine.step())
+    assert sum(ends.values()) == 10_000
+    assert min(ends["stop"], ends["length"], ends["cancelled"]) > 100, ends
+    assert engine.stats.num_free_blocks == engine.stats.num_blocks
+    assert engine.cache.can_admit(120)
+
+
+def test_first_come_first_served_and_nobody_starves():
+    engine = make_engine(max_batch_size=4, budget=60_000)
+    for request_id in range(40):
+        submit(engine, request_id, 1 + (request_id * 37) % 60, max_tokens=10)
+    first_tokens: list[int] = []
+    while engine.has_work:
+        first_tokens += [u.request_id for u in engine.step() if u.request_id not in first_tokens]
+    started = [first_tokens.index(i) for i in range(40)]
+    # Requests admitted together may finish their prompts in another order; never by more than the batch size.
+    assert all(abs(place - i) < 4 for i, place in enumerate(started))
+
+
+def test_decoding_goes_on_while_a_long_prompt_arrives_in_chunks():
+    engine = make_engine(max_num_tokens=16)
+    submit(engine, 1, 4, max_tokens=30)
+    engine.step()
+    submit(engine, 2, 100, max_tokens=1)
+    tokens_of_first = sum(len(u.token_ids) for _ in range(7) for u in engine.step() if u.request_id == 1)
+    assert tokens_of_first == 7, "one token a step, however long the other's prompt is"
+
+
+def test_reports_come_every_interval_and_lose_no_token():
+    engine = make_engine()
+    submit(engine, 1, 4, max_tokens=23, report_every=10)
+    submit(engine, 2, 4, max_tokens=23, report_every=0)
+    updates = [update for _ in range(23) for update in engine.step()]
+    assert [len(u.token_ids) for u in updates if u.request_id == 1] == [1, 10, 10, 2]
+    assert [len(u.token_ids) for u in updates if u.request_id == 2] == [23]
+
+
+@given(seed=st.integers(0, 2**63 - 1), position=st.integers(0, 10**6))
+def test_the_random_number_is_a_function_of_seed_and_position(seed, position):
+    assert 0 <= uniform(seed, position) < 1
+    assert uniform(seed, position) == uniform(seed, position)
+
+
+def test_the_random_numbers_are_uniform_over_seeds_and_positions():
+    for draws in ([uniform(7, i) for i in range(20_000)], [uniform(i, 7) for i in range(20_000)]):
+        counts = torch.histc(torch.tensor(draws, dtype=torch.float64), bins=20, min=0, max=1)
+        chi_square = float(((counts - 1000) ** 2 / 1000).sum())
+        assert chi_square < 45  # 19 degrees of freedom: exceeded once in 1,400 tries
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "temperature"), [(0, 1.0, 1.0), (5, 1.0, 0.7), (0, 0.6, 1.3), (8, 0.8, 2.0)]
+)
+def test_sampled_frequencies_follow_the_filtered_distribution(top_k, top_p, temperature):
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(1)) * 2
+    # The oracle, written out: scale, keep the k largest, then the smallest head that reaches top_p, renormalise.
+    order = logits.argsort(descending=True)
+    kept = order[: top_k or 12]
+    probabilities = (logits[kept].double() / temperature).softmax(-1)
+    reached = next(i for i in range(len(kept)) if probabilities[: i + 1].sum() >= top_p - 1e-12)
+    head = probabilities[: reached + 1] / probabilities[: reached + 1].sum()
+    draws: Counter[int] = Counter()
+    for seed in range(4000):
+        rule = DecodingRule(max_tokens=1, greedy=False, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        row = SamplingInput(rule=rule, tokens=[1, 2], num_generated=0)
+        draws[choose_tokens(logits[None].clone(), [row])[0][0]] += 1
+    assert set(draws) <= set(kept[: reached + 1].tolist())
+    for token, probability in zip(kept.tolist(), head.tolist(), strict=False):
+        assert draws[token] / 4000 == pytest.approx(probability, abs=4 * (probability / 4000) ** 0.5 + 0.002)
+
+
+def test_penalties_lower_what_was_seen():
+    logits = torch.tensor([[2.0, 1.9, -1.0, 0.5]])
+    rule = DecodingRule(max_tokens=9, frequency_penalty=0.1, presence_penalty=0.2, repetition_penalty=2.0)
+    work = logits.clone()
+    choose_tokens(work, [SamplingInput(rule=rule, tokens=[2, 0, 0], num_generated=2)])
+    # token 0: seen (2.0 / 2 = 1.0), generated twice (- 0.2 - 2 * 0.1 = 0.6); token 2: in the prompt only (-1.0 * 2)
+    assert work[0].tolist() == pytest.approx([0.6, 1.9, -2.0, 0.5])
