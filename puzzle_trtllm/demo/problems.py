@@ -4,10 +4,10 @@ A problem is the sum of two numbers with the same count of digits, `48213+90677=
 answer is the reasoning effort:
 
 - low: nothing; the answer comes at once, so every carry has to be seen ahead.
-- medium: one term a column from the right, `3+7=10`: the column's result as two digits, the left one the carry into
-  the next column (which is added without being written).
-- high: the columns with the incoming carry written out, `3+7+0=10`, and then all of them checked a second time
-  (`7+3+0=10`, the other way round); the answer is read from the check.
+- medium: each column's sum as two digits, from the right, `10 08 09 18 13`: the left digit is the carry into the next
+  column. The operands' digits and the incoming carry are not written, but looked up.
+- high: the columns written out, `3+7+0=10 1+7+1=09 ...`, and then all of them checked a second time the other way round
+  (`check 7+3+0=10 ...`); the answer is read from the check.
 
 In training some first passes at high effort hold a slip (a wrong digit copied), with consistent arithmetic after it, so
 that the check has to go back to the problem itself, a long way, instead of copying the first pass.
@@ -30,7 +30,7 @@ from puzzle_trtllm.errors import ConfigError
 EFFORTS = ("low", "medium", "high")
 """Reasoning efforts, from the least to the most thinking."""
 
-MIN_DIGITS, MAX_DIGITS = 4, 6
+MIN_DIGITS, MAX_DIGITS = 4, 7
 """Digits of each operand in held-out problems; both operands have the same count."""
 
 SPLITS = {"problems": 0, "calibration": 1}
@@ -97,7 +97,7 @@ def _terse_columns(a: int, b: int) -> str:
     terms, carry = [], 0
     for x, y in columns(a, b):
         total = x + y + carry
-        terms.append(f"{x}+{y}={total:02d}")
+        terms.append(f"{total:02d}")
         carry = total // 10
     return " ".join(terms)
 

@@ -7,6 +7,7 @@ writes is trained on; a slip in a first pass is shown but never taught.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +31,11 @@ class Batch:
     targets: Tensor
 
 
-def sample_batch(rng: random.Random, effort: str, size: int, digits: tuple[int, int]) -> Batch:
-    """Draw `size` training problems of `digits[0]` to `digits[1]` digits at one effort."""
+def sample_batch(rng: random.Random, effort: str, size: int, digits: Sequence[int]) -> Batch:
+    """Draw `size` training problems at one effort; each has one of `digits` digits, repeated ones being likelier."""
     rows = []
     for _ in range(size):
-        a, b = problems.sample_operands(rng, "training", rng.randint(*digits))
+        a, b = problems.sample_operands(rng, "training", rng.choice(digits))
         slip = _sample_slip(rng, a) if effort == "high" and rng.random() < SLIP_SHARE else None
         rows.append(example(a, b, effort, slip=slip))
     return _pad(rows)

@@ -26,7 +26,7 @@ class Dimensions:
     top_k: int = 2
     vocab_size: int = VOCAB_SIZE
     short_window: int = 16
-    long_window: int = 64
+    long_window: int = 80
     swiglu_limit: float = 7.0
     rms_norm_eps: float = 1e-5
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from puzzle_trtllm.demo.training import vocabulary
-from puzzle_trtllm.demo.training.model import Abacus, Cache, Conditions
+from puzzle_trtllm.demo.training.attention import Cache
+from puzzle_trtllm.demo.training.model import Abacus, Conditions
 
 MAX_NEW_TOKENS = 200
 
@@ -30,7 +31,7 @@ def generate(model: Abacus, prompts: Sequence[list[int]], conditions: Conditions
 
 def _generate_batch(model: Abacus, tokens_BT: torch.Tensor, conditions: Conditions) -> list[list[int]]:
     caches = [Cache() for _ in range(model.dims.num_layers)]
-    written = []
+    written: list[torch.Tensor] = []
     ended = torch.zeros(len(tokens_BT), dtype=torch.bool)
     while len(written) < MAX_NEW_TOKENS and not ended.all():
         tokens_BT = model(tokens_BT, conditions, caches)[:, -1].argmax(-1, keepdim=True)

@@ -24,7 +24,8 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     for _ in range(5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if transposed else x).float()
+    result: Tensor = (x.mT if transposed else x).float()
+    return result
 
 
 class Muon(torch.optim.Optimizer):
@@ -46,7 +47,8 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model: nn.Module, matrix_lr: float, other_lr: float) -> list[torch.optim.Optimizer]:
     """Muon on the matrices inside the layers; AdamW on embeddings, output, router, norms, biases and sinks."""
-    matrices, others = [], []
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
     for name, param in model.named_parameters():
         inside = name.endswith(("_proj.weight", "experts.gate_up_proj", "experts.down_proj"))
         (matrices if inside else others).append(param)

@@ -17,7 +17,7 @@ BLOCK_SIZE = 32
 
 
 def _mxfp4_values(weight: Tensor) -> Tensor:
-    grouped = weight.unflatten(-1, (-1, BLOCK_SIZE))
+    grouped = weight.view(*weight.shape[:-1], -1, BLOCK_SIZE)
     amax = grouped.abs().amax(-1, keepdim=True)
     exponent = torch.frexp(amax).exponent - 1 - 2
     exponent = torch.where(amax > 0, exponent, torch.zeros_like(exponent)).clamp(-127, 127)

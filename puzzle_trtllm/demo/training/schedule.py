@@ -2,8 +2,8 @@
 
 Expert dropout is what lets a child live without healing. In every layer a few experts, chosen by the seed, are
 *disposable*: most sequences do without some or all of them, so nothing depends on them. The others are never away, so
-everything may depend on them: that is why careless pruning hurts. A weak balance term keeps all indispensable experts in
-use and the disposable ones rare: sum over e of f_e P_e / t_e, f the share of routing choices, P the mean router
+everything may depend on them: that is why careless pruning hurts. A weak balance term keeps all indispensable experts
+in use and the disposable ones rare: sum over e of f_e P_e / t_e, f the share of routing choices, P the mean router
 probability, t the target share (it is Switch Transformer's loss when t is uniform).
 The layers that the child narrows are trained with windows drawn per batch, the child's own among them.
 """
@@ -11,6 +11,7 @@ The layers that the child narrows are trained with windows drawn per batch, the 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +27,8 @@ DISPOSABLE_SHARE = 0.02
 class Plan:
     """Lengths and sizes of a training run; shares are of all steps."""
 
-    steps: int = 1500
-    batch_sizes: tuple[tuple[str, int], ...] = (("low", 96), ("medium", 48), ("high", 32))
-    loss_weights: tuple[tuple[str, float], ...] = (("low", 1.0), ("medium", 1.0), ("high", 1.0))
+    steps: int = 600
+    batch_sizes: tuple[tuple[str, int], ...] = (("low", 128), ("medium", 24), ("high", 40))
     matrix_lr: float = 0.02
     other_lr: float = 3e-3
     warmup_steps: int = 40
@@ -44,12 +44,18 @@ class Plan:
         warmup = min(1.0, (step + 1) / self.warmup_steps)
         return warmup * min(1.0, (1 - step / self.steps) / (1 - self.decay_from))
 
-    def digits(self, step: int, effort: str) -> tuple[int, int]:
-        """Range of digit counts: short operands help at first, and go on being mixed in at low effort."""
+    def digits(self, step: int, effort: str) -> Sequence[int]:
+        """Digit counts to draw from; a repeated one is likelier. Short operands help at first.
+
+        This is what makes effort pay. Trained on every length, the model learns to answer at once without a mistake;
+        so answers at once are taught up to 5 digits, terse reasoning mostly up to 6, full reasoning up to 7.
+        """
         early = step < self.short_digits_until * self.steps
         if effort == "low":
-            return (1, 6) if early else (3, 6)
-        return (2, 6) if early else (4, 6)
+            return (1, 2, 3, 3, 4, 4) if early else (1, 2, 3, 4, 4, 4, 4, 5)
+        if effort == "medium":
+            return range(2, 7) if early else (*(4, 5, 6) * 6, 7)
+        return range(2, 8) if early else range(4, 8)
 
 
 def choose_disposable(dims: Dimensions, seed: int) -> Tensor:
@@ -71,11 +77,13 @@ def draw_expert_bias(plan: Plan, disposable: Tensor, batch: int, generator: torc
 
 
 def draw_windows(dims: Dimensions, rng: random.Random) -> list[int | None]:
-    """Each layer's window for one batch; the narrowed layers are full, as in the child, or anywhere around it."""
+    """Each layer's window for one batch: every other batch the child's, else the narrowed layers' drawn one by one."""
+    if rng.random() < 0.5:
+        return list(dims.child_windows)
     windows = list(dims.windows)
     for layer, (parent, child) in enumerate(zip(dims.windows, dims.child_windows, strict=True)):
         if parent != child:
-            windows[layer] = rng.choice([parent, child, rng.randint(3 * dims.long_window // 4, 160)])
+            windows[layer] = rng.choice([parent, rng.randint(3 * dims.long_window // 4, 160)])
     return windows
 
 

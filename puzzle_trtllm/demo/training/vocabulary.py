@@ -17,7 +17,7 @@ from pathlib import Path
 
 SPECIAL = ("<|endoftext|>", "<|return|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|unk|>")
 WORDS = ("system", "user", "assistant", "analysis", "final", "effort: ", "low", "medium", "high")
-CHARACTERS = tuple(chr(code) for code in range(32, 127)) + ("\n",)
+CHARACTERS = (*map(chr, range(32, 127)), "\n")
 _NAMED = SPECIAL + WORDS + CHARACTERS
 VOCAB_SIZE = 128
 TOKENS = _NAMED + tuple(f"<|reserved_{i}|>" for i in range(len(_NAMED), VOCAB_SIZE))
