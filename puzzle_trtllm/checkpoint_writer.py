@@ -17,12 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puzzle_trtllm.checkpoint import INDEX_NAME, Checkpoint
+from puzzle_trtllm.file_range import BUFFER_BYTES, FileRange, write_all
 from puzzle_trtllm.folders import link_or_copy
 from puzzle_trtllm.safetensors_file import TensorEntry, encode_header, read_header
 from puzzle_trtllm.tensors import TensorSpec, is_expert_tensor
 
 MAX_SHARD_BYTES = 5_000_000_000
-CHUNK_BYTES = 16 * 2**20
+PIECE_BYTES = 16 * 2**20
+"""Bytes between two reports of progress."""
+
 Progress = Callable[[int], None]
 """Called with the number of bytes just written."""
 
@@ -33,15 +36,15 @@ class PlannedTensor:
 
     name: str
     spec: TensorSpec
-    chunks: Callable[[], Iterable[NDArray[np.uint8]]]
-    """Gives the bytes in order, as uint8 arrays of any length that add up to `spec.num_bytes`."""
+    chunks: Callable[[], Iterable[NDArray[np.uint8] | FileRange]]
+    """Gives the bytes in order, as uint8 arrays or ranges of files that add up to `spec.num_bytes`."""
 
 
 def copy_of(entry: TensorEntry) -> PlannedTensor:
     """Plan an unchanged tensor."""
 
-    def chunks() -> Iterator[NDArray[np.uint8]]:
-        yield from _file_range(entry.file, entry.offset, entry.num_bytes)
+    def chunks() -> Iterator[FileRange]:
+        yield from FileRange(file=entry.file, offset=entry.offset, num_bytes=entry.num_bytes).pieces(PIECE_BYTES)
 
     return PlannedTensor(name=entry.name, spec=TensorSpec(dtype=entry.dtype, shape=entry.shape), chunks=chunks)
 
@@ -50,9 +53,10 @@ def rows_of(entry: TensorEntry, rows: Sequence[int]) -> PlannedTensor:
     """Plan the given rows (indices of the first axis, in this order) of a tensor, byte for byte."""
     row_bytes = entry.num_bytes // entry.shape[0]
 
-    def chunks() -> Iterator[NDArray[np.uint8]]:
+    def chunks() -> Iterator[FileRange]:
         for start, count in _runs(rows):
-            yield from _file_range(entry.file, entry.offset + start * row_bytes, count * row_bytes)
+            run = FileRange(file=entry.file, offset=entry.offset + start * row_bytes, num_bytes=count * row_bytes)
+            yield from run.pieces(PIECE_BYTES)
 
     spec = TensorSpec(dtype=entry.dtype, shape=(len(rows), *entry.shape[1:]))
     return PlannedTensor(name=entry.name, spec=spec, chunks=chunks)
@@ -155,28 +159,18 @@ def _split(tensors: Sequence[PlannedTensor], max_shard_bytes: int) -> Iterator[l
 
 def _write_shard(file: Path, tensors: Sequence[PlannedTensor], progress: Progress | None) -> None:
     header = encode_header({t.name: (t.spec.dtype, t.spec.shape) for t in tensors}, {"format": "pt"})
-    with file.open("wb") as stream:
-        stream.write(header)
+    with file.open("wb", buffering=0) as stream:
+        write_all(stream, memoryview(header))
         for tensor in tensors:
             written = 0
             for chunk in tensor.chunks():
-                stream.write(chunk.data)
+                for part in chunk.read(BUFFER_BYTES) if isinstance(chunk, FileRange) else (chunk.data,):
+                    write_all(stream, part)
                 written += chunk.nbytes
                 if progress is not None:
                     progress(chunk.nbytes)
             if written != tensor.spec.num_bytes:
                 raise ValueError(f"{tensor.name}: {written} bytes written, {tensor.spec.num_bytes} planned")
-
-
-def _file_range(file: Path, offset: int, num_bytes: int) -> Iterator[NDArray[np.uint8]]:
-    with file.open("rb") as stream:
-        stream.seek(offset)
-        while num_bytes > 0:
-            chunk = np.fromfile(stream, dtype=np.uint8, count=min(num_bytes, CHUNK_BYTES))
-            if chunk.nbytes == 0:
-                raise OSError(5, "the file ended early", str(file))
-            yield chunk
-            num_bytes -= chunk.nbytes
 
 
 def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
