@@ -88,7 +88,7 @@ class PuzzleArchitecture:
         quantization = config.get("quantization_config") or {}
         try:
             return cls(
-                blocks=_read_blocks(config, source),
+                blocks=read_block_configs(config, source),
                 hidden_size=_integer(config, "hidden_size", source),
                 intermediate_size=_integer(config, "intermediate_size", source),
                 num_attention_heads=_integer(config, "num_attention_heads", source),
@@ -196,7 +196,7 @@ def read_blocks(path: str | Path, parent: PuzzleArchitecture) -> tuple[BlockConf
     config = read_json_object(file)
     if "block_configs" not in config and "model_type" not in config:
         raise ArchitectureError("no such key", file=file, key="block_configs", expected="one entry a layer")
-    blocks = _read_blocks(config, file)
+    blocks = read_block_configs(config, file)
     if len(blocks) != parent.num_layers:
         raise ArchitectureError(
             "wrong number of layers", file=file, key="block_configs", found=len(blocks), expected=parent.num_layers
@@ -222,7 +222,8 @@ def read_blocks(path: str | Path, parent: PuzzleArchitecture) -> tuple[BlockConf
     return blocks
 
 
-def _read_blocks(config: Mapping[str, Any], source: str | Path) -> tuple[BlockConfig, ...]:
+def read_block_configs(config: Mapping[str, Any], source: str | Path) -> tuple[BlockConfig, ...]:
+    """The per-layer part of a config alone, in any of the forms above. Raises ArchitectureError."""
     if config.get("block_configs") is not None:
         entries = config["block_configs"]
         if not isinstance(entries, list) or not entries:
