@@ -61,7 +61,7 @@ class GptOssPuzzleConfig(GptOssConfig):  # type: ignore[misc]
 
     @property
     def per_layer_config(self) -> list[GptOssPuzzleConfig]:
-        """What transformers (5.14 and later) asks when it builds a cache layer by layer."""
+        """What recent transformers asks when it builds a cache layer by layer (5.23 does, 5.17 not yet)."""
         return [self.layer_config(i) for i in range(self.num_hidden_layers)]
 
 

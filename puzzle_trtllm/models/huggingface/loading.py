@@ -33,9 +33,15 @@ def register() -> None:
 
 
 def load_child(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
-    """Load a child as transformers does; `options` go to `from_pretrained`."""
+    """Load a child as transformers does; `options` go to `from_pretrained`.
+
+    transformers up to 5.17 leaves dequantized experts in bfloat16 whatever `dtype` says; the cast mends that, exactly.
+    """
     register()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    for parameter in model.parameters():  # not model.to(dtype), which would round the rotary frequencies too
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def load_causal_lm(

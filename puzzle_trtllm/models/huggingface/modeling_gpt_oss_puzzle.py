@@ -69,7 +69,7 @@ class GptOssPuzzleModel(GptOssPuzzlePreTrainedModel, GptOssModel):  # type: igno
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(  # noqa: PLR0917 - transformers' signature
+    def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: Any = None,
