@@ -5,7 +5,8 @@ the six MXFP4 expert tensors (four when BF16) and of the router's weight and bia
 the same ascending indices, and every other tensor is copied. Windows live in config.json alone.
 
 The conversion is total. Every tensor of the parent is cut, copied, or dropped by name with a reason; an unknown one is
-an error. The result is opened and validated before it gets its name, so a folder that exists is a good one.
+an error. The result is opened and validated before it gets its name, so a folder that exists is a good one. A
+derivation that was killed is taken up at its last finished shard, if it is called again with the same inputs.
 
 The trap: the router picks its top k among the kept experts and renormalises, so dropping an expert that is rarely
 chosen still moves the tokens that chose it to their next choice.
@@ -18,18 +19,29 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
 
 import puzzle_trtllm
 from puzzle_trtllm.architecture import PuzzleArchitecture, read_blocks
 from puzzle_trtllm.build.companions import companions
 from puzzle_trtllm.build.derivation import DerivationRecord, ImportanceSource
 from puzzle_trtllm.build.importance import ExpertImportance, read_importance
-from puzzle_trtllm.build.output_folder import check_output_folder
+from puzzle_trtllm.build.output_folder import bytes_to_copy, check_disk_space, check_not_source
 from puzzle_trtllm.build.progress import byte_progress, warn
 from puzzle_trtllm.checkpoint import Checkpoint
-from puzzle_trtllm.checkpoint_writer import MAX_SHARD_BYTES, PlannedTensor, copy_of, rows_of, write_shards
+from puzzle_trtllm.checkpoint_writer import (
+    MAX_SHARD_BYTES,
+    SHARD_PATTERN,
+    PlannedTensor,
+    copy_of,
+    rows_of,
+    write_shards,
+)
 from puzzle_trtllm.errors import CheckpointError
-from puzzle_trtllm.folders import atomic_folder, link_or_copy
+from puzzle_trtllm.folders import link_or_copy
+from puzzle_trtllm.resumable_folder import finished_bytes, resumable_folder
 
 CUT_TENSOR = re.compile(r"^model\.layers\.(\d+)\.mlp\.(?:experts\..+|router\.(?:weight|bias))$")
 """Tensors whose first axis counts the experts of a layer."""
@@ -74,7 +86,8 @@ def derive(
         importance: safetensors file of expert scores (see `puzzle_trtllm.build.importance`).
 
     Returns the record that is also written to `out/derivation.json`. Raises a PuzzleError subclass in one line for
-    anything wrong with the inputs, and leaves nothing behind.
+    anything wrong with the inputs, and leaves nothing behind. Killed, it leaves a hidden folder beside
+    `out` that the next call goes on from, or removes.
     """
     source, dropped = _open_parent(parent)
     blocks = read_blocks(architecture, source.architecture)
@@ -83,16 +96,28 @@ def derive(
         warn(line, quiet=quiet)
     plan = plan_child(source, source.architecture.with_blocks(blocks), scores.kept_experts(blocks), dropped)
     out = Path(out)
-    check_output_folder(out, source=source.path, num_bytes=plan.num_bytes)
-    with atomic_folder(out, overwrite=overwrite) as folder:
+    check_not_source(out, source=source.path)
+    needed = plan.num_bytes + bytes_to_copy(_companions(source), out)
+    where: _Target = {"job": _job(source, plan, max_shard_bytes), "keep": SHARD_PATTERN, "overwrite": overwrite}
+    if finished := finished_bytes(out, **where):
+        check_disk_space(out, num_bytes=needed - finished)  # before the folder is claimed: a failure there removes it
+        warn(f"{out}: going on where a killed run stopped, {finished / 1e9:.2f} GB are written", quiet=quiet)
+    with resumable_folder(out, **where) as folder:
+        check_disk_space(out, num_bytes=needed - finished)
         with byte_progress("derive", plan.num_bytes, quiet=quiet) as progress:
-            write_shards(folder, plan.tensors, max_shard_bytes=max_shard_bytes, progress=progress)
+            write_shards(folder, plan.tensors, max_shard_bytes=max_shard_bytes, keep_finished=True, progress=progress)
         _write_config(folder, source, plan.architecture)
         _link_companions(folder, source)
         child = _open_result(folder, plan.architecture)
         record = _record(source, child, plan, scores, Path(architecture))
         record.write(folder)
     return record
+
+
+class _Target(TypedDict):
+    job: dict[str, Any]
+    keep: str
+    overwrite: bool
 
 
 def plan_child(
@@ -124,7 +149,23 @@ def _open_parent(parent: str | Path) -> tuple[Checkpoint, dict[str, str]]:
     }
     checkpoint = checkpoint.without(dropped)
     checkpoint.validate()
+    for name in checkpoint.tensors:
+        if ".mlp.router." in name and not np.isfinite(checkpoint.float32(name)).all():
+            raise CheckpointError("NaN or infinity in a router", file=checkpoint.entry(name).file, key=name)
     return checkpoint, dropped
+
+
+def _job(parent: Checkpoint, plan: DerivationPlan, max_shard_bytes: int) -> dict[str, Any]:
+    """All that the child's shards depend on. Sizes and times of the parent's files stand for their bytes."""
+    files = {entry.file: entry.file.stat() for entry in parent.tensors.values()}
+    return {
+        "tool_version": puzzle_trtllm.__version__,
+        "parent": str(parent.path.resolve()),
+        "parent_fingerprint": parent.fingerprint(),
+        "parent_files": {file.name: [status.st_size, status.st_mtime_ns] for file, status in files.items()},
+        "kept_experts": [list(kept) for kept in plan.kept_experts],
+        "max_shard_bytes": max_shard_bytes,
+    }
 
 
 def _write_config(folder: Path, parent: Checkpoint, architecture: PuzzleArchitecture) -> None:
@@ -134,11 +175,15 @@ def _write_config(folder: Path, parent: Checkpoint, architecture: PuzzleArchitec
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _link_companions(folder: Path, parent: Checkpoint) -> None:
+def _companions(parent: Checkpoint) -> list[Path]:
     files = companions(parent)
     if parent.kv_scales:
         files += [file for name in _CALIBRATION_FILES if (file := parent.path / name).is_file()]
-    for file in files:
+    return files
+
+
+def _link_companions(folder: Path, parent: Checkpoint) -> None:
+    for file in _companions(parent):
         if not (folder / file.name).exists():  # a parent that is itself a child brings older model code
             link_or_copy(file, folder / file.name)
 

@@ -7,26 +7,48 @@ delete what is being read.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from puzzle_trtllm.errors import PuzzleError
 
 HEADER_ALLOWANCE_BYTES = 16 * 2**20
-"""For shard headers, the index, config and tokenizer files."""
+"""For shard headers, the index, config.json and our own records."""
 
 
 def check_output_folder(out: Path, *, source: Path, num_bytes: int) -> None:
     """Raise PuzzleError if `out` would replace `source`, or if `num_bytes` and a little more do not fit on its disk."""
+    check_not_source(out, source=source)
+    check_disk_space(out, num_bytes=num_bytes)
+
+
+def check_not_source(out: Path, *, source: Path) -> None:
+    """Raise PuzzleError if writing `out` would replace `source` or a folder that holds it."""
     resolved = out.resolve()
     if resolved == source.resolve() or resolved in source.resolve().parents:
         raise PuzzleError("the output folder would replace the checkpoint it is made from", file=out)
-    folder = resolved
-    while not folder.is_dir():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+
+
+def check_disk_space(out: Path, *, num_bytes: int) -> None:
+    """Raise PuzzleError if `num_bytes` and a little more do not fit on the disk of `out`, which need not exist."""
+    free = shutil.disk_usage(_existing(out)).free
     needed = num_bytes + HEADER_ALLOWANCE_BYTES
     if free < needed:
         raise PuzzleError("not enough disk space", file=out, found=_gib(free), expected=_gib(needed))
+
+
+def bytes_to_copy(files: Iterable[Path], out: Path) -> int:
+    """Bytes of those `files` that are on another disk than `out`; the others are hard-linked and take none."""
+    disk = _existing(out).stat().st_dev
+    return sum(status.st_size for file in files if (status := file.stat()).st_dev != disk)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above `path`, or itself, that is there."""
+    folder = path.resolve()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
 
 
 def _gib(num_bytes: int) -> str:

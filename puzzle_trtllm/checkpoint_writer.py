@@ -26,6 +26,9 @@ MAX_SHARD_BYTES = 5_000_000_000
 PIECE_BYTES = 16 * 2**20
 """Bytes between two reports of progress."""
 
+SHARD_PATTERN = "model-*-of-*.safetensors"
+"""A file has such a name only when it is finished: shards are written under a hidden name and renamed."""
+
 Progress = Callable[[int], None]
 """Called with the number of bytes just written."""
 
@@ -75,9 +78,13 @@ def write_shards(
     *,
     linked_shards: Mapping[Path, Sequence[str]] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    keep_finished: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Write `tensors` and the index into `folder`; `linked_shards` (file: its tensor names) are hard-linked unchanged.
+
+    With `keep_finished`, shards of the right header and size are taken for finished: only where the caller knows that
+    they come from an interrupted run of this very plan (see `puzzle_trtllm.resumable_folder`).
 
     Raises ValueError when a tensor is planned twice or its chunks do not give the planned bytes (a bug of the caller).
     """
@@ -91,7 +98,7 @@ def write_shards(
     weight_map: dict[str, str] = {}
     for group in groups:
         shard = next(shard_names)
-        _write_shard(folder / shard, group, progress)
+        _write_shard(folder / shard, group, progress, keep_finished=keep_finished)
         weight_map.update({t.name: shard for t in group})
     num_linked_bytes = 0
     for file, members in linked.items():
@@ -157,9 +164,17 @@ def _split(tensors: Sequence[PlannedTensor], max_shard_bytes: int) -> Iterator[l
             yield group
 
 
-def _write_shard(file: Path, tensors: Sequence[PlannedTensor], progress: Progress | None) -> None:
+def _write_shard(
+    file: Path, tensors: Sequence[PlannedTensor], progress: Progress | None, *, keep_finished: bool
+) -> None:
     header = encode_header({t.name: (t.spec.dtype, t.spec.shape) for t in tensors}, {"format": "pt"})
-    with file.open("wb", buffering=0) as stream:
+    num_bytes = sum(t.spec.num_bytes for t in tensors)
+    if keep_finished and _is_finished(file, header, num_bytes):
+        if progress is not None:
+            progress(num_bytes)
+        return
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("wb", buffering=0) as stream:
         write_all(stream, memoryview(header))
         for tensor in tensors:
             written = 0
@@ -171,6 +186,14 @@ def _write_shard(file: Path, tensors: Sequence[PlannedTensor], progress: Progres
                     progress(chunk.nbytes)
             if written != tensor.spec.num_bytes:
                 raise ValueError(f"{tensor.name}: {written} bytes written, {tensor.spec.num_bytes} planned")
+    partial.rename(file)
+
+
+def _is_finished(file: Path, header: bytes, num_bytes: int) -> bool:
+    if not file.is_file() or file.stat().st_size != len(header) + num_bytes:
+        return False
+    with file.open("rb") as stream:
+        return stream.read(len(header)) == header
 
 
 def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:

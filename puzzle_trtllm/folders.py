@@ -2,15 +2,22 @@
 
 Every stage writes one folder. It is built in a hidden sibling on the same file system and renamed into place at the
 end, so that a reader never sees half of it and a failure leaves nothing where a result is expected.
+
+A process that is killed cannot clean up. Whoever builds a folder therefore holds a lock on the sibling (flock, which
+the kernel releases with the process), and the next to write to the same place removes the siblings that nobody holds.
+Process ids would not do: they are used again, and two containers that share a disk have the same ones.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from puzzle_trtllm.errors import PuzzleError
 
@@ -23,32 +30,112 @@ def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     PuzzleError, raised before anything is written.
     """
     out = Path(out).absolute()
+    with claimed_sibling(out, suffix=f"partial-{os.getpid()}", overwrite=overwrite) as partial:
+        clear_folder(partial)
+        yield partial
+        replace_folder(partial, out)
+
+
+@contextmanager
+def claimed_sibling(out: Path, *, suffix: str, overwrite: bool) -> Iterator[Path]:
+    """Yield the folder `.{out.name}.{suffix}` beside `out`, locked, with what a killed process left in it.
+
+    It is removed at the end, whatever happens. OSErrors of the block become one line. Raises PuzzleError when `out` is
+    in the way, when nothing can be written beside it, or when another process holds the folder.
+    """
+    sibling = out.with_name(f".{out.name}.{suffix}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(out, but=sibling)
+        check_vacant(out, overwrite=overwrite)
+        lock = _make_and_lock(sibling)
+    except OSError as error:
+        raise PuzzleError(f"cannot write here: {error.strerror}", file=out.parent) from None
+    try:
+        yield sibling
+    except OSError as error:
+        raise PuzzleError(f"writing failed: {error.strerror or error}", file=error.filename or out) from error
+    finally:
+        shutil.rmtree(sibling, ignore_errors=True)
+        os.close(lock)
+
+
+def check_vacant(out: Path, *, overwrite: bool) -> None:
+    """Raise PuzzleError if `out` is no folder, or is one with something in it that may not be overwritten."""
     if out.exists() and not out.is_dir():
         raise PuzzleError("exists and is not a folder", file=out)
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise PuzzleError("the output folder exists and is not empty (--overwrite replaces it)", file=out)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-    except OSError as error:
-        raise PuzzleError(f"cannot write here: {error.strerror}", file=out.parent) from None
-    try:
-        yield partial
-        _replace(partial, out)
-    except OSError as error:
-        raise PuzzleError(f"writing failed: {error.strerror or error}", file=error.filename or out) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _replace(partial: Path, out: Path) -> None:
+def clear_folder(folder: Path, *, keep: str | None = None) -> None:
+    """Remove everything in `folder` but the files whose names match the pattern `keep`. Raises OSError."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif keep is None or not entry.match(keep):
+            entry.unlink()
+
+
+def replace_folder(folder: Path, out: Path) -> None:
+    """Rename `folder` to `out`, removing an `out` that is there. Raises OSError."""
     old = out.with_name(f".{out.name}.old-{os.getpid()}")
     if out.exists():
         out.rename(old)
-    partial.rename(out)
+    folder.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _make_and_lock(folder: Path) -> int:
+    """Make `folder` if need be and lock it; the lock lives as long as the descriptor that is returned."""
+    for _ in range(100):
+        folder.mkdir(exist_ok=True)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue  # its last owner has just removed it
+        if _lock(descriptor) == "held by another":
+            os.close(descriptor)
+            raise PuzzleError("another process is writing this folder", file=folder)
+        if folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
+            return descriptor
+        os.close(descriptor)
+    raise PuzzleError("cannot be locked: other processes keep removing it", file=folder)
+
+
+def _lock(descriptor: int) -> Literal["locked", "held by another", "unsupported"]:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "held by another"
+    except OSError:
+        return "unsupported"  # some network disks: write unlocked, and remove nobody's leftovers
+    return "locked"
+
+
+def _remove_leftovers(out: Path, *, but: Path) -> None:
+    """Remove what killed processes left beside `out`; a folder that one was just replacing gets its name back."""
+    own = re.compile(rf"\.{re.escape(out.name)}\.(partial|old)-[^.]+")
+    siblings = [entry for entry in out.parent.iterdir() if entry != but and own.fullmatch(entry.name)]
+    partials = [entry for entry in siblings if ".partial-" in entry.name[len(out.name) :]]
+    alive = [entry for entry in partials if not _remove_unless_locked(entry)]
+    for old in (entry for entry in siblings if entry not in partials and not alive):
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(out)
+
+
+def _remove_unless_locked(folder: Path) -> bool:
+    """True when it is gone."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return not folder.exists()
+    if _lock(descriptor) == "locked":
+        shutil.rmtree(folder, ignore_errors=True)
+    os.close(descriptor)
+    return not folder.exists()
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

@@ -98,19 +98,31 @@ def derive_command(
     importance: Annotated[
         Path, typer.Option("--importance", help="Expert scores, as `calibrate experts` writes them.")
     ],
+    max_shard_bytes: Annotated[
+        int, typer.Option("--max-shard-bytes", min=1, help="Largest size of a shard.")
+    ] = 5_000_000_000,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Derive a Puzzle child from its parent.
 
-    The child is the parent's bytes without the experts that matter least; its windows are set in config.json.
+    The child is the parent's bytes without the experts that matter least; its windows are set in config.json. Killed in
+    the middle, the same command goes on at its last finished shard.
     """
     from puzzle_trtllm.architecture import PuzzleArchitecture
     from puzzle_trtllm.build.derive import derive
     from puzzle_trtllm.inspection import inspect
     from puzzle_trtllm.tensors import count_weight_bytes
 
-    record = derive(parent, out, architecture=architecture, importance=importance, overwrite=overwrite, quiet=False)
+    record = derive(
+        parent,
+        out,
+        architecture=architecture,
+        importance=importance,
+        overwrite=overwrite,
+        max_shard_bytes=max_shard_bytes,
+        quiet=False,
+    )
     child, parent_bytes = inspect(out), count_weight_bytes(PuzzleArchitecture.from_path(record.parent_path))
     if as_json:
         print_json({"path": str(out), "weight_bytes": child.weight_bytes, **record.model_dump(mode="json")})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,61 @@ def test_a_full_disk_in_the_middle_is_one_line(tmp_path):
         (partial / "half").write_text("")
         raise OSError(28, os.strerror(28), str(partial / "half"))
     assert names(tmp_path) == []
+
+
+def write_and_be_killed(out: Path, *, overwrite: bool = False, at_rename: bool = False) -> None:
+    """In a forked process that dies by SIGKILL inside the block, or between the two renames of an overwrite."""
+    process = os.fork()
+    if process == 0:
+        with atomic_folder(out, overwrite=overwrite) as partial:
+            (partial / "half").write_text("")
+            if not at_rename:
+                os.kill(os.getpid(), signal.SIGKILL)
+            Path.rename = _rename_once_then_die  # type: ignore[method-assign]
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+
+
+def _rename_once_then_die(source: Path, target: Path) -> None:
+    os.rename(source, target)  # noqa: PTH104 (Path.rename is what is replaced)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class TestAfterAKill:
+    def test_the_next_writer_removes_what_is_left(self, tmp_path):
+        write_and_be_killed(tmp_path / "out")
+        (left,) = names(tmp_path)
+        assert left.startswith(".out.partial-")
+        with atomic_folder(tmp_path / "out") as partial:
+            assert names(partial) == []
+        assert names(tmp_path) == ["out"]
+
+    def test_a_living_writers_folder_is_left_alone(self, tmp_path):
+        with atomic_folder(tmp_path / "out") as partial:
+            (partial / "half").write_text("")
+            process = os.fork()
+            if process == 0:
+                with atomic_folder(tmp_path / "out"):
+                    pass
+                os._exit(0)
+            os.waitpid(process, 0)
+            assert names(partial) == ["half"]
+
+    def test_neighbours_are_none_of_our_business(self, tmp_path):
+        for name in (".other.partial-1", ".out.partial-1.txt", ".out.2.partial-1"):
+            (tmp_path / name).mkdir()
+        with atomic_folder(tmp_path / "out"):
+            pass
+        assert names(tmp_path) == [".other.partial-1", ".out.2.partial-1", ".out.partial-1.txt", "out"]
+
+    def test_a_folder_that_was_just_being_replaced_comes_back(self, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "old").write_text("old")
+        write_and_be_killed(tmp_path / "out", overwrite=True, at_rename=True)
+        assert not (tmp_path / "out").exists()
+        with pytest.raises(PuzzleError, match="exists and is not empty"), atomic_folder(tmp_path / "out"):
+            pytest.fail("the block must not run")
+        assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["old"]
 
 
 def test_a_single_file_is_replaced_in_one_step(tmp_path):

@@ -60,7 +60,9 @@ def test_the_flags_are_frozen() -> None:
     data = "--dataset --json --max-samples --max-tokens --overwrite --pack --seed --sequence-length"
     assert found == {
         "inspect": "--json --kv --seq-len",
-        "derive": "--architecture --importance --json --overwrite",
+        "plan": "--allocator --batch --compare --explain --gpu --gpus --isl --json --kv --memory-rule --osl --out "
+        "--parallel --parent-kv",
+        "derive": "--architecture --importance --json --max-shard-bytes --overwrite",
         "verify": "--against --json",
         "calibrate experts": data,
         "calibrate kv": data.replace("--json", "--exact --json"),
