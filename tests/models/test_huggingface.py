@@ -92,36 +92,29 @@ def test_a_layer_sees_its_window_and_no_further(model, tokens):
         assert torch.equal(probabilities > 0, visible.expand_as(probabilities))
 
 
+def plain_layer(model: GptOssPuzzleForCausalLM, layer_idx: int) -> torch.nn.Module:
+    """The only layer of a plain GptOss with this layer's expert count and window, and its weights."""
+    num_experts, window = CHILD[layer_idx]
+    known = GptOssConfig().to_dict()
+    settings = {key: value for key, value in model.config.to_dict().items() if key in known and key != "model_type"}
+    settings.update(num_local_experts=num_experts, sliding_window=window or 128, num_hidden_layers=1)
+    settings.update(layer_types=["sliding_attention" if window else "full_attention"])
+    plain = GptOssForCausalLM(GptOssConfig(**settings))
+    plain.set_attn_implementation("eager")
+    plain.model.layers[0].load_state_dict(model.model.layers[layer_idx].state_dict())
+    return plain.model.layers[0].eval()
+
+
 @torch.no_grad()
-def test_the_child_is_gpt_oss_layer_by_layer(model, child, tokens):
-    """Each layer alone equals the layer of a plain GptOss that has this count and window everywhere."""
+def test_the_child_is_gpt_oss_layer_by_layer(model, tokens):
     hidden = model.model.embed_tokens(tokens)
     position_embeddings = model.model.rotary_emb(hidden, torch.arange(60)[None])
     captured = model.model(tokens, output_hidden_states=True).hidden_states
-    for i, (num_experts, window) in enumerate(CHILD[:-1]):  # the last hidden state is normalised
-        plain = GptOssForCausalLM(
-            GptOssConfig(
-                **{
-                    k: v
-                    for k, v in model.config.to_dict().items()
-                    if k in GptOssConfig().to_dict() and k != "model_type"
-                }
-                | {
-                    "num_local_experts": num_experts,
-                    "sliding_window": window or 128,
-                    "layer_types": ["sliding_attention" if window else "full_attention"],
-                    "num_hidden_layers": 1,
-                    "quantization_config": None,
-                }
-            )
-        )
-        plain.set_attn_implementation("eager")
-        layer = plain.model.layers[0]
-        layer.load_state_dict(model.model.layers[i].state_dict())
-        query, key = torch.arange(60)[:, None], torch.arange(60)[None, :]
+    query, key = torch.arange(60)[:, None], torch.arange(60)[None, :]
+    for i, (_, window) in enumerate(CHILD[:-1]):  # the last hidden state is normalised
         visible = (key <= query) & (key > query - (window or 60))
-        mask = torch.zeros(60, 60).masked_fill(~visible, torch.finfo(torch.float32).min)
-        hidden = layer.eval()(hidden, attention_mask=mask, position_embeddings=position_embeddings)
+        mask = torch.zeros(1, 1, 60, 60).masked_fill(~visible, torch.finfo(torch.float32).min)
+        hidden = plain_layer(model, i)(hidden, attention_mask=mask, position_embeddings=position_embeddings)
         assert torch.equal(hidden, captured[i + 1]), f"layer {i}"
 
 
@@ -277,12 +270,17 @@ def test_the_released_config_loads(tmp_path):
     assert round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == 88.15
 
 
+def rope_block(config: GptOssPuzzleConfig) -> dict[str, object]:
+    """transformers 5 calls it rope_parameters, 4.57 rope_scaling."""
+    return getattr(config, "rope_parameters", None) or config.rope_scaling
+
+
 def test_config_survives_a_round_trip(tmp_path):
     config = GptOssPuzzleConfig(**json.loads(RELEASED.read_text()))
     config.save_pretrained(tmp_path)
     again = GptOssPuzzleConfig.from_pretrained(tmp_path)
     assert again.block_configs == config.block_configs
-    assert again.rope_parameters == config.rope_parameters
+    assert rope_block(again) == rope_block(config)
     assert again.to_dict() == config.to_dict()
 
 
@@ -316,7 +314,7 @@ def test_every_spelling_of_yarn_gives_the_same_frequencies(key, number, truncate
     ours = RopeConfig.from_config(config, source="test")
     assert torch.equal(rotary.inv_freq, torch.from_numpy(ours.inverse_frequencies(64)))
     assert rotary.attention_scaling == pytest.approx(ours.attention_scaling, abs=0)
-    assert made.rope_parameters["factor"] == 32.0 and isinstance(made.rope_parameters["factor"], float)
+    assert rope_block(made)["factor"] == 32.0 and isinstance(rope_block(made)["factor"], float)
 
 
 def test_nested_block_configs_are_flattened():
