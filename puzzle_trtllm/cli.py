@@ -1,6 +1,6 @@
 """The command line `puzzle-trtllm`: thin, every command is a documented Python function.
 
-    inspect ─ derive ─ verify ─ calibrate ─ build ─ serve ─ generate ─ bench ─ evaluate ─ report ─ demo
+    inspect ─ plan ─ derive ─ verify ─ calibrate ─ build ─ serve ─ generate ─ bench ─ evaluate ─ report ─ demo
 
 Results go to stdout, as tables or with `--json` as one JSON object on the last line; progress goes to stderr. The
 commands live in `puzzle_trtllm.commands`; neither it nor this module imports anything heavy.
@@ -19,6 +19,7 @@ from puzzle_trtllm.commands.clients import bench_command, evaluate_command, gene
 from puzzle_trtllm.commands.engines import build_command, serve_command
 from puzzle_trtllm.commands.front import PuzzleGroup
 from puzzle_trtllm.commands.models import derive_command, inspect_command, verify_command
+from puzzle_trtllm.commands.planning import plan_command
 from puzzle_trtllm.commands.reporting import report_command
 from puzzle_trtllm.commands.story import demo_command
 
@@ -57,6 +58,7 @@ def _add(to: typer.Typer, name: str, command: Callable[..., None], example: str)
 
 
 _add(app, "inspect", inspect_command, "inspect openai/gpt-oss-120b --seq-len 8192 131072")
+_add(app, "plan", plan_command, "plan CHILD --gpu h100-80gb --gpus 8 --isl 65536 --osl 65536")
 _add(app, "derive", derive_command, "derive PARENT CHILD --architecture child.json --importance experts.safetensors")
 _add(app, "verify", verify_command, "verify CHILD --against PARENT")
 app.add_typer(calibrate_app, name="calibrate")

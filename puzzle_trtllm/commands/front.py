@@ -45,6 +45,7 @@ SEVERAL_VALUES: Mapping[str, re.Pattern[str]] = {
 
 ORDER = (
     "inspect",
+    "plan",
     "calibrate",
     "derive",
     "verify",

@@ -1,0 +1,179 @@
+"""How many sequences a KV pool holds, as each allocator would cut it. The same bytes, 21 or 15 or 7 sequences.
+
+    ideal          no blocks, no padding: pool / sum of min(window, n) over the layers
+    trtllm_v1_equal   TensorRT-LLM's V1 manager as it comes: one pool a window, all of EQUAL size; the hungriest window
+                   decides and the other pools stay half empty
+    trtllm_v1_tuned   V1 with TRTLLM_WINDOW_SIZE_SHARES in proportion to what a sequence keeps (`tuned_shares`)
+    trtllm_v2      V2: one pool for all windows, plus the prompt chunk in flight in window layers; modelled from its
+                   description, not checked against a run
+    vllm           vLLM's hybrid manager: layers in groups of equal size, so that all blocks are of one size; a window
+                   layer keeps ceil(min(w - 1 + tokens in flight, n) / block) + 1 blocks. Group size: the number of
+                   layers of the rarer KIND (full or sliding). It fits both public logs to the printed digit
+    vllm_by_window the same with the rarest WINDOW instead, the rule in vLLM's released sources (kv_cache_utils.py,
+                   `_get_kv_cache_groups_uniform_page_size`); equal for the parent, 30% worse for the child
+
+Reservations are to a sequence's last token (GUARANTEED_NO_EVICT), so these are sequences that never get preempted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from puzzle_trtllm.build.planner.assumptions import Assumptions
+from puzzle_trtllm.build.planner.kv_cache import KvGeometry
+from puzzle_trtllm.errors import ConfigError
+
+V2_IN_FLIGHT_SEQUENCES = 1
+"""Prompts that are being processed at any moment; more than one only when they share a chunk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """What an allocator makes of a pool."""
+
+    sequences: float
+    """Sequences of the asked length that fit at once; a fraction is room for a shorter one."""
+    num_tokens: int
+    """sequences x length, as vLLM's log prints it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmGrouping:
+    """vLLM's layout: groups of `layers_per_group` layers, padded where a kind does not divide."""
+
+    layers_per_group: int
+    groups_by_window: tuple[tuple[int | None, int], ...]
+    """(window, groups)."""
+
+    @property
+    def num_groups(self) -> int:
+        return sum(groups for _, groups in self.groups_by_window)
+
+
+def ideal(kv: KvGeometry, pool_bytes: int, num_tokens: int, assumptions: Assumptions) -> Capacity:
+    """Bytes over bytes."""
+    return _capacity(pool_bytes / kv.bytes_per_sequence(num_tokens), num_tokens)
+
+
+def trtllm_v1_equal(kv: KvGeometry, pool_bytes: int, num_tokens: int, assumptions: Assumptions) -> Capacity:
+    """One pool a distinct window, equal parts."""
+    windows = kv.clamped(num_tokens)
+    share = 1 / len(windows)
+    return _capacity(_v1(kv, pool_bytes, num_tokens, assumptions, [share] * len(windows)), num_tokens)
+
+
+def trtllm_v1_tuned(kv: KvGeometry, pool_bytes: int, num_tokens: int, assumptions: Assumptions) -> Capacity:
+    """One pool a distinct window, sized by `tuned_shares`."""
+    shares = list(tuned_shares(kv, num_tokens, assumptions).values())
+    return _capacity(_v1(kv, pool_bytes, num_tokens, assumptions, shares), num_tokens)
+
+
+def trtllm_v2(kv: KvGeometry, pool_bytes: int, num_tokens: int, assumptions: Assumptions) -> Capacity:
+    """One pool for all windows; a window layer holds the chunk in flight beside its window."""
+    size = assumptions.trtllm_tokens_per_block
+    per_token = kv.bytes_per_token_and_layer
+    in_flight = sum(
+        layers * (min(kept + assumptions.max_num_tokens, num_tokens) - kept) for kept, layers in kv.clamped(num_tokens)
+    )
+    whole = sum(layers * _window_blocks(kept, num_tokens, size) for kept, layers in kv.clamped(num_tokens)) * size
+    left = pool_bytes - V2_IN_FLIGHT_SEQUENCES * in_flight * per_token
+    return _capacity(max(0.0, left / (whole * per_token)), num_tokens)
+
+
+def vllm(kv: KvGeometry, pool_bytes: int, num_tokens: int, assumptions: Assumptions) -> Capacity:
+    """Groups as large as the rarer kind of attention, full or sliding."""
+    return vllm_capacity(kv, pool_bytes, num_tokens, assumptions, vllm_grouping(kv, by="kind"))
+
+
+def vllm_by_window(kv: KvGeometry, pool_bytes: int, num_tokens: int, assumptions: Assumptions) -> Capacity:
+    """Groups as large as the rarest window."""
+    return vllm_capacity(kv, pool_bytes, num_tokens, assumptions, vllm_grouping(kv, by="window"))
+
+
+Allocator = Callable[[KvGeometry, int, int, Assumptions], Capacity]
+
+ALLOCATORS: Mapping[str, Allocator] = MappingProxyType(
+    {
+        "ideal": ideal,
+        "trtllm_v1_equal": trtllm_v1_equal,
+        "trtllm_v1_tuned": trtllm_v1_tuned,
+        "trtllm_v2": trtllm_v2,
+        "vllm": vllm,
+        "vllm_by_window": vllm_by_window,
+    }
+)
+DEFAULT_ALLOCATOR = "trtllm_v1_tuned"
+
+
+def find_allocator(name: str) -> Allocator:
+    """By name. Raises ConfigError that lists the known ones."""
+    if name not in ALLOCATORS:
+        known = ", ".join(ALLOCATORS)
+        raise ConfigError("unknown cache-allocation scheme", key="allocator", found=name, expected=f"one of: {known}")
+    return ALLOCATORS[name]
+
+
+def tuned_shares(kv: KvGeometry, num_tokens: int, assumptions: Assumptions) -> dict[int, float]:
+    """Window (ascending): share of the pool, in proportion to layers x blocks of one sequence; they add up to 1."""
+    size = assumptions.trtllm_tokens_per_block
+    needs = {kept: layers * _window_blocks(kept, num_tokens, size) for kept, layers in sorted(kv.clamped(num_tokens))}
+    total = sum(needs.values())
+    return {kept: need / total for kept, need in needs.items()}
+
+
+def vllm_grouping(kv: KvGeometry, *, by: str) -> VllmGrouping:
+    """The group size is the smallest count of layers, or the largest if that is less than 1.5 times as many."""
+    counts = [layers for _, layers in kv.layers_by_window]
+    if by == "kind":
+        full = sum(layers for window, layers in kv.layers_by_window if window is None)
+        counts = [count for count in (full, sum(counts) - full) if count]
+    size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
+    return VllmGrouping(
+        layers_per_group=size,
+        groups_by_window=tuple((window, math.ceil(layers / size)) for window, layers in kv.layers_by_window),
+    )
+
+
+def vllm_blocks_per_sequence(grouping: VllmGrouping, num_tokens: int, assumptions: Assumptions) -> int:
+    """Blocks of one sequence, all groups together."""
+    size, in_flight = assumptions.vllm_tokens_per_block, assumptions.vllm_tokens_in_flight
+    return sum(
+        groups
+        * (
+            math.ceil(num_tokens / size)
+            if window is None
+            else math.ceil(min(window - 1 + in_flight, num_tokens) / size) + 1
+        )
+        for window, groups in grouping.groups_by_window
+    )
+
+
+def vllm_capacity(
+    kv: KvGeometry, pool_bytes: int, num_tokens: int, assumptions: Assumptions, grouping: VllmGrouping
+) -> Capacity:
+    """Whole blocks of one group each; the figures that vLLM logs as "GPU KV cache size" and "Maximum concurrency"."""
+    block_bytes = assumptions.vllm_tokens_per_block * kv.bytes_per_token_and_layer * grouping.layers_per_group
+    num_blocks = pool_bytes // block_bytes
+    return _capacity(num_blocks / vllm_blocks_per_sequence(grouping, num_tokens, assumptions), num_tokens)
+
+
+def _v1(kv: KvGeometry, pool_bytes: int, num_tokens: int, assumptions: Assumptions, shares: list[float]) -> float:
+    """The window whose pool runs out first; windows ascending, as the shares are."""
+    size = assumptions.trtllm_tokens_per_block
+    sequences = []
+    for share, (kept, layers) in zip(shares, sorted(kv.clamped(num_tokens)), strict=True):
+        num_blocks = int(pool_bytes * share) // (size * kv.bytes_per_token_and_layer * layers)
+        sequences.append(num_blocks / _window_blocks(kept, num_tokens, size))
+    return min(sequences)
+
+
+def _window_blocks(kept: int, num_tokens: int, size: int) -> int:
+    """A window that has moved on straddles one block more than it fills."""
+    return min(math.ceil(num_tokens / size), math.ceil(kept / size) + 1)
+
+
+def _capacity(sequences: float, num_tokens: int) -> Capacity:
+    return Capacity(sequences=sequences, num_tokens=int(sequences * num_tokens))

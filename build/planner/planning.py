@@ -1,0 +1,237 @@
+"""One plan: a model on GPUs under a load, from bytes to tokens a second.
+
+    memory      what each GPU holds, and the KV pool that is left
+    capacities  sequences that fit, by allocator                    -> the most that can be in flight
+    best, knee  the fastest number in flight, and the smallest within 10% of it
+    bound       what takes most of a request's time; "KV capacity" is said beside it when more sequences would help
+
+Without a layout every legal one is tried, and the fastest is the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture
+from puzzle_trtllm.build.planner.allocators import ALLOCATORS, DEFAULT_ALLOCATOR, Capacity, find_allocator, tuned_shares
+from puzzle_trtllm.build.planner.assumptions import Assumptions, explain_assumptions
+from puzzle_trtllm.build.planner.layout import Layout, parse_layout, possible_layouts
+from puzzle_trtllm.build.planner.memory import MemoryPlan, plan_memory
+from puzzle_trtllm.build.planner.roofline import Setup
+from puzzle_trtllm.build.planner.throughput import Estimate, Load, best_batch, estimate
+from puzzle_trtllm.build.planner.weights import weights_by_split
+from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.gpus import Gpu
+
+GAIN_FROM_MORE = 1.02
+"""Twice the sequences must gain at least this much for KV capacity to count as a bound."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What was planned, for one layout."""
+
+    setup: Setup
+    load: Load
+    allocator: str
+    memory: MemoryPlan
+    capacities: Mapping[str, Capacity]
+    """By allocator: sequences on ONE GPU (under tpN the same sequences live on all GPUs of the replica)."""
+    max_batch: int
+    """Sequences in flight that one replica can hold with `allocator`."""
+    best: Estimate
+    knee: Estimate
+    alternatives: tuple[tuple[str, float | None], ...]
+    """Other layouts tried: name, expected output tok/s of all GPUs; None where not even one sequence fits."""
+
+    @property
+    def num_in_flight(self) -> int:
+        """Sequences in flight of the best batch, all replicas together."""
+        return self.best.batch * self.setup.layout.num_replicas
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Expected output tok/s of all GPUs."""
+        return self.best.expected_tokens_per_s * self.setup.layout.num_replicas
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        return self.tokens_per_s / self.setup.layout.num_gpus
+
+    @property
+    def is_capacity_bound(self) -> bool:
+        """True when the cache is full and twice as many sequences would be faster."""
+        if self.best.batch < self.max_batch or self.max_batch >= batch_limit(self.setup):
+            return False
+        more = estimate(self.setup, self.load, 2 * self.max_batch)
+        return more.roofline_tokens_per_s > GAIN_FROM_MORE * self.best.roofline_tokens_per_s
+
+    def sequences(self, allocator: str) -> int:
+        """Sequences in flight that all GPUs together can hold under an allocator."""
+        return whole_sequences(self.setup, self.capacities[allocator]) * self.setup.layout.num_replicas
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of `plan --json`."""
+        return plan_json(self)
+
+
+def plan(
+    architecture: PuzzleArchitecture,
+    *,
+    gpu: Gpu,
+    num_gpus: int,
+    load: Load,
+    kv_dtype: KvDtype = "fp8",
+    layout: str | None = None,
+    allocator: str = DEFAULT_ALLOCATOR,
+    batch: int | None = None,
+    assumptions: Assumptions | None = None,
+) -> Plan:
+    """Plan a deployment.
+
+    Args:
+        gpu: from `puzzle_trtllm.gpus.load_gpu`.
+        layout: `tpN` or `depN`; the fastest of all legal ones when None.
+        allocator: a name in `ALLOCATORS`; it decides how many sequences are in flight at most.
+        batch: sequences in flight a replica, instead of the best number.
+
+    Raises ConfigError in one line for sequences longer than the model, an FP8 cache on a GPU without FP8, an unknown
+    allocator or layout, or a model that leaves no room for one sequence.
+    """
+    assumptions = assumptions or Assumptions()
+    check_request(architecture, gpu, num_gpus, load, kv_dtype)
+    find_allocator(allocator)
+    layouts = (parse_layout(layout, num_gpus, architecture),) if layout else possible_layouts(num_gpus, architecture)
+    whole = weights_by_split(architecture)
+    plans, tried = [], []
+    for candidate in layouts:
+        setup = Setup(architecture=architecture, gpu=gpu, layout=candidate, kv_dtype=kv_dtype, assumptions=assumptions)
+        memory = plan_memory(architecture, gpu, candidate, assumptions, whole)
+        one = _plan_layout(setup, memory, load, allocator, batch)
+        tried.append((candidate.name, one.tokens_per_s if one else None))
+        plans += [one] if one else []
+    if not plans:
+        raise _no_room(architecture, gpu, layouts, load, kv_dtype, assumptions, batch)
+    best = max(plans, key=lambda p: p.tokens_per_s)
+    return replace(best, alternatives=tuple(entry for entry in tried if entry[0] != best.setup.layout.name))
+
+
+def check_request(a: PuzzleArchitecture, gpu: Gpu, num_gpus: int, load: Load, kv_dtype: KvDtype) -> None:
+    """Raise ConfigError for what no layout can mend."""
+    for key, value in (("gpus", num_gpus), ("isl", load.isl), ("osl", load.osl)):
+        if value < 1:
+            raise ConfigError("must be at least 1", key=key, found=value)
+    if load.sequence_tokens > a.max_position_embeddings:
+        raise ConfigError(
+            "sequences longer than the model's positions",
+            key="isl + osl",
+            found=load.sequence_tokens,
+            expected=f"at most {a.max_position_embeddings}",
+        )
+    if kv_dtype == "fp8" and gpu.fp8_flops_per_s is None:
+        raise ConfigError(f"{gpu.name} has no FP8", key="kv", found="fp8", expected="bf16")
+
+
+def batch_limit(setup: Setup) -> int:
+    """Sequences in flight that the engine's own max_batch_size allows a replica."""
+    return setup.assumptions.max_batch_size * setup.layout.sequence_split
+
+
+def whole_sequences(setup: Setup, capacity: Capacity) -> int:
+    """Sequences in flight of one replica, from the capacity of one of its GPUs."""
+    return int(capacity.sequences) * setup.layout.sequence_split
+
+
+def _plan_layout(setup: Setup, memory: MemoryPlan, load: Load, allocator: str, batch: int | None) -> Plan | None:
+    """None when not even one sequence (or not the asked batch) fits."""
+    capacities = {
+        name: scheme(setup.kv, memory.kv_pool, load.sequence_tokens, setup.assumptions)
+        for name, scheme in ALLOCATORS.items()
+    }
+    most = min(whole_sequences(setup, capacities[allocator]), batch_limit(setup))
+    if most < (batch or 1):
+        return None
+    best, knee = best_batch(setup, load, most)
+    if batch is not None:
+        best = knee = estimate(setup, load, batch)
+    return Plan(
+        setup=setup,
+        load=load,
+        allocator=allocator,
+        memory=memory,
+        capacities=capacities,
+        max_batch=most,
+        best=best,
+        knee=knee,
+        alternatives=(),
+    )
+
+
+def _no_room(
+    a: PuzzleArchitecture,
+    gpu: Gpu,
+    layouts: tuple[Layout, ...],
+    load: Load,
+    kv_dtype: KvDtype,
+    assumptions: Assumptions,
+    batch: int | None,
+) -> ConfigError:
+    """Says how much is missing where the most is left."""
+    memories = {layout: plan_memory(a, gpu, layout, assumptions) for layout in layouts}
+    layout = max(memories, key=lambda item: memories[item].kv_pool)
+    setup = Setup(architecture=a, gpu=gpu, layout=layout, kv_dtype=kv_dtype, assumptions=assumptions)
+    needed, pool = setup.kv.bytes_per_sequence(load.sequence_tokens), memories[layout].kv_pool
+    wanted = f"{batch} sequences" if batch else "one sequence"
+    count = -(-(batch or 1) // layout.sequence_split)
+    weights = memories[layout].weights.total
+    return ConfigError(
+        f"no room for {wanted} of {load.sequence_tokens} tokens beside {weights} bytes of weights",
+        key=f"{layout.num_gpus} x {gpu.name}, {layout.name}",
+        found=f"{pool} bytes for the KV cache of a GPU",
+        expected=f"more than {needed * count}",
+    )
+
+
+def plan_json(p: Plan) -> dict[str, Any]:
+    """Plan as plain values; units in the names."""
+    setup, weights, replicas = p.setup, p.memory.weights, p.setup.layout.num_replicas
+    return {
+        "gpu": setup.gpu.name,
+        "num_gpus": setup.layout.num_gpus,
+        "layout": setup.layout.name,
+        "num_replicas": replicas,
+        "isl": p.load.isl,
+        "osl": p.load.osl,
+        "kv_dtype": setup.kv_dtype,
+        "allocator": p.allocator,
+        "weight_bytes_per_gpu": weights.total,
+        "expert_bytes_per_gpu": weights.experts,
+        "activation_bytes_per_gpu": p.memory.activations,
+        "graph_bytes_per_gpu": p.memory.graphs,
+        "context_bytes_per_gpu": p.memory.context,
+        "kv_pool_bytes_per_gpu": p.memory.kv_pool,
+        "kv_bytes_per_sequence": setup.architecture.kv_bytes_per_sequence(p.load.sequence_tokens, setup.kv_dtype),
+        "max_sequences": {name: p.sequences(name) for name in p.capacities},
+        "trtllm_window_size_shares": tuned_shares(setup.kv, p.load.sequence_tokens, setup.assumptions),
+        "best_batch": p.num_in_flight,
+        "knee_batch": p.knee.batch * replicas,
+        "decode_step_ms": p.best.decode_step_s * 1e3,
+        "prefill_ms_per_request": p.best.prefill_s_per_request * 1e3,
+        "output_tokens_per_s": p.tokens_per_s,
+        "output_tokens_per_s_per_gpu": p.tokens_per_s_per_gpu,
+        "roofline_tokens_per_s": p.best.roofline_tokens_per_s * replicas,
+        "bound": p.best.bound,
+        "is_capacity_bound": p.is_capacity_bound,
+        "time_share": time_shares(p.best),
+        "alternatives": dict(p.alternatives),
+        "assumptions": {s.name: {"value": s.value, "reason": s.reason} for s in explain_assumptions(setup.assumptions)},
+    }
+
+
+def time_shares(e: Estimate) -> dict[str, float]:
+    """Share of a request's time by resource, largest first."""
+    total = sum(e.seconds_per_request.values())
+    ranked = sorted(e.seconds_per_request.items(), key=lambda item: -item[1])
+    return {name: seconds / total for name, seconds in ranked if seconds}

@@ -1,0 +1,276 @@
+"""`plan`: what a deployment will hold and deliver, or where a child pays, before any GPU is rented."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from puzzle_trtllm.commands.output import JsonOption, facts_table, print_json, print_table, show_bytes
+from puzzle_trtllm.errors import PuzzleError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture
+    from puzzle_trtllm.build.planner.assumptions import Assumptions
+    from puzzle_trtllm.build.planner.comparison import Comparison
+    from puzzle_trtllm.build.planner.planning import Plan
+
+BAR_WIDTH = 24
+ALLOCATORS_SHOWN = {
+    "ideal": "bytes over bytes, no blocks",
+    "trtllm_v1_equal": "TensorRT-LLM V1 as it comes: one equal pool a window",
+    "trtllm_v1_tuned": "V1 with TRTLLM_WINDOW_SIZE_SHARES",
+    "trtllm_v2": "TensorRT-LLM V2: one pool",
+    "vllm": "vLLM, groups by kind of attention (fits public logs)",
+    "vllm_by_window": "vLLM, groups by window (its released sources)",
+}
+
+
+def plan_command(
+    architecture: Annotated[str, typer.Argument(help="Checkpoint folder, config.json, or hub id.")],
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="A name in gpus.yaml (default: h100-80gb; with --compare all).")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", help="How many (default: 1; with --compare 1 and 8).")] = None,
+    isl: Annotated[int | None, typer.Option("--isl", help="Prompt tokens a request.")] = None,
+    osl: Annotated[int | None, typer.Option("--osl", help="Generated tokens a request.")] = None,
+    kv: Annotated[
+        Literal["bf16", "fp8"] | None, typer.Option("--kv", help="KV dtype (default: fp8 where the GPU has it).")
+    ] = None,
+    parallel: Annotated[
+        str | None, typer.Option("--parallel", help="tp8, dep8, ... (default: the fastest that fits).")
+    ] = None,
+    allocator: Annotated[
+        str, typer.Option("--allocator", help="Who cuts the KV pool: see the table of a plan.")
+    ] = "trtllm_v1_tuned",
+    batch: Annotated[
+        int | None, typer.Option("--batch", help="Sequences in flight a replica (default: the best number).")
+    ] = None,
+    memory_rule: Annotated[
+        Literal["free", "total"],
+        typer.Option("--memory-rule", help="KV memory: a fraction of what is free, or of all."),
+    ] = "free",
+    compare: Annotated[
+        str | None, typer.Option("--compare", metavar="PARENT", help="Show where ARCHITECTURE pays over this parent.")
+    ] = None,
+    parent_kv: Annotated[
+        Literal["bf16", "fp8"] | None, typer.Option("--parent-kv", help="The parent's KV dtype (default: as --kv).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="With --compare: the heat map as .svg or .html.")] = None,
+    show_assumptions: Annotated[
+        bool, typer.Option("--explain", help="Also list every assumption with its value and reason.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Plan a deployment without a GPU.
+
+    Weights, KV cache, sequences that fit, the best batch, expected tok/s and what bounds it; or with --compare a heat
+    map of a child's speedup. Predictions: docs/planner.md holds them against published measurements.
+    """
+    from puzzle_trtllm.build.planner.assumptions import Assumptions
+
+    model, assumptions = read_architecture(architecture), Assumptions(memory_rule=memory_rule)
+    if compare is not None:
+        if batch is not None:
+            raise PuzzleError("goes without --compare", key="--batch", found=batch)
+        result = _compare(
+            read_architecture(compare), model, gpu, gpus, isl, osl, kv, parent_kv, parallel, allocator, assumptions
+        )
+        _show_comparison(result, assumptions, out, show_assumptions, as_json=as_json)
+        return
+    for option, value in (("--parent-kv", parent_kv), ("--out", out)):
+        if value is not None:
+            raise PuzzleError("goes with --compare", key=option, found=value)
+    p = _plan(model, gpu or "h100-80gb", gpus, isl, osl, kv, parallel, allocator, batch, assumptions)
+    if as_json:
+        print_json(p.to_json())
+        return
+    tables = [memory_table(p), capacity_table(p), result_table(p)]
+    print_table(*tables, *([assumptions_table(assumptions)] if show_assumptions else []))
+    if not show_assumptions:
+        print("Every number rests on stated assumptions: --explain lists them; docs/planner.md shows the errors.")
+
+
+def read_architecture(path: str) -> PuzzleArchitecture:
+    """From a folder, an engine, a config.json, or a hub id (only its config is fetched)."""
+    from puzzle_trtllm.architecture import PuzzleArchitecture
+    from puzzle_trtllm.checkpoint import resolve_folder
+
+    place = Path(path)
+    if place.is_file():
+        return PuzzleArchitecture.from_path(place)
+    model = place / "model"
+    if (model / "config.json").is_file() and not (place / "config.json").is_file():
+        return PuzzleArchitecture.from_path(model)
+    return PuzzleArchitecture.from_path(resolve_folder(path, weights=False))
+
+
+def _plan(
+    model: PuzzleArchitecture,
+    gpu: str,
+    gpus: int | None,
+    isl: int | None,
+    osl: int | None,
+    kv: KvDtype | None,
+    parallel: str | None,
+    allocator: str,
+    batch: int | None,
+    assumptions: Assumptions,
+) -> Plan:
+    from puzzle_trtllm.build.planner.planning import plan
+    from puzzle_trtllm.build.planner.throughput import Load
+    from puzzle_trtllm.gpus import load_gpu
+
+    if isl is None or osl is None:
+        raise PuzzleError("missing", key="--isl" if isl is None else "--osl", expected="tokens; or --compare PARENT")
+    card = load_gpu(gpu)
+    return plan(
+        model,
+        gpu=card,
+        num_gpus=1 if gpus is None else gpus,
+        load=Load(isl=isl, osl=osl),
+        kv_dtype=kv or ("bf16" if card.fp8_flops_per_s is None else "fp8"),
+        layout=parallel,
+        allocator=allocator,
+        batch=batch,
+        assumptions=assumptions,
+    )
+
+
+def _compare(
+    parent: PuzzleArchitecture,
+    child: PuzzleArchitecture,
+    gpu: str | None,
+    gpus: int | None,
+    isl: int | None,
+    osl: int | None,
+    kv: KvDtype | None,
+    parent_kv: KvDtype | None,
+    parallel: str | None,
+    allocator: str,
+    assumptions: Assumptions,
+) -> Comparison:
+    from puzzle_trtllm.build.planner.comparison import DEFAULT_LOADS, DEFAULT_NUM_GPUS, compare
+    from puzzle_trtllm.build.planner.throughput import Load
+    from puzzle_trtllm.gpus import load_gpu, load_gpus
+
+    if (isl is None) != (osl is None):
+        raise PuzzleError("missing", key="--isl" if isl is None else "--osl", expected="both or neither")
+    longest = min(parent.max_position_embeddings, child.max_position_embeddings)
+    fitting = [load for load in DEFAULT_LOADS if load.sequence_tokens <= longest]
+    loads = [Load(isl=isl, osl=osl)] if isl is not None and osl is not None else fitting
+    if not loads:
+        raise PuzzleError("missing", key="--isl", expected=f"lengths within the model's {longest} positions")
+    return compare(
+        parent,
+        child,
+        gpus=load_gpus() if gpu is None else {gpu: load_gpu(gpu)},
+        nums_gpus=DEFAULT_NUM_GPUS if gpus is None else (gpus,),
+        loads=loads,
+        kv_dtype=kv or "fp8",
+        parent_kv_dtype=parent_kv or kv or "fp8",
+        layout=parallel,
+        allocator=allocator,
+        assumptions=assumptions,
+    )
+
+
+def _show_comparison(
+    result: Comparison, assumptions: Assumptions, out: Path | None, show_assumptions: bool, *, as_json: bool
+) -> None:
+    from puzzle_trtllm.build.planner.heat_map import write_heat_map
+
+    if out is not None:
+        write_heat_map(result, out)
+    if as_json:
+        print_json({**result.to_json(), "path": None if out is None else str(out)})
+        return
+    print_table(heat_map_table(result), *([assumptions_table(assumptions)] if show_assumptions else []))
+    if out is not None:
+        print(f"heat map: {out}")
+
+
+def memory_table(p: Plan) -> Table:
+    """One GPU's memory."""
+    m, weights, load = p.memory, p.memory.weights, p.load
+    sequence = p.setup.kv.bytes_per_sequence(load.sequence_tokens)
+    return facts_table(
+        f"memory of one {p.setup.gpu.name} under {p.setup.layout.name}",
+        [
+            ("total", show_bytes(m.total)),
+            ("weights", f"{show_bytes(weights.total)} (experts {show_bytes(weights.experts)})"),
+            ("context, activations, graphs", " + ".join(map(show_bytes, (m.context, m.activations, m.graphs)))),
+            ("KV cache", show_bytes(m.kv_pool)),
+            ("one sequence", f"{show_bytes(sequence)} at {load.sequence_tokens:,} tokens ({p.setup.kv_dtype})"),
+        ],
+    )
+
+
+def capacity_table(p: Plan) -> Table:
+    """Sequences that fit on all GPUs, by allocator."""
+    from rich.table import Table
+
+    table = Table(title=f"sequences of {p.load.sequence_tokens:,} tokens at once", title_justify="left")
+    for column in ("allocator", "sequences", "how"):
+        table.add_column(column, justify="right" if column == "sequences" else "left")
+    for name in p.capacities:
+        chosen = "bold" if name == p.allocator else None
+        table.add_row(name, f"{p.sequences(name):,}", ALLOCATORS_SHOWN[name], style=chosen)
+    return table
+
+
+def result_table(p: Plan) -> Table:
+    """Rates, and where the time goes."""
+    from puzzle_trtllm.build.planner.planning import time_shares
+
+    replicas = p.setup.layout.num_replicas
+    bound = f"{p.best.bound}{' and KV capacity: more sequences would be faster' if p.is_capacity_bound else ''}"
+    facts = [
+        ("layout", p.setup.layout.name),
+        ("best batch", f"{p.num_in_flight:,} in flight; {p.knee.batch * replicas:,} reach 90% of its rate"),
+        ("expected", f"{p.tokens_per_s:,.0f} output tok/s, {p.tokens_per_s_per_gpu:,.0f} a GPU"),
+        ("one user sees", f"{p.tokens_per_s / p.num_in_flight:,.1f} tok/s, prompts included"),
+        ("bound by", bound),
+    ]
+    for name, share in time_shares(p.best).items():
+        facts.append((f"  {name}", f"{'█' * round(BAR_WIDTH * share):<{BAR_WIDTH}} {share:.1%}"))
+    tried = [f"{name} {'no room' if rate is None else f'{rate:,.0f}'}" for name, rate in p.alternatives]
+    if tried:
+        facts.append(("other layouts, tok/s", ", ".join(tried)))
+    title = f"{p.setup.layout.num_gpus} x {p.setup.gpu.name}, {p.load.isl:,} in, {p.load.osl:,} out"
+    return facts_table(title, facts)
+
+
+def assumptions_table(assumptions: Assumptions) -> Table:
+    """Every assumption with its reason."""
+    from rich.table import Table
+
+    from puzzle_trtllm.build.planner.assumptions import explain_assumptions
+
+    table = Table(title="assumptions", title_justify="left")
+    for column in ("name", "value", "because"):
+        table.add_column(column, overflow="fold")
+    for name, value, reason in explain_assumptions(assumptions):
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value), reason)
+    return table
+
+
+def heat_map_table(result: Comparison) -> Table:
+    """The heat map for a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from puzzle_trtllm.build.planner.heat_map import colour_of, load_name, setup_name, text_colour_of
+
+    table = Table(title=result.title, title_justify="left")
+    table.add_column("setup")
+    for cell in result.rows[0]:
+        table.add_column(load_name(cell.load), justify="center")
+    for row in result.rows:
+        styles = [f"{text_colour_of(cell.speedup)} on {colour_of(cell.speedup)}" for cell in row]
+        cells = [Text(f" {cell.text} ", style=style) for cell, style in zip(row, styles, strict=True)]
+        table.add_row(setup_name(row[0]), *cells)
+    return table
