@@ -18,16 +18,16 @@ demo: setup  ## derive, calibrate, build, serve and measure a Puzzle child of th
 	@$(BIN)/puzzle-trtllm demo --out runs/demo
 
 test: lint  ## lint, then the tests that take minutes at most
-	$(BIN)/pytest
+	$(BIN)/python -m pytest
 
 test-all: lint  ## lint, then every test, the slow ones too
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu"
 
 lint: setup  ## ruff and mypy
-	$(BIN)/ruff check $(SOURCES)
-	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/mypy -p puzzle_trtllm
-	$(BIN)/mypy -m bootstrap -m requirements.machine -m requirements.lock
+	$(BIN)/python -m ruff check $(SOURCES)
+	$(BIN)/python -m ruff format --check $(SOURCES)
+	$(BIN)/python -m mypy -p puzzle_trtllm
+	$(BIN)/python -m mypy -m bootstrap -m requirements.machine -m requirements.lock
 
 bench: setup  ## measure a running server: make bench ENGINE=folder [URL=localhost:8001] [SCENARIO=cpu-demo]
 	@$(BIN)/puzzle-trtllm bench --engine $(ENGINE) --url $(or $(URL),localhost:8001) --scenario $(or $(SCENARIO),cpu-demo)

@@ -184,10 +184,18 @@ def make_venv(*, shared: bool) -> None:
     """
     if is_usable(shared=shared):
         say("  ok    going on with the .venv that is there")
+        forget_half_installed()
     else:
         shutil.rmtree(str(VENV), ignore_errors=True)
         run("environment", [base_python(), "-m", "venv", *(["--system-site-packages"] if shared else []), str(VENV)])
     write_record("installing")
+
+
+def forget_half_installed() -> None:
+    """Make pip install again what it was interrupted at: it unpacks a wheel's metadata early and INSTALLER last."""
+    for metadata in VENV.glob("lib/python*/site-packages/*.dist-info"):
+        if not (metadata / "INSTALLER").exists():
+            shutil.rmtree(str(metadata))
 
 
 # -- installing ------------------------------------------------------------------------------------------------------
@@ -212,13 +220,16 @@ def pip_arguments(shared_torch: str | None) -> list[str]:
         room = check_disk(ROOT, GPU_TORCH_BYTES, "free some space, or name an index with CPU builds")
         if not room.passed:
             raise SetupError(f"{room.found}: {room.mend}")
+    options = torch_index()
     if sys.version_info[:2] == LOCKED_PYTHON:
         others = [line for line in lock.splitlines() if not line.startswith("torch==")]
+        if shared_torch is not None:
+            options.append("--no-deps")  # the lock is complete, and what the shared torch wants beside it is there
     else:
         others = [f"puzzle-trtllm[{EXTRAS}] @ {ROOT.as_uri()}", f"-c {shlex.quote(str(NUMPY1))}"]
     file = VENV / "requirements.txt"
     file.write_text("\n".join([f"torch=={pin}", *others]) + "\n", encoding="utf-8")
-    return [*torch_index(), "-r", str(file)]
+    return [*options, "-r", str(file)]
 
 
 def run(title: str, command: list[str]) -> None:

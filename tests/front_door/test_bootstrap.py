@@ -240,6 +240,16 @@ def test_a_real_environment_is_used_again(project: Path) -> None:
     assert bootstrap.is_usable(shared=True)
 
 
+def test_what_pip_was_interrupted_at_is_installed_again(project: Path) -> None:
+    packages = project / ".venv" / "lib" / "python3.11" / "site-packages"
+    for name, files in {"whole": ("METADATA", "RECORD", "INSTALLER"), "half": ("METADATA", "RECORD")}.items():
+        (packages / f"{name}-1.0.dist-info").mkdir(parents=True)
+        for file in files:
+            (packages / f"{name}-1.0.dist-info" / file).touch()
+    bootstrap.forget_half_installed()
+    assert [folder.name for folder in packages.iterdir()] == ["whole-1.0.dist-info"]
+
+
 def test_a_failing_step_shows_the_reason(project: Path) -> None:
     program = "print('much talk'); print('ERROR: No matching distribution found for torch'); raise SystemExit(1)"
     with pytest.raises(bootstrap.SetupError, match="No matching distribution found for torch") as error:
@@ -300,6 +310,7 @@ def test_which_torch_is_installed(
     monkeypatch.setenv("TORCH_INDEX_URL", "https://example.org/torch")
     arguments = bootstrap.pip_arguments(shared)
     assert arguments[:2] == ["--extra-index-url", "https://example.org/torch"]
+    assert ("--no-deps" in arguments) is bool(shared)  # its own requirements must not fight the lock
     lines = Path(arguments[-1]).read_text(encoding="utf-8").splitlines()
     locked = bootstrap.locked_torch(bootstrap.LOCK.read_text(encoding="utf-8"))
     assert lines[0] == (f"torch=={shared}" if shared else f"torch=={locked}{first}")

@@ -41,14 +41,14 @@ def test_make_test_sets_up_lints_types_and_ends_with_pytest() -> None:
     assert any("ruff check" in command for command in commands)
     assert any("ruff format --check" in command for command in commands)
     assert any("mypy -p puzzle_trtllm" in command for command in commands)
-    assert commands[-1] == ".venv/bin/pytest"
+    assert commands[-1] == ".venv/bin/python -m pytest"
 
 
 @pytest.mark.parametrize(
     ("arguments", "last"),
     [
         (["demo"], ".venv/bin/puzzle-trtllm demo --out runs/demo"),
-        (["test-all"], '.venv/bin/pytest -m "not gpu"'),
+        (["test-all"], '.venv/bin/python -m pytest -m "not gpu"'),
         (["bench", "ENGINE=e", "URL=h:1"], ".venv/bin/puzzle-trtllm bench --engine e --url h:1 --scenario cpu-demo"),
         (["setup", "PYTHON=/opt/python"], "/opt/python bootstrap.py"),
     ],
