@@ -22,14 +22,13 @@ def attend(
     layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, step: Step, group: GroupStep, cache: PagedKvCache
 ) -> Tensor:
     """Store the new K and V `[T, K, Dh]` and attend with q `[T, H, Dh]`; gives `[T, H * Dh]`."""
-    stored_k, stored_v = cache.store(k), cache.store(v)
+    stored = cache.store(torch.stack([k, v]))
     prefill = None
     if step.num_decodes < len(q):
         # Before the write: the past may lie in blocks that the chunk is about to take over.
-        prefill = _attend_chunks(layer, q, stored_k, stored_v, sinks, step, group, cache)
-    kept = group.write_tokens
-    new_k, new_v = (stored_k, stored_v) if kept is None else (_take(stored_k, kept), _take(stored_v, kept))
-    cache.write(layer, group.write_rows, group.write_offsets, new_k, new_v)
+        prefill = _attend_chunks(layer, q, stored, sinks, step, group, cache)
+    kept = stored if group.write_tokens is None else _take(stored, group.write_tokens)
+    cache.write(layer, group.write_rows, group.write_offsets, kept)
     if group.decode is None:
         assert prefill is not None
         return prefill
@@ -39,30 +38,32 @@ def attend(
 
 
 def _attend_one(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sinks: Tensor) -> Tensor:
-    """One query a sequence: q `[S, H, Dh]`, keys and values `[S, K, L, Dh]`, mask `[S, 1, L]`; gives `[S, H * Dh]`."""
+    """One query a sequence: q `[S, H, Dh]`, keys and values `[S, K, L, Dh]`, mask `[S * K, 1, L]`; gives `[S, H * Dh]`.
+
+    One batched product over (sequence, KV head), the queries of a group as its rows; the mask is the addend.
+    """
     sequences, num_heads, head_dim = q.shape
     kv_heads, num_keys = keys.shape[1], keys.shape[2]
     group = num_heads // kv_heads
-    mask = mask.unsqueeze(1).expand(sequences, kv_heads, group, num_keys)
     scores = torch.baddbmm(
-        mask.reshape(-1, group, num_keys),
+        mask,
         q.reshape(-1, group, head_dim),
-        keys.reshape(-1, num_keys, head_dim).transpose(1, 2),
+        keys.view(-1, num_keys, head_dim).transpose(1, 2),
         alpha=head_dim**-0.5,
     )
     weights = _softmax_with_sink(scores.view(sequences, num_heads, num_keys), sinks[:, None])
-    output = torch.bmm(weights.to(values.dtype).view(-1, group, num_keys), values.reshape(-1, num_keys, head_dim))
+    output = torch.bmm(weights.to(values.dtype).reshape(-1, group, num_keys), values.view(-1, num_keys, head_dim))
     return output.view(sequences, num_heads * head_dim)
 
 
 def _attend_chunks(
-    layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, step: Step, group: GroupStep, cache: PagedKvCache
+    layer: int, q: Tensor, stored: Tensor, sinks: Tensor, step: Step, group: GroupStep, cache: PagedKvCache
 ) -> Tensor:
-    """All prompt chunks, padded to `[P, C]`; gives `[T - S, H * Dh]`."""
+    """All prompt chunks with K and V as stored, `[2, T, K, Dh]`, padded to `[P, C]`; gives `[T - S, H * Dh]`."""
     assert step.chunk_rows is not None and step.chunk_positions is not None and step.chunk_valid is not None
     assert group.prefill is not None
     queries = q[step.chunk_rows]
-    keys, values = (_take(t, step.chunk_rows).to(q.dtype).transpose(1, 2) for t in (k, v))
+    keys, values = _take(stored, step.chunk_rows).to(q.dtype).transpose(2, 3)
     if group.prefill.past_rows is not None:
         past_k, past_v = cache.read(layer, group.prefill.past_rows, q.dtype)
         keys, values = torch.cat([past_k, keys], dim=2), torch.cat([past_v, values], dim=2)
@@ -113,8 +114,8 @@ def _softmax_with_sink(scores: Tensor, sinks: Tensor) -> Tensor:
     return torch.cat([scores.float(), sink], dim=-1).softmax(dim=-1)[..., :-1]
 
 
-def _take(tensor: Tensor, index: Tensor) -> Tensor:
-    """Rows of a tensor whose dtype may have no indexing kernel (float8)."""
-    if tensor.dtype == torch.float8_e4m3fn:
-        return tensor.view(torch.uint8)[index].view(tensor.dtype)
-    return tensor[index]
+def _take(kv: Tensor, index: Tensor) -> Tensor:
+    """`kv[:, index]` for a dtype that may have no indexing kernel (float8)."""
+    if kv.dtype == torch.float8_e4m3fn:
+        return kv.view(torch.uint8)[:, index].view(kv.dtype)
+    return kv[:, index]

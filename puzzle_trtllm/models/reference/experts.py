@@ -3,8 +3,9 @@
 gpt-oss routes each token to the top k of its layer's router logits and softmaxes over those k. An expert computes
 `down((up + 1) * gate * sigmoid(1.702 gate))` with gate clamped from above and up on both sides at `swiglu_limit`.
 
-- *dense*: every expert on every token in one batched product, unrouted results weighted by zero. More arithmetic, least
-  overhead: right for few experts, or many tokens an expert.
+- *dense*: every expert on every token, as two linear layers E times as wide, with the hidden values of unrouted experts
+  weighted by zero in between (the second layer then sums over experts by itself). More arithmetic, least overhead:
+  right for few experts, or many tokens an expert.
 - *by expert*: each active expert on its own tokens, one after another. Right when experts are large, and the only way
   for experts that stay in MXFP4, which are expanded while they are used.
 
@@ -40,12 +41,9 @@ def _dense(x: Tensor, experts: ExpertWeights, weights: Tensor, chosen: Tensor, l
     assert isinstance(experts.gate_up, Tensor) and isinstance(experts.down, Tensor)
     num_experts = experts.gate_up_bias.shape[0]
     share_TE = x.new_zeros(len(x), num_experts).scatter_(1, chosen, weights)
-    inputs_ETD = x.expand(num_experts, *x.shape)
-    gate_up_ETF = torch.baddbmm(experts.gate_up_bias[:, None], inputs_ETD, experts.gate_up.transpose(1, 2))
-    hidden_ETF = _swiglu(gate_up_ETF, limit)
-    output_ETD = torch.baddbmm(experts.down_bias[:, None], hidden_ETF, experts.down.transpose(1, 2))
-    # [T, D, E] @ [T, E, 1]: the weighted sum over experts, one small product a token.
-    return torch.bmm(output_ETD.permute(1, 2, 0), share_TE[:, :, None]).squeeze(-1)
+    gate_up = F.linear(x, experts.gate_up.flatten(0, 1), experts.gate_up_bias.flatten())
+    hidden_TEF = _swiglu(gate_up.view(len(x), num_experts, -1), limit) * share_TE[:, :, None]
+    return torch.addmm(share_TE @ experts.down_bias, hidden_TEF.flatten(1), experts.down.flatten(1).t())
 
 
 def _by_expert(x: Tensor, experts: ExpertWeights, weights: Tensor, chosen: Tensor, limit: float) -> Tensor:
@@ -59,16 +57,19 @@ def _by_expert(x: Tensor, experts: ExpertWeights, weights: Tensor, chosen: Tenso
             continue
         start, end = end, end + count
         rows = tokens[start:end]
-        hidden = F.linear(x[rows], _expert(experts.gate_up, expert, x.dtype), experts.gate_up_bias[expert])
-        result = F.linear(_swiglu(hidden, limit), _expert(experts.down, expert, x.dtype), experts.down_bias[expert])
+        gate_up, down = _expert_matrices(experts, expert, x.dtype)
+        hidden = F.linear(x[rows], gate_up, experts.gate_up_bias[expert])
+        result = F.linear(_swiglu(hidden, limit), down, experts.down_bias[expert])
         output.index_add_(0, rows, result * shares[start:end, None])
     return output
 
 
-def _expert(matrix: Tensor | Mxfp4Matrix, expert: int, dtype: torch.dtype) -> Tensor:
-    if isinstance(matrix, Tensor):
-        return matrix[expert]
-    return Mxfp4Matrix(blocks=matrix.blocks[expert], scales=matrix.scales[expert]).dequantize(dtype)
+def _expert_matrices(experts: ExpertWeights, expert: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`([2F, D], [D, F])` of one expert, expanded from MXFP4 where it is held so."""
+    if isinstance(experts.gate_up, Tensor) and isinstance(experts.down, Tensor):
+        return experts.gate_up[expert], experts.down[:, expert]
+    assert isinstance(experts.gate_up, Mxfp4Matrix) and isinstance(experts.down, Mxfp4Matrix)
+    return experts.gate_up.expert(expert).dequantize(dtype), experts.down.expert(expert).dequantize(dtype)
 
 
 def _swiglu(gate_up: Tensor, limit: float) -> Tensor:

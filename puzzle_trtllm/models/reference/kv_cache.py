@@ -195,28 +195,30 @@ class PagedKvCache:
             return values.clamp(-E4M3_MAX, E4M3_MAX).to(dtype)
         return values.to(dtype)
 
-    def write(self, layer: int, rows: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write stored K and V `[T, K, Dh]` at pool rows `[T, K]` and offsets in their blocks `[T, 1]`."""
+    def write(self, layer: int, rows: Tensor, offsets: Tensor, kv: Tensor) -> None:
+        """Write stored K and V `[2, W, K, Dh]` at pool rows `[W, K]` and offsets in their blocks `[W, 1]`."""
         pool, index = self._of_layer[layer]
-        for half, new in enumerate((keys, values)):
-            _bits(pool.storage[index, half])[rows, offsets] = _bits(new)
+        halves = torch.arange(2, device=self.device)[:, None, None]
+        _bits(pool.storage[index])[halves, rows, offsets] = _bits(kv)
 
     def read(self, layer: int, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """K and V of the pool rows `[S, K, M]` as `[S, K, M * B, Dh]` in `dtype`."""
+        """K and V of the pool rows `[2, S, K, M]` (`pool_rows`), each as `[S, K, M * B, Dh]` in `dtype`."""
         pool, index = self._of_layer[layer]
-        sequences, heads, _ = rows.shape
-        picked = (_bits(half).index_select(0, rows.flatten()) for half in pool.storage[index])
-        gathered = [expand_e4m3(p, dtype) if p.dtype == torch.uint8 else p.to(dtype) for p in picked]
-        keys, values = (tensor.view(sequences, heads, -1, tensor.shape[-1]) for tensor in gathered)
+        _, sequences, heads, _ = rows.shape
+        picked = _bits(pool.storage[index]).flatten(0, 1).index_select(0, rows.flatten())
+        wide = expand_e4m3(picked, dtype) if picked.dtype == torch.uint8 else picked.to(dtype)
+        keys, values = wide.view(2, sequences, heads, -1, wide.shape[-1])
         return keys, values
 
 
-def pool_rows(blocks: Sequence[Sequence[int]], num_heads: int, device: torch.device) -> Tensor:
-    """Block lists of several sequences as pool rows int64 `[S, K, M]`, padded with block 0 to the longest."""
-    longest = max(1, *(len(own) for own in blocks))
+def pool_rows(blocks: Sequence[Sequence[int]], pool: WindowPool, num_heads: int) -> Tensor:
+    """Block lists of several sequences as rows of K and of V, int64 `[2, S, K, M]`, padded with block 0."""
+    longest = max((len(own) for own in blocks), default=1)
+    device = pool.storage.device
     table = torch.tensor([[*own, *[0] * (longest - len(own))] for own in blocks], dtype=torch.int64, device=device)
     heads = torch.arange(num_heads, device=device)
-    return table[:, None, :] * num_heads + heads[None, :, None]
+    keys = table[:, None, :] * num_heads + heads[None, :, None]
+    return torch.stack([keys, keys + pool.num_blocks * num_heads])
 
 
 def expand_e4m3(codes: Tensor, dtype: torch.dtype) -> Tensor:

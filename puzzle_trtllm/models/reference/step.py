@@ -43,9 +43,9 @@ class DecodeGroup:
     """How decoding rows read one group."""
 
     rows: Tensor
-    """int64 [S, K, M]"""
+    """int64 [2, S, K, M]: of K and of V"""
     mask: Tensor
-    """compute dtype [S, 1, L]: 0 where visible, -inf elsewhere"""
+    """compute dtype [S * K, 1, L]: 0 where visible, -inf elsewhere"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class PrefillGroup:
     """How prompt chunks read one group."""
 
     past_rows: Tensor | None
-    """int64 [P, K, M]; None when no chunk has a past"""
+    """int64 [2, P, K, M]; None when no chunk has a past"""
     key_positions: Tensor
     """int64 [P, M * B + C]: past first, then the chunk"""
 
@@ -187,7 +187,7 @@ def _plan_decode(
     pool: WindowPool, sequences: Sequence[SequenceStep], num_heads: int, device: torch.device, dtype: torch.dtype
 ) -> DecodeGroup:
     own = [s.blocks[pool.window] for s in sequences]
-    rows = pool_rows([o.blocks for o in own], num_heads, device)
+    rows = pool_rows([o.blocks for o in own], pool, num_heads)
     first = torch.tensor([o.first_block * pool.tokens_per_block for o in own], device=device)
     keys = first[:, None] + torch.arange(rows.shape[-1] * pool.tokens_per_block, device=device)[None, :]
     queries = torch.tensor([s.start for s in sequences], device=device)[:, None]
@@ -195,7 +195,7 @@ def _plan_decode(
     if pool.window is not None:
         hidden |= keys <= queries - pool.window
     mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-    return DecodeGroup(rows=rows, mask=mask[:, None, :])
+    return DecodeGroup(rows=rows, mask=mask.repeat_interleave(num_heads, dim=0)[:, None, :])
 
 
 def _plan_prefill(
@@ -215,7 +215,7 @@ def _plan_prefill(
     keys = np.asarray(past_first)[:, None] * size + np.arange(longest * size)[None, :]
     keys[keys >= np.asarray([s.start for s in sequences])[:, None]] = NEVER_VISIBLE
     key_positions = np.concatenate([keys, chunk_keys], axis=1)
-    return PrefillGroup(past_rows=pool_rows(past, num_heads, device), key_positions=_to(key_positions, device))
+    return PrefillGroup(past_rows=pool_rows(past, pool, num_heads), key_positions=_to(key_positions, device))
 
 
 def _to(array: NDArray[np.int64], device: torch.device) -> Tensor:

@@ -28,6 +28,10 @@ class Mxfp4Matrix:
     scales: Tensor
     """uint8 [E, rows, cols / 32]"""
 
+    def expert(self, index: int) -> Mxfp4Matrix:
+        """One expert's `[rows, cols]`."""
+        return Mxfp4Matrix(blocks=self.blocks[index], scales=self.scales[index])
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """`[E, rows, cols]`; exact in float32 and bfloat16."""
         values = torch.tensor(E2M1_VALUES, dtype=dtype, device=self.blocks.device)
@@ -45,7 +49,7 @@ class ExpertWeights:
     gate_up_bias: Tensor
     """`[E, 2F]`"""
     down: Tensor | Mxfp4Matrix
-    """`[E, D, F]`"""
+    """Dequantized: `[D, E, F]`, so that all experts together are one matrix of a linear layer; MXFP4: `[E, D, F]`."""
     down_bias: Tensor
     """`[E, D]`"""
 
@@ -139,7 +143,7 @@ class _Loader:
         return ExpertWeights(
             gate_up=self._matrix(f"{prefix}.gate_up_proj", interleaved=True),
             gate_up_bias=_separate(self.tensor(f"{prefix}.gate_up_proj_bias")),
-            down=self._matrix(f"{prefix}.down_proj", interleaved=False),
+            down=_experts_inside(self._matrix(f"{prefix}.down_proj", interleaved=False)),
             down_bias=self.tensor(f"{prefix}.down_proj_bias"),
         )
 
@@ -153,6 +157,10 @@ class _Loader:
             scales=arrange(self.checkpoint.torch(f"{name}_scales")).to(self.device),
         )
         return matrix.dequantize(self.dtype) if self.dequantize_experts else matrix
+
+
+def _experts_inside(matrix: Tensor | Mxfp4Matrix) -> Tensor | Mxfp4Matrix:
+    return matrix.transpose(0, 1).contiguous() if isinstance(matrix, Tensor) else matrix
 
 
 def _separate(rows: Tensor) -> Tensor:
