@@ -204,6 +204,13 @@ def test_calibrated_scales_do_not_disturb_loading(make_checkpoint, tokens):
     assert torch.equal(load_causal_lm(plain)(tokens).logits, load_causal_lm(scaled)(tokens).logits)
 
 
+def test_transformers_passes_over_calibrated_scales(make_checkpoint):
+    register()
+    scaled = make_checkpoint(CHILD, kv_scales=[(0.5, 2.0)] * 5)
+    _, info = AutoModelForCausalLM.from_pretrained(scaled, output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["missing_keys"]
+
+
 def test_a_missing_tensor_is_named(child, tmp_path):
     config = json.loads((child / "config.json").read_text())
     config["block_configs"][2]["num_local_experts"] = 3

@@ -53,6 +53,7 @@ class GptOssPuzzlePreTrainedModel(GptOssPreTrainedModel):  # type: ignore[misc]
     config: GptOssPuzzleConfig
     config_class = GptOssPuzzleConfig
     _no_split_modules = ["GptOssPuzzleDecoderLayer"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"self_attn\.([qkv]_proj\.)?[qkv]_scale$"]  # noqa: RUF012 - for FP8 KV caches
 
 
 class GptOssPuzzleModel(GptOssPuzzlePreTrainedModel, GptOssModel):  # type: ignore[misc]
