@@ -21,6 +21,7 @@ from puzzle_trtllm.errors import CheckpointError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from puzzle_trtllm.build.verify import VerificationReport
     from puzzle_trtllm.inspection import Inspection
 
 BAR_WIDTH = 24
@@ -133,13 +134,15 @@ def derive_command(
 
 
 def verify_command(
-    child: Annotated[str, typer.Argument(help="A child made by `derive`.")],
+    child: Annotated[str, typer.Argument(help="A child: one that `derive` made, or anyone else's.")],
     against: Annotated[str, typer.Option("--against", help="Its parent.")],
     as_json: JsonOption = False,
 ) -> None:
     """Prove a child's bytes to be its parent's.
 
-    Compares every byte, but for what its derivation.json says was left out. A difference is exit code 2.
+    Compares every byte, but for what its derivation.json says was left out. A child without one may have been trained
+    on: its experts are found by their bytes and must be an exact subset of the parent's, other tensors that differ are
+    listed. A difference is exit code 2.
     """
     from puzzle_trtllm.build.verify import verify
 
@@ -151,18 +154,33 @@ def verify_command(
             {
                 "child": str(report.child),
                 "parent": str(report.parent),
-                "identical": True,
+                "identical": not (report.retrained or report.config_changes),
+                "has_record": report.has_record,
                 "num_tensors": report.num_tensors,
                 "num_bytes": report.num_bytes,
                 "added_scales": list(report.added_scales),
+                "kept_experts": [list(kept) for kept in report.kept_experts],
+                "retrained": list(report.retrained),
+                "config_changes": list(report.config_changes),
             }
         )
         return
+    print_table(facts_table("verified", _verified_facts(report)))
+
+
+def _verified_facts(report: VerificationReport) -> list[tuple[str, str]]:
     facts = [
         ("child", str(report.child)),
         ("parent", str(report.parent)),
         ("compared", f"{report.num_tensors} tensors, {show_bytes(report.num_bytes)}: identical"),
     ]
+    if not report.has_record:
+        kept = sum(len(kept) for kept in report.kept_experts)
+        facts.append(("experts, routers", f"{kept} experts in {len(report.kept_experts)} layers, all the parent's"))
+    if report.retrained:
+        names = list(report.retrained[:3]) + ["..."] * (len(report.retrained) > 3)
+        facts.append(("retrained", f"{len(report.retrained)} tensors: {', '.join(names)}"))
+    facts += [("changed", line) for line in report.config_changes]
     if report.added_scales:
         facts.append(("added since", f"{len(report.added_scales)} KV scales"))
-    print_table(facts_table("verified", facts))
+    return facts

@@ -118,12 +118,6 @@ def test_another_parent_is_refused(child, make_checkpoint):
         verify(child, against=make_checkpoint(BLOCKS, seed=1))
 
 
-def test_a_child_without_a_record_is_refused(child, parent):
-    (child / "derivation.json").unlink()
-    with pytest.raises(CheckpointError, match=r"derivation\.json: missing"):
-        verify(child, against=parent)
-
-
 @pytest.mark.parametrize("kept", [[0, 2, 3], [0, 2, 3, 6], [0, 3, 2, 5], [0, 2, 2, 5], [-1, 2, 3, 5]])
 def test_indices_that_no_choice_gives_are_refused(child, parent, kept):
     edit_record(child, kept_experts=[kept, list(range(6))])
