@@ -85,10 +85,13 @@ class TritonLlmClient:
         reader = _Reader(delta=self._builder.streams_delta, counts=self._builder.gives_token_ids)
         self._next = (self._next + 1) % len(self._stubs)
         call = self._stubs[self._next].ModelStreamInfer(_once(message))
+        failure: ServeError | None = None
         try:
             async for response in call:
                 if response.error_message:
-                    raise error_of_words(response.error_message, url=self.url)
+                    # Read on to the stream's own end: cancelling what is just ending makes some servers leak it.
+                    failure = error_of_words(response.error_message, url=self.url)
+                    continue
                 chunk = reader.read(response.infer_response)
                 if chunk is not None:
                     yield chunk
@@ -96,6 +99,8 @@ class TritonLlmClient:
             raise error_of_status(error, url=self.url) from None
         finally:
             call.cancel()  # does nothing to a call that has ended
+        if failure is not None:
+            raise failure
 
     async def generate(self, request: GenerationRequest) -> GenerationResult:
         """The whole continuation, with the times of its parts. Raises ServeError."""
@@ -126,17 +131,16 @@ class TritonLlmClient:
     async def stop(self, request_id: str) -> str:
         """Cancel the running requests of this id; returns the server's words."""
         call = self._stubs[0].ModelStreamInfer(_once(self._builder.build_stop(request_id)))
+        words = ""
         try:
             async for response in call:
-                if response.error_message:
-                    raise error_of_words(response.error_message, url=self.url)
+                words = words or str(response.error_message)
         except grpc.aio.AioRpcError as error:
             raise error_of_status(error, url=self.url) from None
-        except ServeError as error:
-            if error.status != "CANCELLED":
-                raise
-            return str(error)
-        return ""
+        answer = error_of_words(words, url=self.url)
+        if answer.status != "CANCELLED":
+            raise answer
+        return str(answer)
 
     async def _close(self) -> None:
         for channel in self._channels:

@@ -1,7 +1,7 @@
 """Making the LLM inside Triton's stub: environment, plugin, runtime, in that order.
 
 The order matters. MPI variables that tritonserver inherited (mpirun, Slurm) would make TensorRT-LLM's workers join the
-wrong job, so they go first. The plugin registers the model class and must be imported before the LLM looks it up. And
+wrong job, so they go first; `env_overrides` follow, because TensorRT-LLM sets them only in workers. The plugin registers the model class and must be imported before the LLM looks it up. And
 neither torch nor tensorrt_llm may be imported before this runs: CUDA opens its devices at import, and workers spawned
 later inherit what was open (https://github.com/NVIDIA/TensorRT-LLM, triton_backend/all_models/llmapi).
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_trtllm.errors import EngineError
+from puzzle_trtllm.serve.runtimes import set_environment
 from puzzle_trtllm.serve.triton.settings import ModelSettings
 
 _MPI_JOB_PREFIXES = (
@@ -63,6 +64,7 @@ def start_llm(settings: ModelSettings) -> tuple[Any, Any]:
     triton = settings.triton
     if triton.runtime == "tensorrt_llm":
         scrub_mpi_job(os.environ)
+        set_environment(settings.llm_args)
     if triton.plugin is not None:
         import_plugin(Path(triton.plugin))
     runtime = _load_runtime(triton.runtime, triton.runtime_module)

@@ -25,11 +25,12 @@ from puzzle_trtllm.serve.triton.contract import MODEL_NAME
 from puzzle_trtllm.serve.triton.install import find_triton
 from puzzle_trtllm.serve.triton.log import explain_failure
 from puzzle_trtllm.serve.triton.ports import choose_ports
-from puzzle_trtllm.serve.triton.probe import http_status
+from puzzle_trtllm.serve.triton.probe import http_status, read_metrics
 from puzzle_trtllm.serve.triton.process import GuardedProcess, children_of
 from puzzle_trtllm.serve.triton.repository import write_repository
 
 _POLL_S = 0.1
+_IDLE_GRACE_S = 6.0
 
 
 class TritonServer:
@@ -102,9 +103,14 @@ class TritonServer:
         return self
 
     def stop(self, *, grace_s: float | None = None) -> None:
-        """Stop the server: open requests get the drain time, then it ends with everything that it started."""
+        """Stop the server: open requests get the drain time, then it ends with everything that it started.
+
+        With nothing open the wait is short: some servers never count a request as gone whose client cancelled it.
+        """
         if self._process is None:
             return
+        if grace_s is None and not self._has_open_requests():
+            grace_s = _IDLE_GRACE_S
         process, self._process = self._process, None
         process.stop(grace_s=grace_s)
         if self._kept_log is None:
@@ -132,6 +138,10 @@ class TritonServer:
             if waited_s > self._startup_timeout_s:
                 raise explain_failure(self.log_file, f"tritonserver was not ready after {waited_s:.0f} s")
             time.sleep(_POLL_S)
+
+    def _has_open_requests(self) -> bool:
+        metrics = read_metrics(self.metrics_url) or {}
+        return any(metrics.get(f"puzzle_requests_{state}", 0) > 0 for state in ("waiting", "running"))
 
     def _options(self, shm_prefix: str) -> list[str]:
         gpu_metrics = self.engine.manifest.runtime == "tensorrt_llm"

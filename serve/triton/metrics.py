@@ -44,8 +44,8 @@ def kv_blocks(stats: Any) -> tuple[int, int] | None:
         return None
     newest = json.loads(stats[-1]) if isinstance(stats[-1], str) else stats[-1]
     blocks = newest.get("kvCacheStats") or {}
-    if "maxNumBlocks" not in blocks:
-        return None
+    if not blocks.get("maxNumBlocks"):
+        return None  # a runtime that has not made a step yet may say 0
     return int(blocks.get("usedNumBlocks", 0)), int(blocks["maxNumBlocks"])
 
 

@@ -50,11 +50,11 @@ class Outbox:
         self._log = log
         self._queues: list[queue.SimpleQueue[Reply | None]] = [queue.SimpleQueue() for _ in range(threads)]
         self._threads = [
-            threading.Thread(target=self._send_all, args=(q,), name="puzzle-send", daemon=True) for q in self._queues
+            threading.Thread(target=self._send_all, args=(index,), name="puzzle-send", daemon=True)
+            for index in range(threads)
         ]
         self._next = 0
-        self.responses_sent = 0
-        """For the metrics; approximate, as two threads count without a lock."""
+        self._sent = [0] * threads
         for thread in self._threads:
             thread.start()
 
@@ -70,10 +70,16 @@ class Outbox:
         for thread in self._threads:
             thread.join(timeout=5)
 
-    def _send_all(self, replies: queue.SimpleQueue[Reply | None]) -> None:
-        while (reply := replies.get()) is not None:
+    @property
+    def responses_sent(self) -> int:
+        """Since the start, for the metrics. Each thread counts for itself: `+=` across a send would lose counts."""
+        return sum(self._sent)
+
+    def _send_all(self, index: int) -> None:
+        while (reply := self._queues[index].get()) is not None:
             try:
-                self.responses_sent += reply.flush()
+                count = reply.flush()
+                self._sent[index] += count
             except Exception as error:  # the server may have closed the request
                 self._log(f"a response could not be sent: {type(error).__name__}: {error}")
 
@@ -94,6 +100,11 @@ class Reply:
         self._sent = Sent()
         self._closed = False
         self._closing = threading.Lock()
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, so that a snapshot can hold back what may become one."""
+        return self._form.stop
 
     @property
     def ended(self) -> bool:

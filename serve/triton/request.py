@@ -54,6 +54,8 @@ class ReplyFormat:
     finish_reason: bool = False
     stop_reason: bool = False
     cumulative_logprob: bool = False
+    stop: tuple[str, ...] = ()
+    """Text that might become one of these is held back until it is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,7 @@ def parse_request(inputs: Inputs, limits: RequestLimits) -> GenerateCall:
         finish_reason=_flag(inputs, "return_finish_reason"),
         stop_reason=_flag(inputs, "return_stop_reason"),
         cumulative_logprob=_flag(inputs, "return_cumulative_logprob"),
+        stop=tuple(sampling.get("stop", ())),
     )
     if reply.streaming and not limits.streaming_allowed:
         raise RequestRefusedError(

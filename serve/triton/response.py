@@ -5,8 +5,8 @@ sent in another. So each step is first frozen into a `Snapshot`: references to i
 that belongs to it, nothing copied. `render` turns a snapshot and what was sent before into tensors.
 
 Two forms. Plain, as NVIDIA's: every response repeats everything so far and every field that was asked for. Delta: only
-what is new; fields about the end come with the end. A delta cannot take back text, so where a stop string is cut off
-after parts of it went out, those parts stay out.
+what is new; fields about the end come with the end. A delta cannot take back text, and runtimes cut a stop string off
+only when they have seen all of it: so the end of the text is held back while it could be the beginning of one.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Sent(NamedTuple):
     num_tokens: int = 0
 
 
-def take_snapshot(output: Any) -> Snapshot:
+def take_snapshot(output: Any, stops: tuple[str, ...] = ()) -> Snapshot:
     """Freeze a RequestOutput as it is now; call it where the runtime updates it."""
     completion = output.outputs[0]
     finished = bool(output.finished)
     return Snapshot(
-        completion.text,
+        hold_back(completion.text, stops) if stops and not finished else completion.text,
         completion.token_ids,
         len(completion.token_ids),
         finished,
@@ -57,6 +57,14 @@ def take_snapshot(output: Any) -> Snapshot:
         completion.cumulative_logprob,
         perf_tensors(output) if finished else [],
     )
+
+
+def hold_back(text: str, stops: tuple[str, ...]) -> str:
+    """`text` without the longest end that is the beginning of a stop string."""
+    for length in range(min(len(text), max(map(len, stops), default=1) - 1), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return text[:-length]
+    return text
 
 
 def render(reply: ReplyFormat, now: Snapshot, sent: Sent) -> list[Tensor]:

@@ -75,6 +75,7 @@ def _serve_once(
     server.start()
     try:
         say(f"serving {server.engine.path} at grpc {server.grpc_url}, {server.http_url}, {server.metrics_url}")
+        say(f"Triton's log is {server.log_file}")
         if on_ready is not None:
             on_ready(server)
         reason = watch(server)

@@ -164,7 +164,7 @@ class Session:
             self._end_with(request, error)
 
     def _step(self, request: OpenRequest, output: Any) -> None:
-        snapshot = take_snapshot(output)
+        snapshot = take_snapshot(output, request.reply.stops)
         if snapshot.finished and snapshot.finish_reason == "cancelled":
             self._end(request.reply, "CANCELLED", "the runtime cancelled the request")
             return

@@ -44,6 +44,7 @@ def test_every_sampling_parameter_reaches_its_argument() -> None:
     }  # fmt: skip
     call = parse_request(tensors(**{f"sampling_param_{name}": value for name, value in given_.items()}), LIMITS)
     assert call.sampling == {**given_, "stop": ["ab", "\u00e9"]}
+    assert call.reply.stop == ("ab", "\u00e9")
     parameters = SamplingParams(**call.sampling)
     assert all(getattr(parameters, name) == value for name, value in call.sampling.items())
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from puzzle_trtllm.serve.runtimes.api import CompletionOutput, RequestPerfMetrics
 from puzzle_trtllm.serve.triton.contract import OUTPUTS_BY_NAME
 from puzzle_trtllm.serve.triton.request import ReplyFormat
-from puzzle_trtllm.serve.triton.response import Sent, perf_tensors, render, take_snapshot
+from puzzle_trtllm.serve.triton.response import Sent, hold_back, perf_tensors, render, take_snapshot
 
 NUMPY = {"STRING": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
 
@@ -87,6 +87,41 @@ def test_deltas_add_up_to_the_whole_however_steps_are_merged(steps: list[tuple[s
             got_ids += found["output_ids"]
             sent = Sent(len(text), len(ids))
     assert got_text == text.encode() and got_ids == ids
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "visible"),
+    [
+        ("abc", (), "abc"),
+        ("abc", ("cd",), "ab"),
+        ("abc", ("bcd", "cx"), "a"),
+        ("abc", ("c",), "abc"),  # a whole stop string is the runtime's to cut
+        ("xaaa", ("aab",), "xa"),
+        ("", ("ab",), ""),
+        ("a", ("abc",), ""),
+    ],
+)
+def test_what_may_become_a_stop_string_is_held_back(text: str, stops: tuple[str, ...], visible: str) -> None:
+    assert hold_back(text, stops) == visible
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_a_stream_with_stop_strings_never_says_more_than_its_end(text: str, stops: list[str]) -> None:
+    """Character by character until a stop string is complete, as a runtime would; the end is what lies before it."""
+    ends = [index for stop in stops if (index := text.find(stop)) >= 0]
+    cut_at = min(text.find(stop) + len(stop) for stop in stops if stop in text) if ends else len(text)
+    final = text[: min(text[:cut_at].find(stop) for stop in stops if stop in text[:cut_at])] if ends else text
+    shown = ""
+    for length in range(1, cut_at):
+        visible = hold_back(text[:length], tuple(stops))
+        assert visible.startswith(shown), "what was shown stays"
+        shown = visible
+        assert final.startswith(shown)
+
+
+def test_a_finished_text_is_shown_whole() -> None:
+    assert take_snapshot(output("abc", [1], finish="length"), ("cd",)).text == "abc"
+    assert take_snapshot(output("abc", [1]), ("cd",)).text == "ab"
 
 
 METRICS = {

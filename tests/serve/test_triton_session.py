@@ -192,6 +192,10 @@ def test_two_streams_keep_their_own_order(service) -> None:
         wait_until(lambda sender=sender: sender.final, what="the end")
         text = b"".join(r["text_output"][0] for r, _ in sender.responses)
         assert text == bytes(ord("A") + index % 26 for index in range(100))
+    wait_until(
+        lambda: service.outbox.responses_sent == sum(len(sender.responses) for sender, _ in streams),
+        what="both senders' responses are counted",
+    )
 
 
 @pytest.mark.parametrize(

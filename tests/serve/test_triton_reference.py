@@ -1,0 +1,133 @@
+"""The real chain: a checkpoint, built into an engine, executed by the reference runtime, served by Triton over gRPC.
+
+The oracle is the same engine in this process, without Triton.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from puzzle_trtllm.build.engine_build import build_engine
+from puzzle_trtllm.engine import EngineConfig
+from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.serve.client.request import GenerationRequest
+from puzzle_trtllm.serve.client.triton_client import TritonLlmClient, generate
+from puzzle_trtllm.serve.runtimes import create_llm
+from puzzle_trtllm.serve.runtimes.api import SamplingParams
+from puzzle_trtllm.serve.triton.process import children_of
+from puzzle_trtllm.serve.triton.server import TritonServer
+from tests.serve.scripted import metric, wait_until
+
+PROMPTS = ["12+34=", "the quick brown fox", "x" * 50, "a", "2+2=", "carry the one"]
+
+
+@pytest.fixture(scope="module")
+def engine(make_checkpoint, tmp_path_factory):
+    checkpoint = make_checkpoint([(8, None), (4, 16), (2, 32)], experts_per_token=2)
+    config = EngineConfig(runtime="reference", llm_args={"dtype": "float32", "max_seq_len": 256, "max_batch_size": 8})
+    return build_engine(checkpoint, tmp_path_factory.mktemp("real") / "engine", config=config)
+
+
+@pytest.fixture(scope="module")
+def expected(engine):
+    """What the runtime says itself: greedy and sampled, by prompt."""
+    greedy = SamplingParams(max_tokens=24, ignore_eos=True)
+    sampled = SamplingParams(max_tokens=24, ignore_eos=True, temperature=0.9, top_k=20, seed=7)
+    with create_llm(engine) as llm:
+        return {
+            name: [(r.outputs[0].text, r.outputs[0].token_ids) for r in llm.generate(PROMPTS, params)]
+            for name, params in (("greedy", greedy), ("sampled", sampled))
+        }
+
+
+@pytest.fixture(scope="module")
+def server(engine, expected):
+    with TritonServer(engine) as server:
+        yield server
+
+
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, 120))
+
+
+async def generate_all(server, *, streaming: bool, **options):
+    async with TritonLlmClient(server.grpc_url) as client:
+        requests = [
+            GenerationRequest(prompt=prompt, max_tokens=24, ignore_eos=True, streaming=streaming, **options)
+            for prompt in PROMPTS
+        ]
+        return await asyncio.gather(*(client.generate(request) for request in requests))
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_what_is_served_is_what_the_runtime_generates(server, expected, streaming: bool) -> None:
+    results = run(generate_all(server, streaming=streaming))
+    assert [(result.text, result.token_ids) for result in results] == expected["greedy"]
+    assert {result.finish_reason for result in results} == {"length"}
+
+
+def test_sampling_with_a_seed_is_the_same_behind_triton(server, expected) -> None:
+    results = run(generate_all(server, streaming=True, temperature=0.9, top_k=20, seed=7))
+    assert [(result.text, result.token_ids) for result in results] == expected["sampled"]
+    assert expected["sampled"] != expected["greedy"]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_stop_string_over_two_tokens_never_shows(server, expected, streaming: bool) -> None:
+    text = expected["greedy"][1][0]
+    stop = text[3:5]
+    found = generate(PROMPTS[1], url=server.grpc_url, max_tokens=24, ignore_eos=True, stop=[stop], streaming=streaming)
+    assert (found.text, found.finish_reason) == (text[: text.index(stop)], "stop")
+
+
+def test_a_prompt_that_does_not_fit_is_the_clients_error(server) -> None:
+    with pytest.raises(ServeError, match="256") as error:
+        generate("x" * 256, url=server.grpc_url)
+    assert error.value.status == "INVALID_ARGUMENT"
+
+
+def test_a_closed_stream_gives_its_blocks_back(server) -> None:
+    """The kv gauge counts what requests hold; blocks that only remember a prefix are free."""
+    wait_until(lambda: (metric(server, "puzzle_kv_blocks_total") or 0) > 0, what="the runtime's count of blocks")
+
+    async def scenario():
+        async with TritonLlmClient(server.grpc_url) as client:
+            request = GenerationRequest(prompt="x" * 20, max_tokens=230, ignore_eos=True)
+            streams = [client.stream(request) for _ in range(6)]
+            for stream in streams:
+                await anext(stream)
+            for stream in streams:
+                await stream.aclose()
+
+    cancelled = metric(server, 'puzzle_requests_total{end="cancelled"}') or 0
+    run(scenario())
+    wait_until(
+        lambda: (metric(server, 'puzzle_requests_total{end="cancelled"}') or 0) > cancelled, what="cancels are counted"
+    )
+    wait_until(lambda: metric(server, "puzzle_kv_blocks_used") == 0, what="no block in use")
+
+
+def test_at_last_the_engine_is_killed_and_the_stub_answers_for_it(server) -> None:
+    """Last in this file: nothing can be generated afterwards."""
+    (stub,) = server.stub_pids()
+    (engine_pid,) = children_of(stub)
+
+    async def scenario():
+        async with TritonLlmClient(server.grpc_url) as client:
+            stream = client.stream(GenerationRequest(prompt="x", max_tokens=250, ignore_eos=True))
+            await anext(stream)
+            os.kill(engine_pid, signal.SIGKILL)
+            with pytest.raises(ServeError, match="the engine is dead") as error:
+                async for _ in stream:
+                    pass
+            return error.value.status
+
+    assert run(scenario()) == "UNAVAILABLE"
+    with pytest.raises(ServeError, match="the engine is dead") as error:
+        generate("x", url=server.grpc_url)
+    assert error.value.status == "UNAVAILABLE"
+    wait_until(lambda: metric(server, "puzzle_engine_up") == 0, what="the metric says so")
