@@ -3,7 +3,8 @@
 The order matters. MPI variables that tritonserver inherited (mpirun, Slurm) would make TensorRT-LLM's workers join the
 wrong job, so they go first; `env_overrides` follow, because TensorRT-LLM sets them only in its workers. The plugin
 registers the model class and must be imported before the LLM looks it up. And neither torch nor tensorrt_llm may be
-imported before this runs: CUDA opens its devices at import, and workers spawned later inherit what was open (https://github.com/NVIDIA/TensorRT-LLM, triton_backend/all_models/llmapi).
+imported before this runs: CUDA opens its devices at import, and workers spawned later inherit what was open
+(https://github.com/NVIDIA/TensorRT-LLM, triton_backend/all_models/llmapi).
 """
 
 from __future__ import annotations
