@@ -3,6 +3,8 @@
     engine.json       what it is and where it came from
     llm_args.yaml     the arguments of TensorRT-LLM's `LLM`, derived (puzzle_trtllm.build.llm_args)
     model/            the serving copy, KV scales folded in   (puzzle_trtllm.build.serving_copy)
+    plugin/           for TensorRT-LLM, where layers differ: registers the child's class   (.plugin_folder)
+    launch/           for TensorRT-LLM: command lines ready to run   (.launch)
 
 FP8 KV needs scales. Engines hold theirs at 1, so without a fold FP8 KV runs at unit scale: that is refused unless it is
 asked for by name (fold "none" and allow_unit_scale), and then the manifest says so.
@@ -20,9 +22,12 @@ import yaml
 
 import puzzle_trtllm
 from puzzle_trtllm.architecture import PuzzleArchitecture
+from puzzle_trtllm.build.derived_values import DerivedValue, to_nested
 from puzzle_trtllm.build.fold import fold_scales
-from puzzle_trtllm.build.llm_args import DerivedValue, derive_llm_args, to_nested
+from puzzle_trtllm.build.launch import write_launch_folder
+from puzzle_trtllm.build.llm_args import derive_llm_args
 from puzzle_trtllm.build.output_folder import check_output_folder
+from puzzle_trtllm.build.plugin_folder import write_plugin
 from puzzle_trtllm.build.progress import byte_progress, warn
 from puzzle_trtllm.build.serving_copy import bytes_to_write, is_plain_gpt_oss, write_serving_copy
 from puzzle_trtllm.checkpoint import Checkpoint, resolve_folder
@@ -84,6 +89,8 @@ def build_engine(
         served = Checkpoint.open(model)
         served.validate()
         (folder / LLM_ARGS_NAME).write_text(render_llm_args(values), encoding="utf-8")
+        if settings.runtime == "tensorrt_llm":
+            _write_gpu_host_files(folder, served.architecture, settings, values)
         provenance = _provenance(source, settings, values, warnings=warnings, notes=notes)
         manifest = _manifest(served, settings, folding.record, provenance)
         (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -118,6 +125,17 @@ def _derive(architecture: PuzzleArchitecture, config: EngineConfig, label: str) 
     return derive_llm_args(architecture, config, load_scenario(config.scenario), file=label)
 
 
+def _write_gpu_host_files(
+    folder: Path, architecture: PuzzleArchitecture, config: EngineConfig, values: list[DerivedValue]
+) -> None:
+    """Plugin and launch scripts."""
+    plugin = not is_plain_gpt_oss(architecture)
+    if plugin:
+        write_plugin(folder)
+    scenario = load_scenario(config.scenario)
+    write_launch_folder(folder, architecture, config, to_nested(values), scenario, plugin=plugin)
+
+
 def _choose_fold(
     checkpoint: Checkpoint, config: EngineConfig, wanted: FoldName, allow_unit_scale: bool, label: str
 ) -> FoldName:
@@ -147,8 +165,10 @@ def _runtime_warnings(architecture: PuzzleArchitecture, config: EngineConfig, mo
     warnings = []
     if config.kv_dtype == "fp8" and mode == "none":
         warnings.append("the FP8 KV cache runs at unit scale: nothing was folded")
-    if config.runtime == "tensorrt_llm" and not is_plain_gpt_oss(architecture):
-        warnings.append("TensorRT-LLM has no model of its own for layers that differ; it needs one registered for it")
+    if config.runtime == "tensorrt_llm" and config.kv_dtype == "fp8" and (config.gpu or "").startswith("h"):
+        warnings.append(
+            "FP8 KV with attention sinks on Hopper is unverified in TensorRT-LLM: measure kv_dtype bf16 too"
+        )
     return warnings
 
 

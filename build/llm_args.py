@@ -12,30 +12,23 @@ never less than the model's window; left out, a runtime would derive it from the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture
+from puzzle_trtllm.build.derived_values import DerivedValue, Values, to_nested
+from puzzle_trtllm.build.gpu_args import FREE_FRACTION, Room, batch_size, find_room, moe_backend, put_gpu_args, the_gpu
 from puzzle_trtllm.build.parallelism import check_parallelism
+from puzzle_trtllm.build.window_shares import format_shares, held_tokens, window_shares
 from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import ConfigError
-from puzzle_trtllm.llm_args_schema import check_llm_args, section_class
+from puzzle_trtllm.llm_args_schema import check_llm_args
 from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.tensors import count_weight_bytes
 
 DEFAULT_MAX_NUM_TOKENS = 8192
 DEFAULT_TOKENS_PER_BLOCK = 32
 MIN_TOKENS_PER_BLOCK = 8
-_OVERRIDE = "llm_args of the engine config"
-
-
-class DerivedValue(NamedTuple):
-    """One argument, where it comes from."""
-
-    key: str
-    """Dotted: kv_cache_config.dtype."""
-    value: Any
-    reason: str
 
 
 def derive_llm_args(
@@ -49,28 +42,28 @@ def derive_llm_args(
     if "model" in config.llm_args:
         raise ConfigError("is passed by the loader of the engine", file=file, key="llm_args.model")
     check_llm_args(config.llm_args, target=config.target, file=f"{file}: llm_args")
-    values = _Values(config.llm_args)
-    _parallel(values, config)
-    _sizes(values, architecture, scenario, file)
+    values = Values(config.llm_args)
+    _parallel(values, config, file)
+    _max_seq_len(values, architecture, scenario, file)
+    _check_ranks(values, architecture, config, file)
+    if config.runtime == "tensorrt_llm":
+        room = find_room(architecture, config, values, max_num_tokens=_max_num_tokens(values, 0), file=file)
+        _batch(values, *batch_size(room))
+        put_gpu_args(values, scenario, room)
+    else:
+        _batch(values, scenario.concurrency, f"scenario {scenario.name}: concurrency")
+        room = None
     _kv_cache(values, architecture, config)
+    if room is not None:
+        _divide_memory(values, config, scenario, room)
     result = list(values.finish())
     nested = to_nested(result)
-    check_parallelism(architecture, config, nested, file=file)
     if nested["kv_cache_config"]["tokens_per_block"] < 1:
         found = nested["kv_cache_config"]["tokens_per_block"]
         raise ConfigError("must be positive", file=file, key="kv_cache_config.tokens_per_block", found=found)
     _check_windows(architecture, nested, file)
     _check_memory(architecture, config, nested, file)
     check_llm_args(nested, target=config.target, file=file)
-    return result
-
-
-def to_nested(values: list[DerivedValue]) -> dict[str, Any]:
-    """The arguments as `LLM(**...)` takes them."""
-    result: dict[str, Any] = {}
-    for key, value, _ in values:
-        section, _, name = key.rpartition(".")
-        (result.setdefault(section, {}) if section else result)[name] = value
     return result
 
 
@@ -85,41 +78,34 @@ def one_sequence_bytes(architecture: PuzzleArchitecture, llm_args: Mapping[str, 
     return blocks * size * architecture.kv_bytes_per_token_and_layer(kv_dtype)
 
 
-class _Values:
-    """Collects values; an override of the same key replaces the derived one."""
-
-    def __init__(self, overrides: Mapping[str, Any]) -> None:
-        self._values: list[DerivedValue] = []
-        self._overrides: dict[str, Any] = {}
-        for key, value in overrides.items():
-            if isinstance(value, Mapping) and section_class(key) is not None:
-                self._overrides.update({f"{key}.{name}": inner for name, inner in value.items()})
-            else:
-                self._overrides[key] = value
-
-    def put(self, key: str, value: Any, reason: str) -> Any:
-        """Record a value and return the one that holds."""
-        if key in self._overrides:
-            value, reason = self._overrides.pop(key), _OVERRIDE
-        self._values.append(DerivedValue(key, value, reason))
-        return value
-
-    def finish(self) -> Iterator[DerivedValue]:
-        """Everything recorded, then the overrides that nothing was derived for."""
-        yield from self._values
-        for key, value in self._overrides.items():
-            yield DerivedValue(key, value, _OVERRIDE)
-
-
-def _parallel(values: _Values, config: EngineConfig) -> None:
+def _parallel(values: Values, config: EngineConfig, file: str) -> None:
     values.put("backend", "pytorch", "the only backend of TensorRT-LLM that runs gpt-oss")
-    values.put("tensor_parallel_size", config.num_gpus, f"num_gpus of the engine config ({config.parallel})")
+    tp = values.put("tensor_parallel_size", config.num_gpus, f"num_gpus of the engine config ({config.parallel})")
     if config.parallel == "dep":
-        values.put("moe_expert_parallel_size", config.num_gpus, "parallel: dep deals the experts out to all GPUs")
+        values.put("moe_expert_parallel_size", tp, "parallel: dep deals the experts out to all GPUs")
         values.put("enable_attention_dp", True, "parallel: dep runs attention on whole sequences, one GPU each")
+    elif config.runtime == "tensorrt_llm" and tp > 1:
+        backend, _ = moe_backend(the_gpu(config, file))
+        reason = f"{backend} deals whole experts out to all GPUs: their width has no aligned cut for tensor parallelism"
+        values.put("moe_expert_parallel_size", tp, reason)
 
 
-def _sizes(values: _Values, a: PuzzleArchitecture, scenario: Scenario, file: str) -> None:
+def _check_ranks(values: Values, a: PuzzleArchitecture, config: EngineConfig, file: str) -> None:
+    """Before anything is counted per GPU. Raises ConfigError."""
+    nested = to_nested(list(values.finish()))
+    check_parallelism(a, config, nested, file=file)
+    tp, kv_heads = nested["tensor_parallel_size"], a.num_key_value_heads
+    if config.runtime == "tensorrt_llm" and not nested.get("enable_attention_dp") and kv_heads % tp:
+        raise ConfigError(
+            "TensorRT-LLM's gpt-oss loader does not repeat KV heads",
+            file=file,
+            key="tensor_parallel_size",
+            found=tp,
+            expected=f"a divisor of the {kv_heads} KV heads, or parallel: dep",
+        )
+
+
+def _max_seq_len(values: Values, a: PuzzleArchitecture, scenario: Scenario, file: str) -> None:
     wanted = scenario.sequence_tokens
     reason = f"scenario {scenario.name}: {scenario.input_tokens} in + {scenario.output_tokens} out"
     max_seq_len = values.put("max_seq_len", wanted, reason)
@@ -131,14 +117,43 @@ def _sizes(values: _Values, a: PuzzleArchitecture, scenario: Scenario, file: str
             found=max_seq_len,
             expected=f"at most {a.max_position_embeddings}",
         )
-    batch = values.put("max_batch_size", scenario.concurrency, f"scenario {scenario.name}: concurrency") or 0
+
+
+def _batch(values: Values, max_batch_size: int, reason: str) -> None:
+    batch = values.put("max_batch_size", max_batch_size, reason) or 0
     reason = "TensorRT-LLM's default" if batch <= DEFAULT_MAX_NUM_TOKENS else "one token for every sequence"
-    values.put("max_num_tokens", max(DEFAULT_MAX_NUM_TOKENS, batch), reason)
+    values.put("max_num_tokens", _max_num_tokens(values, batch), reason)
     values.put("enable_chunked_prefill", True, "a long prompt must not hold up the sequences that are decoding")
 
 
-def _kv_cache(values: _Values, a: PuzzleArchitecture, config: EngineConfig) -> None:
-    max_seq_len = next(v.value for v in values.finish() if v.key == "max_seq_len")
+def _max_num_tokens(values: Values, batch: int) -> int:
+    return int(values.get("max_num_tokens") or max(DEFAULT_MAX_NUM_TOKENS, batch))
+
+
+def _divide_memory(values: Values, config: EngineConfig, scenario: Scenario, room: Room) -> None:
+    """The KV pool: how much of the GPU, for whom it is reserved, and its division among windows."""
+    fraction = FREE_FRACTION[config.parallel]
+    reason = f"of what is free once the model is loaded; about {room.pool_bytes / 2**30:.1f} GiB on {room.gpu.name}"
+    values.put("kv_cache_config.free_gpu_memory_fraction", fraction, reason)
+    reason = "a sequence that starts can end: none is evicted half way"
+    policy = values.put("scheduler_config.capacity_scheduler_policy", "GUARANTEED_NO_EVICT", reason)
+    windows = values.get("kv_cache_config.max_attention_window") or []
+    num_tokens = min(held_tokens(scenario.input_tokens, scenario.output_tokens, policy), values.get("max_seq_len"))
+    size = values.get("kv_cache_config.tokens_per_block") or DEFAULT_TOKENS_PER_BLOCK
+    shares = window_shares(windows, num_tokens=num_tokens, tokens_per_block=size) if windows else []
+    if len(shares) > 1 and not values.get("kv_cache_config.use_kv_cache_manager_v2"):
+        values.put(
+            "kv_cache_config.use_kv_cache_manager_v2",
+            False,
+            "V2 ignores window shares, and would derive windows from the one sliding_window of config.json",
+        )
+        distinct = ", ".join(str(window) for window in sorted(set(windows)))
+        reason = f"memory for windows {distinct} as one sequence of {num_tokens} tokens needs it; equal parts otherwise"
+        values.merge("env_overrides", {"TRTLLM_WINDOW_SIZE_SHARES": format_shares(shares)}, reason)
+
+
+def _kv_cache(values: Values, a: PuzzleArchitecture, config: EngineConfig) -> None:
+    max_seq_len = values.get("max_seq_len")
     dtype = "fp8" if config.kv_dtype == "fp8" else "auto"
     values.put("kv_cache_config.dtype", dtype, f"kv_dtype: {config.kv_dtype} of the engine config")
     windows = [min(block.sliding_window or max_seq_len, max_seq_len) for block in a.blocks]

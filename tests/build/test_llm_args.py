@@ -24,7 +24,8 @@ ONE_SEQUENCE = (2 + 7 + 4 + 7) * 16 * KV_BYTES
 
 
 def derived(architecture=CHILD, scenario=SCENARIO, **config):
-    config = EngineConfig(**{"runtime": "reference", "kv_dtype": "fp8", **config})
+    gpu = {"gpu": "h100-80gb"} if config.get("runtime") == "tensorrt_llm" else {}
+    config = EngineConfig(**{"runtime": "reference", "kv_dtype": "fp8", **gpu, **config})
     return derive_llm_args(architecture, config, scenario, file="c.yaml")
 
 
@@ -169,7 +170,14 @@ class TestParallelism:
         ("config", "match"),
         [
             ({"runtime": "reference", "num_gpus": 2}, "num_gpus: .*the reference runtime runs on one rank"),
-            ({"num_gpus": 3}, "tensor_parallel_size: .*found 3, expected a divisor of the 4 attention heads"),
+            (
+                {"num_gpus": 3, "llm_args": {"moe_expert_parallel_size": 1}},
+                "tensor_parallel_size: .*found 3, expected a divisor of the 4 attention heads",
+            ),
+            (
+                {"num_gpus": 4, "llm_args": {"moe_expert_parallel_size": 1}},
+                "tensor_parallel_size: .*does not repeat KV heads .found 4, expected a divisor of the 2 KV heads",
+            ),
             (
                 {"num_gpus": 2, "parallel": "dep"},
                 "moe_expert_parallel_size: .*found 2, expected a divisor of the 3 ",
@@ -185,8 +193,10 @@ class TestParallelism:
     def test_impossible_layouts_are_one_line(self, config, match):
         refused(match, **{"runtime": "tensorrt_llm", **config})
 
-    def test_more_ranks_than_kv_heads_repeat_them(self):
-        assert arguments(runtime="tensorrt_llm", num_gpus=4)["tensor_parallel_size"] == 4
+    def test_tensor_parallelism_deals_whole_experts_out(self):
+        found = arguments(toy_architecture([(6, 16), (4, None)]), runtime="tensorrt_llm", num_gpus=2)
+        assert (found["tensor_parallel_size"], found["moe_expert_parallel_size"]) == (2, 2)
+        assert "enable_attention_dp" not in found
 
     def test_attention_dp_needs_no_head_split(self):
         a = toy_architecture([(6, 16), (3, None)])

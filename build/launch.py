@@ -1,0 +1,124 @@
+"""`<engine>/launch/`: the command lines that start or measure the engine on a GPU host, ready to run.
+
+    trtllm-serve.sh     OpenAI-compatible server of TensorRT-LLM itself
+    trtllm-bench.sh     its throughput benchmark, on bench-dataset.jsonl at the scenario's lengths
+    tritonserver.sh     Triton with this project's model repository
+    bench-dataset.jsonl random token ids: {"task_id", "input_ids", "output_tokens"} a line
+
+Every script exports the environment that the engine needs. `env_overrides` in llm_args.yaml reaches the workers that
+`LLM` starts; ranks that Slurm or mpirun started before are not its children, so the variables are set outside too.
+Scripts find the engine from their own place: the folder may be moved. Arguments after the script's name are passed on.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from puzzle_trtllm.architecture import PuzzleArchitecture
+from puzzle_trtllm.build.plugin_folder import PLUGIN_FOLDER
+from puzzle_trtllm.engine import LLM_ARGS_NAME, EngineConfig
+from puzzle_trtllm.scenario import Scenario
+
+LAUNCH_FOLDER = "launch"
+DATASET_NAME = "bench-dataset.jsonl"
+MODEL_NAME = "openai/gpt-oss-120b"
+"""trtllm-bench wants a hub name beside --model_path; it names the report's rows."""
+NUM_SPECIAL_TOKENS = 1090
+"""Ids at the end of gpt-oss's vocabulary that are no text: control tokens and room for more."""
+
+_HEAD = """\
+#!/bin/sh
+# {purpose}
+# By puzzle-trtllm build; further arguments are passed on.
+set -eu
+ENGINE=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
+"""
+
+
+def launch_scripts(
+    config: EngineConfig, llm_args: Mapping[str, Any], scenario: Scenario, *, plugin: bool
+) -> dict[str, str]:
+    """File name: text, for every way to start this engine."""
+    exports = "".join(
+        f"export {name}={shlex.quote(value)}\n" for name, value in (llm_args.get("env_overrides") or {}).items()
+    )
+    modules = [f'--custom_module_dirs "$ENGINE/{PLUGIN_FOLDER.as_posix()}"'] if plugin else []
+    options = [
+        f'--extra_llm_api_options "$ENGINE/{LLM_ARGS_NAME}"'
+        if config.target == "1.2"
+        else f'--config "$ENGINE/{LLM_ARGS_NAME}"'
+    ]
+    return {
+        "trtllm-serve.sh": _script(
+            "OpenAI-compatible server of TensorRT-LLM; llm_args.yaml wins over flags",
+            exports,
+            ['trtllm-serve serve "$ENGINE/model"', "--backend pytorch", *modules, *options],
+        ),
+        "trtllm-bench.sh": _script(
+            f"Throughput at scenario {scenario.name}: {scenario.input_tokens} in, {scenario.output_tokens} out",
+            exports,
+            [
+                f'trtllm-bench --model {MODEL_NAME} --model_path "$ENGINE/model"',
+                "throughput",
+                *_bench(llm_args, scenario, modules, options),
+            ],
+        ),
+        "tritonserver.sh": _script(
+            "Triton: gRPC 8001, HTTP 8000, metrics 8002, on this machine only (--host 0.0.0.0 opens them)",
+            exports,
+            ['python3 -m puzzle_trtllm serve "$ENGINE"'],
+        ),
+    }
+
+
+def write_launch_folder(
+    engine: Path,
+    architecture: PuzzleArchitecture,
+    config: EngineConfig,
+    llm_args: Mapping[str, Any],
+    scenario: Scenario,
+    *,
+    plugin: bool,
+) -> None:
+    """Write scripts and dataset into the engine folder."""
+    folder = engine / LAUNCH_FOLDER
+    folder.mkdir()
+    for name, text in launch_scripts(config, llm_args, scenario, plugin=plugin).items():
+        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).chmod(0o755)
+    write_dataset(folder / DATASET_NAME, scenario, vocab_size=architecture.vocab_size)
+
+
+def write_dataset(file: Path, scenario: Scenario, *, vocab_size: int, seed: int = 0) -> None:
+    """`num_requests` prompts of random text tokens, the same at every build; unlike each other from the first token."""
+    limit = max(1, vocab_size - NUM_SPECIAL_TOKENS) if vocab_size > 2 * NUM_SPECIAL_TOKENS else vocab_size
+    source = random.Random(seed)
+    with file.open("w", encoding="utf-8") as out:
+        for task in range(scenario.num_requests):
+            ids = [int(source.random() * limit) for _ in range(scenario.input_tokens)]
+            line = {"task_id": task, "input_ids": ids, "output_tokens": scenario.output_tokens}
+            out.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+
+def _bench(llm_args: Mapping[str, Any], scenario: Scenario, modules: list[str], options: list[str]) -> list[str]:
+    ranks = [f"--tp {llm_args['tensor_parallel_size']}"]
+    if llm_args.get("moe_expert_parallel_size"):
+        ranks.append(f"--ep {llm_args['moe_expert_parallel_size']}")
+    return [
+        "--backend pytorch",
+        *modules,
+        *options,
+        " ".join(ranks),
+        f"--max_batch_size {llm_args['max_batch_size']} --max_num_tokens {llm_args['max_num_tokens']}",
+        f'--dataset "$ENGINE/{LAUNCH_FOLDER}/{DATASET_NAME}"',
+        f"--concurrency {scenario.concurrency} --streaming",
+    ]
+
+
+def _script(purpose: str, exports: str, parts: list[str]) -> str:
+    return _HEAD.format(purpose=purpose) + exports + "exec " + " \\\n  ".join([*parts, '"$@"']) + "\n"

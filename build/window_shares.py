@@ -1,0 +1,58 @@
+"""How TensorRT-LLM's V1 cache manager should divide its memory among attention windows.
+
+It keeps one pool for each distinct window and makes them EQUAL unless TRTLLM_WINDOW_SIZE_SHARES="s1,s2,s3" says
+otherwise (ascending windows). Equal pools waste most of the memory: at 128K tokens a sequence keeps 18 x 160 tokens in
+the 128-windows and 10 x 131072 in the full layers. In proportion to what one sequence keeps, all pools run out at once.
+
+Lengths: under GUARANTEED_NO_EVICT a sequence reserves to its last possible token, under MAX_UTILIZATION it holds, over
+its life, the prompt and half of its output on average. A window that has moved on straddles one block more than it
+fills. The trap: the shares must add up to exactly 1.0 in floating point, left to right, or the engine stops with an
+assertion. Multiples of 1/4096 are exact in binary and in print, and so are their sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+
+GRID = 4096
+
+
+def window_shares(max_attention_window: Sequence[int], *, num_tokens: int, tokens_per_block: int) -> list[float]:
+    """Shares by ascending window for sequences that hold `num_tokens`; [1.0] where all layers have one window."""
+    layers = Counter(max_attention_window)
+    needs = [
+        layers[window] * blocks_of_a_sequence(window, num_tokens=num_tokens, tokens_per_block=tokens_per_block)
+        for window in sorted(layers)
+    ]
+    return [parts / GRID for parts in _on_grid(needs)]
+
+
+def blocks_of_a_sequence(window: int, *, num_tokens: int, tokens_per_block: int) -> int:
+    """Blocks that one layer with this window keeps of a sequence of `num_tokens`."""
+    return min(math.ceil(num_tokens / tokens_per_block), math.ceil(min(window, num_tokens) / tokens_per_block) + 1)
+
+
+def format_shares(shares: Sequence[float]) -> str:
+    """As the environment variable wants it; multiples of 1/4096 have at most 12 decimals."""
+    return ",".join(f"{share:.12f}".rstrip("0").rstrip(".") for share in shares)
+
+
+def held_tokens(input_tokens: int, output_tokens: int, policy: str) -> int:
+    """Tokens that a sequence holds or reserves under a capacity-scheduler policy."""
+    return input_tokens + (output_tokens if policy == "GUARANTEED_NO_EVICT" else output_tokens // 2)
+
+
+def _on_grid(needs: Sequence[int]) -> list[int]:
+    """Whole parts of GRID in proportion to `needs`, at least one each: largest remainders get what rounding left."""
+    total = sum(needs)
+    exact = [Fraction(need * GRID, total) for need in needs]
+    parts = [max(1, math.floor(part)) for part in exact]
+    by_remainder = sorted(range(len(needs)), key=lambda i: (parts[i] - exact[i], i))
+    for i in by_remainder[: max(0, GRID - sum(parts))]:
+        parts[i] += 1
+    while sum(parts) > GRID:
+        parts[parts.index(max(parts))] -= 1
+    return parts

@@ -1,0 +1,276 @@
+"""Deployments on GPU hosts: shipped engine configs, window shares, launch scripts, the plugin folder."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from puzzle_trtllm.architecture import PuzzleArchitecture
+from puzzle_trtllm.build.derived_values import to_nested
+from puzzle_trtllm.build.engine_build import build_engine, explain
+from puzzle_trtllm.build.gpu_args import graph_sizes
+from puzzle_trtllm.build.launch import write_dataset
+from puzzle_trtllm.build.planner.allocators import tuned_shares
+from puzzle_trtllm.build.planner.assumptions import Assumptions
+from puzzle_trtllm.build.planner.kv_cache import KvGeometry
+from puzzle_trtllm.build.planner.layout import Layout
+from puzzle_trtllm.build.window_shares import format_shares, held_tokens, window_shares
+from puzzle_trtllm.engine import EngineConfig, load_engine_config
+from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.llm_args_schema import check_llm_args
+from puzzle_trtllm.scenario import Scenario
+from tests.build.golden_deployments import CONFIGS, GOLDEN, MODELS, deployment_files
+from tests.models import trtllm_standin
+
+CHILD = MODELS["child"]
+
+
+def arguments(model=CHILD, **config):
+    config = EngineConfig(**{"runtime": "tensorrt_llm", "gpu": "h100-80gb", "scenario": "long", **config})
+    return to_nested(explain(model, config=config))
+
+
+class TestShippedConfigs:
+    def test_the_deployments_of_the_paper_and_two_more(self):
+        assert {"h100x1-long", "h100x1-short", "h200x1", "b200x8"} <= set(CONFIGS)
+        assert {f"h100x8-{load}-{kind}" for load in ("long", "short") for kind in ("tp", "dep")} <= set(CONFIGS)
+
+    @pytest.mark.parametrize("config", CONFIGS)
+    @pytest.mark.parametrize("model", MODELS)
+    def test_emitted_files_are_the_golden_ones(self, config, model):
+        folder = GOLDEN / config / model
+        assert deployment_files(config, model) == {f.name: f.read_text() for f in folder.iterdir()}
+
+    @pytest.mark.parametrize("config", CONFIGS)
+    @pytest.mark.parametrize("target", ["1.2", "1.3", "late"])
+    def test_every_line_of_tensorrt_llm_takes_the_arguments(self, config, target):
+        settings = load_engine_config(config).model_copy(update={"target": target})
+        for model in MODELS.values():
+            values = explain(model, config=settings)
+            check_llm_args(to_nested(values), target=target, file="x")
+            assert all(value.reason for value in values)
+
+    @pytest.mark.parametrize("config", CONFIGS)
+    def test_a_file_holds_only_what_a_human_decides(self, config):
+        keys = yaml.safe_load((Path("engine_configs") / f"{config}.yaml").read_text()).keys()
+        assert keys <= {"runtime", "gpu", "num_gpus", "parallel", "kv_dtype", "scenario", "target"}
+
+
+class TestDerived:
+    def test_kernels_by_gpu(self):
+        found = {gpu: arguments(gpu=gpu)["moe_config"]["backend"] for gpu in ("h100-80gb", "h200-141gb", "b200-180gb")}
+        assert found == {"h100-80gb": "TRITON", "h200-141gb": "TRITON", "b200-180gb": "TRTLLM"}
+        assert arguments(gpu="rtx-pro-6000-96gb")["moe_config"]["backend"] == "CUTLASS"
+
+    def test_tp8_deals_whole_experts_out_and_dep8_says_so(self):
+        tp, dep = (arguments(num_gpus=8, parallel=kind) for kind in ("tp", "dep"))
+        assert (tp["tensor_parallel_size"], tp["moe_expert_parallel_size"]) == (8, 8)
+        assert "enable_attention_dp" not in tp and dep["enable_attention_dp"] is True
+
+    def test_the_child_holds_more_sequences_than_the_parent(self):
+        batch = {name: arguments(model, kv_dtype="fp8")["max_batch_size"] for name, model in MODELS.items()}
+        assert batch["child"] > 3 * batch["parent"] > 0
+
+    def test_fp8_holds_about_twice_as_many_as_bf16(self):
+        bf16, fp8 = (arguments(kv_dtype=dtype)["max_batch_size"] for dtype in ("bf16", "fp8"))
+        assert fp8 in (2 * bf16, 2 * bf16 + 1)
+
+    def test_the_batch_fills_the_pool_and_no_more(self):
+        """By hand: 20 x 1.315 GiB of 26.8; one sequence keeps 18 x 5 + 8 x 257 + 10 x 4096 blocks of 32 KiB (FP8)."""
+        values = {value.key: value for value in explain(CHILD, config="h100x1-long")}
+        sequence_gib = (18 * 5 + 8 * 257 + 10 * 4096) * 32 * 1024 / 2**30
+        assert f"{sequence_gib:.3f} GiB a sequence" in values["max_batch_size"].reason
+        pool_gib = float(values["max_batch_size"].reason.removeprefix("what fits: ").split()[0])
+        assert abs(values["max_batch_size"].value - pool_gib / sequence_gib) < 1.1
+
+    def test_graphs_end_at_the_batch_limit(self):
+        assert graph_sizes(1) == [1] and graph_sizes(6) == [1, 2, 4, 6] and graph_sizes(8) == [1, 2, 4, 8]
+        assert graph_sizes(200)[-4:] == [120, 128, 192, 200]
+
+    def test_humans_win_and_what_follows_follows(self):
+        found = arguments(
+            llm_args={
+                "max_batch_size": 3,
+                "cuda_graph_config": None,
+                "env_overrides": {"TRTLLM_ENABLE_PDL": "1"},
+                "moe_config": {"backend": "CUTLASS"},
+            }
+        )
+        assert (found["max_batch_size"], found["cuda_graph_config"]) == (3, None)
+        assert found["moe_config"] == {"backend": "CUTLASS"}
+        assert set(found["env_overrides"]) == {"TRTLLM_ENABLE_PDL", "TRTLLM_WINDOW_SIZE_SHARES"}
+        assert arguments(llm_args={"max_batch_size": 3})["cuda_graph_config"]["batch_sizes"] == [1, 2, 3]
+
+    def test_the_v2_manager_gets_no_shares(self):
+        found = arguments(llm_args={"kv_cache_config": {"use_kv_cache_manager_v2": True}})
+        assert found["kv_cache_config"]["use_kv_cache_manager_v2"] is True and "env_overrides" not in found
+
+    def test_a_model_with_one_window_gets_no_shares(self, tmp_path):
+        config = json.loads(MODELS["parent"].read_text())
+        config["layer_types"] = ["full_attention"] * 36
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        found = arguments(tmp_path / "config.json", num_gpus=8)
+        assert "env_overrides" not in found and "use_kv_cache_manager_v2" not in found["kv_cache_config"]
+
+    def test_an_evicting_policy_shares_by_the_mean_length(self):
+        found = arguments(llm_args={"scheduler_config": {"capacity_scheduler_policy": "MAX_UTILIZATION"}})
+        shares = [float(s) for s in found["env_overrides"]["TRTLLM_WINDOW_SIZE_SHARES"].split(",")]
+        needs = [18 * 5, 8 * 257, 10 * (65536 + 32768) // 32]
+        assert shares == pytest.approx([need / sum(needs) for need in needs], abs=1 / 4096)
+
+    @pytest.mark.parametrize(
+        ("config", "match"),
+        [
+            ({"gpu": None}, r"gpu: missing key: memory and the expert kernels depend on it"),
+            ({"gpu": "h100"}, r"gpu: unknown GPU \(found h100, expected one of: h100-80gb"),
+            (
+                {"gpu": "l40s-48gb"},
+                r"num_gpus: 1 x l40s-48gb cannot hold one sequence of 131072 tokens \(found 0.0 GiB",
+            ),
+            ({"num_gpus": 3}, r"moe_expert_parallel_size: impossible parallelism \(found 3, expected a divisor"),
+            ({"num_gpus": 128}, r"expected a divisor of the 64 experts of layer 15"),
+            ({"num_gpus": 16}, r"tensor_parallel_size: .*does not repeat KV heads \(found 16"),
+            ({"llm_args": {"moe_config": {"backed": "TRITON"}}}, r"moe_config\.backed: unknown LLM argument"),
+        ],
+    )
+    def test_what_cannot_work_is_one_line(self, config, match):
+        with pytest.raises(ConfigError, match=match) as caught:
+            arguments(**config)
+        assert "\n" not in str(caught.value)
+
+
+class TestWindowShares:
+    def test_by_hand(self):
+        """100 tokens in blocks of 10: window 10 keeps 2 blocks in each of 3 layers, full 10 in 1: 6 and 10 of 16."""
+        shares = window_shares([10, 10, 10, 200], num_tokens=100, tokens_per_block=10)
+        assert shares == [6 / 16, 10 / 16] and format_shares(shares) == "0.375,0.625"
+
+    @given(
+        windows=st.lists(st.sampled_from([1, 31, 128, 1000, 8192, 131072, 10**6]), min_size=1, max_size=60),
+        num_tokens=st.integers(1, 2_000_000),
+    )
+    def test_one_share_a_window_and_their_printed_sum_is_exactly_one(self, windows, num_tokens):
+        shares = window_shares(windows, num_tokens=num_tokens, tokens_per_block=32)
+        printed = [float(text) for text in format_shares(shares).split(",")]  # as TensorRT-LLM reads them
+        assert len(printed) == len(set(windows)) and all(share > 0 for share in printed)
+        assert sum(printed) == 1.0 and sum(map(Fraction, printed)) == 1
+
+    @pytest.mark.parametrize("num_tokens", [8192, 131072])
+    def test_they_are_the_planners(self, num_tokens):
+        child = PuzzleArchitecture.from_path(CHILD)
+        kv = KvGeometry.of(child, "fp8", Layout(kind="tp", gpus_per_replica=1))
+        theirs = tuned_shares(kv, num_tokens, Assumptions())
+        windows = [min(block.sliding_window or num_tokens, num_tokens) for block in child.blocks]
+        ours = window_shares(windows, num_tokens=num_tokens, tokens_per_block=32)
+        assert ours == pytest.approx(list(theirs.values()), abs=2 / 4096)
+
+    def test_held_tokens(self):
+        assert held_tokens(100, 50, "GUARANTEED_NO_EVICT") == 150
+        assert held_tokens(100, 50, "MAX_UTILIZATION") == 125
+
+
+@pytest.fixture
+def toy_engine(make_checkpoint, tmp_path):
+    """A child's engine for TensorRT-LLM in a folder whose name holds a space."""
+    scenario = tmp_path / "tiny.yaml"
+    scenario.write_text("name: tiny\ninput_tokens: 20\noutput_tokens: 10\nconcurrency: 2\nnum_requests: 3\n")
+    config = EngineConfig(runtime="tensorrt_llm", gpu="h100-80gb", num_gpus=2, kv_dtype="fp8", scenario=str(scenario))
+    checkpoint = make_checkpoint([(4, 16), (2, None)], kv_scales=[(0.5, 2.0)] * 2)
+    return build_engine(checkpoint, tmp_path / "my engine", config=config)
+
+
+class TestEngineFolder:
+    def test_its_files(self, toy_engine):
+        assert {path.name for path in toy_engine.path.iterdir()} == {
+            "engine.json",
+            "llm_args.yaml",
+            "model",
+            "plugin",
+            "launch",
+        }
+        config = json.loads((toy_engine.model_path / "config.json").read_text())
+        assert (config["model_type"], config["architectures"]) == ("gpt_oss", ["GptOssPuzzleForCausalLM"])
+
+    def test_a_model_that_upstream_knows_gets_no_plugin(self, make_checkpoint, tmp_path):
+        config = EngineConfig(runtime="tensorrt_llm", gpu="h100-80gb", scenario="cpu-demo")
+        engine = build_engine(make_checkpoint([(4, 16), (4, None)]), tmp_path / "engine", config=config)
+        assert not (engine.path / "plugin").exists()
+        assert "custom_module_dirs" not in (engine.path / "launch" / "trtllm-serve.sh").read_text()
+
+    def test_the_reference_runtime_gets_neither(self, make_checkpoint, tmp_path):
+        config = EngineConfig(runtime="reference", scenario="cpu-demo")
+        engine = build_engine(make_checkpoint([(4, 16), (2, None)]), tmp_path / "engine", config=config)
+        assert {path.name for path in engine.path.iterdir()} == {"engine.json", "llm_args.yaml", "model"}
+
+    def test_the_plugins_path_shadows_no_importable_name(self, toy_engine):
+        """Its parent goes on sys.path of every worker: all it holds must be new names."""
+        names = [path.stem for path in (toy_engine.path / "plugin").iterdir()]
+        assert names == ["puzzle_trtllm_plugin"]
+        assert not {*names} & {*sys.stdlib_module_names, *sys.builtin_module_names}
+        assert not {*names} & {*importlib.metadata.packages_distributions(), "tensorrt_llm", "puzzle_trtllm"}
+        assert importlib.util.find_spec("puzzle_trtllm_plugin") is None
+
+    def test_no_folder_of_ours_is_called_like_the_real_one(self):
+        root = Path(importlib.util.find_spec("puzzle_trtllm").origin).parent
+        assert not [path for path in root.rglob("tensorrt_llm") if path.is_dir()]
+
+    def test_importing_it_as_trtllm_serve_does_registers_the_child(self, toy_engine, monkeypatch):
+        trtllm_standin.install(monkeypatch, "1.2")
+        monkeypatch.syspath_prepend(str(toy_engine.path / "plugin"))
+        importlib.import_module("puzzle_trtllm_plugin")
+        try:
+            assert "GptOssPuzzleForCausalLM" in trtllm_standin.REGISTRY
+        finally:
+            for name in ("puzzle_trtllm_plugin", "puzzle_trtllm.models.trtllm.modeling"):
+                sys.modules.pop(name, None)
+
+    def test_launch_scripts_say_where_things_are_and_pass_arguments_on(self, toy_engine, tmp_path):
+        tools = tmp_path / "bin"
+        tools.mkdir()
+        for name in ("trtllm-serve", "trtllm-bench", "python3"):
+            (tools / name).write_text('#!/bin/sh\necho "$TRTLLM_WINDOW_SIZE_SHARES"\nprintf "%s\\n" "$0" "$@"\n')
+            (tools / name).chmod(0o755)
+        lines = {}
+        for script in (toy_engine.path / "launch").glob("*.sh"):
+            command = [str(script), "--extra", "a b"]
+            environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+            ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd="/")
+            lines[script.name] = ran.stdout.splitlines()
+        shares = toy_engine.llm_args["env_overrides"]["TRTLLM_WINDOW_SIZE_SHARES"]
+        assert {output[0] for output in lines.values()} == {shares}
+        assert all(output[-2:] == ["--extra", "a b"] for output in lines.values())
+        engine, plugin = str(toy_engine.path), str(toy_engine.path / "plugin" / "puzzle_trtllm_plugin")
+        serve, bench, triton = (lines[f"{name}.sh"] for name in ("trtllm-serve", "trtllm-bench", "tritonserver"))
+        assert f"{engine}/model" in serve and serve[serve.index("--custom_module_dirs") + 1] == plugin
+        assert serve[serve.index("--extra_llm_api_options") + 1] == f"{engine}/llm_args.yaml"
+        assert bench[bench.index("--dataset") + 1] == f"{engine}/launch/bench-dataset.jsonl"
+        assert bench[bench.index("--custom_module_dirs") + 1] == plugin
+        assert [bench[bench.index(flag) + 1] for flag in ("--tp", "--ep", "--concurrency")] == ["2", "2", "2"]
+        assert triton[2:6] == ["-m", "puzzle_trtllm", "serve", engine]
+
+    def test_the_dataset_has_the_scenarios_lengths(self, toy_engine):
+        text = (toy_engine.path / "launch" / "bench-dataset.jsonl").read_text()
+        rows = [json.loads(line) for line in text.splitlines()]
+        assert [row["task_id"] for row in rows] == [0, 1, 2]
+        assert {(len(row["input_ids"]), row["output_tokens"]) for row in rows} == {(20, 10)}
+        assert len({row["input_ids"][0] for row in rows}) > 1
+
+    def test_the_dataset_holds_no_control_tokens_and_is_the_same_twice(self, tmp_path):
+        scenario = Scenario(name="x", input_tokens=2000, output_tokens=1, concurrency=1, num_requests=3)
+        for name in ("a", "b"):
+            write_dataset(tmp_path / name, scenario, vocab_size=201088)
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+        ids = [i for line in (tmp_path / "a").open() for i in json.loads(line)["input_ids"]]
+        assert min(ids) >= 0 and 190_000 < max(ids) < 199_998  # 199998 is <|startoftext|>, the first special token

@@ -1,0 +1,16 @@
+#!/bin/sh
+# Throughput at scenario long: 65536 in, 65536 out
+# By puzzle-trtllm build; further arguments are passed on.
+set -eu
+ENGINE=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
+export TRTLLM_WINDOW_SIZE_SHARES=0.002197265625,0.047607421875,0.9501953125
+exec trtllm-bench --model openai/gpt-oss-120b --model_path "$ENGINE/model" \
+  throughput \
+  --backend pytorch \
+  --custom_module_dirs "$ENGINE/plugin/puzzle_trtllm_plugin" \
+  --extra_llm_api_options "$ENGINE/llm_args.yaml" \
+  --tp 8 --ep 8 \
+  --max_batch_size 43 --max_num_tokens 8192 \
+  --dataset "$ENGINE/launch/bench-dataset.jsonl" \
+  --concurrency 16 --streaming \
+  "$@"

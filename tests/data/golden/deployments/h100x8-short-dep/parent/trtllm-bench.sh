@@ -1,0 +1,15 @@
+#!/bin/sh
+# Throughput at scenario short: 4096 in, 4096 out
+# By puzzle-trtllm build; further arguments are passed on.
+set -eu
+ENGINE=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
+export TRTLLM_WINDOW_SIZE_SHARES=0.01904296875,0.98095703125
+exec trtllm-bench --model openai/gpt-oss-120b --model_path "$ENGINE/model" \
+  throughput \
+  --backend pytorch \
+  --extra_llm_api_options "$ENGINE/llm_args.yaml" \
+  --tp 8 --ep 8 \
+  --max_batch_size 385 --max_num_tokens 8192 \
+  --dataset "$ENGINE/launch/bench-dataset.jsonl" \
+  --concurrency 128 --streaming \
+  "$@"
