@@ -24,6 +24,7 @@ from types import MappingProxyType
 
 from puzzle_trtllm.build.planner.assumptions import Assumptions
 from puzzle_trtllm.build.planner.kv_cache import KvGeometry
+from puzzle_trtllm.build.window_shares import blocks_of_a_sequence, window_shares
 from puzzle_trtllm.errors import ConfigError
 
 V2_IN_FLIGHT_SEQUENCES = 1
@@ -78,7 +79,13 @@ def trtllm_v2(kv: KvGeometry, pool_bytes: int, num_tokens: int, assumptions: Ass
     in_flight = sum(
         layers * (min(kept + assumptions.max_num_tokens, num_tokens) - kept) for kept, layers in kv.clamped(num_tokens)
     )
-    whole = sum(layers * _window_blocks(kept, num_tokens, size) for kept, layers in kv.clamped(num_tokens)) * size
+    whole = (
+        sum(
+            layers * blocks_of_a_sequence(kept, num_tokens=num_tokens, tokens_per_block=size)
+            for kept, layers in kv.clamped(num_tokens)
+        )
+        * size
+    )
     left = pool_bytes - V2_IN_FLIGHT_SEQUENCES * in_flight * per_token
     return _capacity(max(0.0, left / (whole * per_token)), num_tokens)
 
@@ -117,11 +124,12 @@ def find_allocator(name: str) -> Allocator:
 
 
 def tuned_shares(kv: KvGeometry, num_tokens: int, assumptions: Assumptions) -> dict[int, float]:
-    """Window (ascending): share of the pool, in proportion to layers x blocks of one sequence; they add up to 1."""
+    """Window (ascending): share of the pool, the very ones that `build` writes into TRTLLM_WINDOW_SIZE_SHARES."""
+    windows = [kept for kept, layers in kv.clamped(num_tokens) for _ in range(layers)]
     size = assumptions.trtllm_tokens_per_block
-    needs = {kept: layers * _window_blocks(kept, num_tokens, size) for kept, layers in sorted(kv.clamped(num_tokens))}
-    total = sum(needs.values())
-    return {kept: need / total for kept, need in needs.items()}
+    return dict(
+        zip(sorted(set(windows)), window_shares(windows, num_tokens=num_tokens, tokens_per_block=size), strict=True)
+    )
 
 
 def vllm_grouping(kv: KvGeometry, *, by: str) -> VllmGrouping:
@@ -166,13 +174,8 @@ def _v1(kv: KvGeometry, pool_bytes: int, num_tokens: int, assumptions: Assumptio
     sequences = []
     for share, (kept, layers) in zip(shares, sorted(kv.clamped(num_tokens)), strict=True):
         num_blocks = int(pool_bytes * share) // (size * kv.bytes_per_token_and_layer * layers)
-        sequences.append(num_blocks / _window_blocks(kept, num_tokens, size))
+        sequences.append(num_blocks / blocks_of_a_sequence(kept, num_tokens=num_tokens, tokens_per_block=size))
     return min(sequences)
-
-
-def _window_blocks(kept: int, num_tokens: int, size: int) -> int:
-    """A window that has moved on straddles one block more than it fills."""
-    return min(math.ceil(num_tokens / size), math.ceil(kept / size) + 1)
 
 
 def _capacity(sequences: float, num_tokens: int) -> Capacity:

@@ -197,6 +197,7 @@ def _no_room(
 def plan_json(p: Plan) -> dict[str, Any]:
     """Plan as plain values; units in the names."""
     setup, weights, replicas = p.setup, p.memory.weights, p.setup.layout.num_replicas
+    shares = tuned_shares(setup.kv, p.load.sequence_tokens, setup.assumptions)
     return {
         "gpu": setup.gpu.name,
         "num_gpus": setup.layout.num_gpus,
@@ -214,7 +215,7 @@ def plan_json(p: Plan) -> dict[str, Any]:
         "kv_pool_bytes_per_gpu": p.memory.kv_pool,
         "kv_bytes_per_sequence": setup.architecture.kv_bytes_per_sequence(p.load.sequence_tokens, setup.kv_dtype),
         "max_sequences": {name: p.sequences(name) for name in p.capacities},
-        "trtllm_window_size_shares": tuned_shares(setup.kv, p.load.sequence_tokens, setup.assumptions),
+        "trtllm_window_size_shares": {str(window): share for window, share in shares.items()},
         "best_batch": p.num_in_flight,
         "knee_batch": p.knee.batch * replicas,
         "decode_step_ms": p.best.decode_step_s * 1e3,
