@@ -1,6 +1,6 @@
 """The command line `puzzle-trtllm`: thin, every command is a documented Python function.
 
-    inspect ─ plan ─ derive ─ verify ─ calibrate ─ build ─ serve ─ generate ─ bench ─ evaluate ─ report ─ demo
+    inspect ─ plan ─ derive ─ verify ─ calibrate ─ build ─ serve ─ generate ─ bench ─ evaluate ─ report ─ doctor ─ demo
 
 Results go to stdout, as tables or with `--json` as one JSON object on the last line; progress goes to stderr. The
 commands live in `puzzle_trtllm.commands`; neither it nor this module imports anything heavy.
@@ -16,6 +16,7 @@ import typer
 from puzzle_trtllm import __version__
 from puzzle_trtllm.commands.calibrate import experts_command, kv_command
 from puzzle_trtllm.commands.clients import bench_command, evaluate_command, generate_command
+from puzzle_trtllm.commands.doctor import doctor_command
 from puzzle_trtllm.commands.engines import build_command, serve_command
 from puzzle_trtllm.commands.front import PuzzleGroup
 from puzzle_trtllm.commands.models import derive_command, inspect_command, verify_command
@@ -75,6 +76,7 @@ _add(
     report_command,
     "report --baseline parent=parent.json,parent-eval.json --child child.json,child-eval.json",
 )
+_add(app, "doctor", doctor_command, "doctor --engine ENGINE")
 _add(app, "demo", demo_command, "demo --out runs/demo")
 
 

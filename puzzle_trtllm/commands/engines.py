@@ -70,8 +70,8 @@ def build_command(
 
 
 def _explain(checkpoint: str, config: str, *, as_json: bool) -> None:
+    from puzzle_trtllm.build.derived_values import to_nested
     from puzzle_trtllm.build.engine_build import explain
-    from puzzle_trtllm.build.llm_args import to_nested
 
     values = explain(checkpoint, config=config)
     if as_json:

@@ -55,6 +55,7 @@ ORDER = (
     "bench",
     "evaluate",
     "report",
+    "doctor",
     "demo",
 )
 """Commands as `--help` lists them: in the order in which a child is made."""

@@ -73,6 +73,7 @@ def test_the_flags_are_frozen() -> None:
         "evaluate": "--concurrency --effort --engine --grader --json --limit --max-tokens --name --out --problems "
         "--tokenizer --url",
         "report": "--baseline --child --json --out --title",
+        "doctor": "--engine --json",
         "demo": "--json --out --quick",
     }
 

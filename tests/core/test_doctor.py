@@ -1,0 +1,156 @@
+"""`doctor`: what is missing in plain words, what does not fit row by row, and exit codes that scripts can use."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from puzzle_trtllm import doctor
+from puzzle_trtllm.build.engine_build import build_engine
+from puzzle_trtllm.cli import app
+from puzzle_trtllm.engine import EngineConfig
+from puzzle_trtllm.errors import EngineError
+from puzzle_trtllm.models.trtllm.upstream import REQUIREMENTS
+from tests.models import trtllm_standin
+
+GPUS = "NVIDIA H100 80GB HBM3, 81559 MiB, 550.54.15, 9.0\n" * 2
+
+
+@pytest.fixture
+def gpu_host(monkeypatch, tmp_path):
+    """A machine with two H100, tritonserver and the stand-in of TensorRT-LLM 1.2."""
+    trtllm_standin.install(monkeypatch, "1.2")
+    versions = {"tensorrt-llm": "1.2.1", "puzzle-trtllm": "0.1"}
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    found = {"tensorrt_llm"}
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: found & {name} or None)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '%s' '{GPUS}'\n")
+    (tools / "tritonserver").write_text("#!/bin/sh\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    nccl = SimpleNamespace(version=lambda: (2, 27, 3))
+    torch = sys.modules["torch"]
+    monkeypatch.setattr(torch.cuda, "nccl", nccl, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    llm_args = ModuleType("tensorrt_llm.llmapi.llm_args")
+    llm_args.TorchLlmArgs = lambda model, **arguments: arguments["backend"]
+    monkeypatch.setitem(sys.modules, "tensorrt_llm.llmapi.llm_args", llm_args)
+    return tools
+
+
+@pytest.fixture
+def bare_host(monkeypatch):
+    """A machine without TensorRT-LLM, whatever this one has."""
+    find_spec = doctor.importlib.util.find_spec
+    monkeypatch.setattr(
+        doctor.importlib.util, "find_spec", lambda name: None if name == "tensorrt_llm" else find_spec(name)
+    )
+    monkeypatch.setenv("PATH", "/nowhere")
+
+
+def by_name(diagnosis):
+    return {f"{c.group}: {c.name}": c for c in diagnosis.checks}
+
+
+def test_a_bare_host_is_told_in_plain_words_what_is_missing(bare_host):
+    checks = by_name(doctor.diagnose())
+    assert checks["TensorRT-LLM: package"].outcome == "missing"
+    assert "nvcr.io/nvidia/tensorrt-llm/release" in checks["TensorRT-LLM: package"].advice
+    assert checks["GPU: driver"].found == "no nvidia-smi"
+    assert f"{len(REQUIREMENTS)} facts" in checks["TensorRT-LLM: table"].found
+    assert not doctor.diagnose().ready
+
+
+def test_a_fitting_gpu_host_is_ready(gpu_host):
+    diagnosis = doctor.diagnose()
+    assert [c for c in diagnosis.checks if c.outcome in ("missing", "wrong")] == []
+    checks = by_name(diagnosis)
+    assert diagnosis.ready
+    assert checks["GPU: driver"].found == "550.54.15"
+    assert checks["GPU: GPU 1"].found == "NVIDIA H100 80GB HBM3, 81559 MiB, compute capability 9.0"
+    assert checks["GPU: NCCL"].found == "2.27.3; torch sees 2 GPUs"
+    assert checks["TensorRT-LLM: package"].found == "1.2.1 (line 1.2)"
+    assert {f"TensorRT-LLM: {row.key}" for row in REQUIREMENTS} <= set(checks)
+    assert checks["Triton: tritonserver"].outcome == "ok"
+
+
+def test_a_row_that_no_longer_holds_is_wrong_and_says_what_for(gpu_host, monkeypatch):
+    monkeypatch.delattr(trtllm_standin.AttentionBlock, "load_weights")
+    diagnosis = doctor.diagnose()
+    broken = by_name(diagnosis)["TensorRT-LLM: sinks-load"]
+    assert broken.outcome == "wrong" and "AttributeError" in broken.found
+    assert broken.advice.startswith("needed for: slices the sinks") and "modeling_gpt_oss.py" in broken.advice
+    assert not diagnosis.ready
+
+
+def test_a_missing_optional_row_is_a_note(gpu_host, monkeypatch):
+    monkeypatch.delattr(trtllm_standin.MLPBlock, "compute_gate_output")
+    diagnosis = doctor.diagnose()
+    assert by_name(diagnosis)["TensorRT-LLM: router-kernel"].outcome == "note" and diagnosis.ready
+
+
+@pytest.mark.parametrize(
+    ("version", "line"),
+    [("1.2.1", "1.2"), ("1.3.0rc22", "1.3"), ("1.4.0rc1", "late"), ("2.0", "late"), ("1.1.0", None), ("?", None)],
+)
+def test_release_lines(version, line):
+    assert doctor.release_line(version) == line
+
+
+def test_an_unsupported_version_is_wrong(gpu_host, monkeypatch):
+    monkeypatch.setattr(doctor, "_version", {"tensorrt-llm": "1.1.0"}.get)
+    package = by_name(doctor.diagnose())["TensorRT-LLM: package"]
+    assert (package.outcome, package.found) == ("wrong", "1.1.0")
+
+
+def test_a_driver_that_does_not_answer(gpu_host):
+    (gpu_host / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2\nexit 9\n")
+    driver = by_name(doctor.diagnose())["GPU: driver"]
+    assert (driver.outcome, driver.found) == ("wrong", "NVIDIA-SMI has failed")
+
+
+class TestEngine:
+    @pytest.fixture
+    def engine(self, make_checkpoint, tmp_path):
+        config = EngineConfig(runtime="tensorrt_llm", gpu="h100-80gb", scenario="cpu-demo")
+        return build_engine(make_checkpoint([(4, 16), (2, None)]), tmp_path / "engine", config=config)
+
+    def test_arguments_that_the_installed_classes_take(self, engine, gpu_host):
+        assert by_name(doctor.diagnose(engine.path))["engine: engine"].outcome == "ok"
+
+    def test_arguments_that_they_refuse(self, engine, gpu_host, monkeypatch):
+        def refuse(**arguments):
+            raise ValueError("stream_interval\n  Extra inputs are not permitted")
+
+        monkeypatch.setattr(sys.modules["tensorrt_llm.llmapi.llm_args"], "TorchLlmArgs", refuse)
+        refused = by_name(doctor.diagnose(engine.path))["engine: engine"]
+        assert refused.outcome == "wrong"
+        assert refused.found == "ValueError: stream_interval Extra inputs are not permitted"
+
+    def test_no_engine_folder_is_the_users_error(self, tmp_path):
+        with pytest.raises(EngineError, match=r"engine\.json: missing"):
+            doctor.diagnose(tmp_path)
+
+
+class TestCommand:
+    def test_exit_1_and_the_reason_on_a_machine_without(self, bare_host):
+        result = CliRunner().invoke(app, ["doctor"])
+        assert result.exit_code == 1
+        assert "Not ready for TensorRT-LLM: " in result.stdout and "TensorRT-LLM package" in result.stdout
+
+    def test_exit_0_on_a_ready_one(self, gpu_host):
+        result = CliRunner().invoke(app, ["doctor"])
+        assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, "Ready for TensorRT-LLM.")
+
+    def test_json(self, bare_host):
+        result = CliRunner().invoke(app, ["doctor", "--json"])
+        document = json.loads(result.stdout.splitlines()[-1])
+        assert result.exit_code == 1 and document["ready"] is False
+        assert {"group", "name", "outcome", "found", "advice"} == set(document["checks"][0])
