@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture
-from puzzle_trtllm.build.planner.allocators import ALLOCATORS, DEFAULT_ALLOCATOR, Capacity, find_allocator, tuned_shares
-from puzzle_trtllm.build.planner.assumptions import Assumptions, explain_assumptions
+from puzzle_trtllm.build.planner.allocators import ALLOCATORS, DEFAULT_ALLOCATOR, Capacity, find_allocator
+from puzzle_trtllm.build.planner.assumptions import Assumptions
 from puzzle_trtllm.build.planner.layout import Layout, parse_layout, possible_layouts
 from puzzle_trtllm.build.planner.memory import MemoryPlan, plan_memory
 from puzzle_trtllm.build.planner.roofline import Setup
@@ -71,10 +70,6 @@ class Plan:
     def sequences(self, allocator: str) -> int:
         """Sequences in flight that all GPUs together can hold under an allocator."""
         return whole_sequences(self.setup, self.capacities[allocator]) * self.setup.layout.num_replicas
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object of `plan --json`."""
-        return plan_json(self)
 
 
 def plan(
@@ -192,47 +187,3 @@ def _no_room(
         found=f"{pool} bytes for the KV cache of a GPU",
         expected=f"more than {needed * count}",
     )
-
-
-def plan_json(p: Plan) -> dict[str, Any]:
-    """Plan as plain values; units in the names."""
-    setup, weights, replicas = p.setup, p.memory.weights, p.setup.layout.num_replicas
-    shares = tuned_shares(setup.kv, p.load.sequence_tokens, setup.assumptions)
-    return {
-        "gpu": setup.gpu.name,
-        "num_gpus": setup.layout.num_gpus,
-        "layout": setup.layout.name,
-        "num_replicas": replicas,
-        "isl": p.load.isl,
-        "osl": p.load.osl,
-        "kv_dtype": setup.kv_dtype,
-        "allocator": p.allocator,
-        "weight_bytes_per_gpu": weights.total,
-        "expert_bytes_per_gpu": weights.experts,
-        "activation_bytes_per_gpu": p.memory.activations,
-        "graph_bytes_per_gpu": p.memory.graphs,
-        "context_bytes_per_gpu": p.memory.context,
-        "kv_pool_bytes_per_gpu": p.memory.kv_pool,
-        "kv_bytes_per_sequence": setup.architecture.kv_bytes_per_sequence(p.load.sequence_tokens, setup.kv_dtype),
-        "max_sequences": {name: p.sequences(name) for name in p.capacities},
-        "trtllm_window_size_shares": {str(window): share for window, share in shares.items()},
-        "best_batch": p.num_in_flight,
-        "knee_batch": p.knee.batch * replicas,
-        "decode_step_ms": p.best.decode_step_s * 1e3,
-        "prefill_ms_per_request": p.best.prefill_s_per_request * 1e3,
-        "output_tokens_per_s": p.tokens_per_s,
-        "output_tokens_per_s_per_gpu": p.tokens_per_s_per_gpu,
-        "roofline_tokens_per_s": p.best.roofline_tokens_per_s * replicas,
-        "bound": p.best.bound,
-        "is_capacity_bound": p.is_capacity_bound,
-        "time_share": time_shares(p.best),
-        "alternatives": dict(p.alternatives),
-        "assumptions": {s.name: {"value": s.value, "reason": s.reason} for s in explain_assumptions(setup.assumptions)},
-    }
-
-
-def time_shares(e: Estimate) -> dict[str, float]:
-    """Share of a request's time by resource, largest first."""
-    total = sum(e.seconds_per_request.values())
-    ranked = sorted(e.seconds_per_request.items(), key=lambda item: -item[1])
-    return {name: seconds / total for name, seconds in ranked if seconds}

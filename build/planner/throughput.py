@@ -37,6 +37,8 @@ class Estimate:
     batch: int
     decode_step_s: float
     prefill_s_per_request: float
+    prefill_bound: str
+    """The resource that takes most of a prompt's time."""
     roofline_tokens_per_s: float
     """Output tokens of the replica."""
     expected_tokens_per_s: float
@@ -50,10 +52,11 @@ class Estimate:
         return max(self.seconds_per_request, key=lambda name: self.seconds_per_request[name])
 
 
-def estimate(setup: Setup, load: Load, batch: int, *, prefill_s: float | None = None) -> Estimate:
-    """One replica with `batch` sequences in flight; `prefill_s` saves computing a prompt's seconds again."""
+def estimate(setup: Setup, load: Load, batch: int, *, prompt: Seconds | None = None) -> Estimate:
+    """One replica with `batch` sequences in flight; `prompt` saves computing `prefill_seconds` again."""
     decode = _decode(setup, load, batch)
-    prefill = sum(prefill_seconds(setup, load).values()) if prefill_s is None else prefill_s
+    prompt = prefill_seconds(setup, load) if prompt is None else prompt
+    prefill = sum(prompt.values())
     shares = {name: load.osl * seconds / batch for name, seconds in decode.items()}
     shares["prompts"] = prefill * (1 - setup.assumptions.prefill_overlap)
     rate = load.osl / sum(shares.values())
@@ -61,6 +64,7 @@ def estimate(setup: Setup, load: Load, batch: int, *, prefill_s: float | None = 
         batch=batch,
         decode_step_s=sum(decode.values()),
         prefill_s_per_request=prefill,
+        prefill_bound=max(prompt, key=lambda name: prompt[name]),
         roofline_tokens_per_s=rate,
         expected_tokens_per_s=rate * setup.assumptions.efficiency,
         seconds_per_request=shares,
@@ -85,8 +89,8 @@ def prefill_seconds(setup: Setup, load: Load) -> Seconds:
 def best_batch(setup: Setup, load: Load, most: int) -> tuple[Estimate, Estimate]:
     """(best, knee): the fastest of 1, 2, 4, ... and `most` sequences, and the smallest within 10% of its rate."""
     sizes = sorted({1 << power for power in range(most.bit_length())} | {most})
-    prefill_s = sum(prefill_seconds(setup, load).values())
-    tried = [estimate(setup, load, size, prefill_s=prefill_s) for size in sizes]
+    prompt = prefill_seconds(setup, load)
+    tried = [estimate(setup, load, size, prompt=prompt) for size in sizes]
     best = max(tried, key=lambda e: e.roofline_tokens_per_s)
     knee = next(e for e in tried if e.roofline_tokens_per_s >= KNEE * best.roofline_tokens_per_s)
     return best, knee

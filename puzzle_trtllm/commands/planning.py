@@ -7,26 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from puzzle_trtllm.commands.output import JsonOption, facts_table, print_json, print_table, show_bytes
+from puzzle_trtllm.commands.output import JsonOption, print_json, print_table
 from puzzle_trtllm.errors import PuzzleError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture
     from puzzle_trtllm.build.planner.assumptions import Assumptions
     from puzzle_trtllm.build.planner.comparison import Comparison
     from puzzle_trtllm.build.planner.planning import Plan
-
-BAR_WIDTH = 24
-ALLOCATORS_SHOWN = {
-    "ideal": "bytes over bytes, no blocks",
-    "trtllm_v1_equal": "TensorRT-LLM V1 as it comes: one equal pool a window",
-    "trtllm_v1_tuned": "V1 with TRTLLM_WINDOW_SIZE_SHARES",
-    "trtllm_v2": "TensorRT-LLM V2: one pool",
-    "vllm": "vLLM, groups by kind of attention (fits public logs)",
-    "vllm_by_window": "vLLM, groups by window (its released sources)",
-}
 
 
 def plan_command(
@@ -70,7 +58,8 @@ def plan_command(
     Weights, KV cache, sequences that fit, the best batch, expected tok/s and what bounds it; or with --compare a heat
     map of a child's speedup. Predictions: docs/planner.md holds them against published measurements.
     """
-    from puzzle_trtllm.build.planner.assumptions import Assumptions
+    from puzzle_trtllm.build.planner import Assumptions, plan_json
+    from puzzle_trtllm.commands.plan_tables import assumptions_table, plan_tables
 
     model, assumptions = read_architecture(architecture), Assumptions(memory_rule=memory_rule)
     if compare is not None:
@@ -86,10 +75,9 @@ def plan_command(
             raise PuzzleError("goes with --compare", key=option, found=value)
     p = _plan(model, gpu or "h100-80gb", gpus, isl, osl, kv, parallel, allocator, batch, assumptions)
     if as_json:
-        print_json(p.to_json())
+        print_json(plan_json(p))
         return
-    tables = [memory_table(p), capacity_table(p), result_table(p)]
-    print_table(*tables, *([assumptions_table(assumptions)] if show_assumptions else []))
+    print_table(*plan_tables(p), *([assumptions_table(assumptions)] if show_assumptions else []))
     if not show_assumptions:
         print("Every number rests on stated assumptions: --explain lists them; docs/planner.md shows the errors.")
 
@@ -182,6 +170,7 @@ def _show_comparison(
     result: Comparison, assumptions: Assumptions, out: Path | None, show_assumptions: bool, *, as_json: bool
 ) -> None:
     from puzzle_trtllm.build.planner.heat_map import write_heat_map
+    from puzzle_trtllm.commands.plan_tables import assumptions_table, heat_map_table
 
     if out is not None:
         write_heat_map(result, out)
@@ -191,86 +180,3 @@ def _show_comparison(
     print_table(heat_map_table(result), *([assumptions_table(assumptions)] if show_assumptions else []))
     if out is not None:
         print(f"heat map: {out}")
-
-
-def memory_table(p: Plan) -> Table:
-    """One GPU's memory."""
-    m, weights, load = p.memory, p.memory.weights, p.load
-    sequence = p.setup.kv.bytes_per_sequence(load.sequence_tokens)
-    return facts_table(
-        f"memory of one {p.setup.gpu.name} under {p.setup.layout.name}",
-        [
-            ("total", show_bytes(m.total)),
-            ("weights", f"{show_bytes(weights.total)} (experts {show_bytes(weights.experts)})"),
-            ("context, activations, graphs", " + ".join(map(show_bytes, (m.context, m.activations, m.graphs)))),
-            ("KV cache", show_bytes(m.kv_pool)),
-            ("one sequence", f"{show_bytes(sequence)} at {load.sequence_tokens:,} tokens ({p.setup.kv_dtype})"),
-        ],
-    )
-
-
-def capacity_table(p: Plan) -> Table:
-    """Sequences that fit on all GPUs, by allocator."""
-    from rich.table import Table
-
-    table = Table(title=f"sequences of {p.load.sequence_tokens:,} tokens at once", title_justify="left")
-    for column in ("allocator", "sequences", "how"):
-        table.add_column(column, justify="right" if column == "sequences" else "left")
-    for name in p.capacities:
-        chosen = "bold" if name == p.allocator else None
-        table.add_row(name, f"{p.sequences(name):,}", ALLOCATORS_SHOWN[name], style=chosen)
-    return table
-
-
-def result_table(p: Plan) -> Table:
-    """Rates, and where the time goes."""
-    from puzzle_trtllm.build.planner.planning import time_shares
-
-    replicas = p.setup.layout.num_replicas
-    bound = f"{p.best.bound}{' and KV capacity: more sequences would be faster' if p.is_capacity_bound else ''}"
-    facts = [
-        ("layout", p.setup.layout.name),
-        ("best batch", f"{p.num_in_flight:,} in flight; {p.knee.batch * replicas:,} reach 90% of its rate"),
-        ("expected", f"{p.tokens_per_s:,.0f} output tok/s, {p.tokens_per_s_per_gpu:,.0f} a GPU"),
-        ("one user sees", f"{p.tokens_per_s / p.num_in_flight:,.1f} tok/s, prompts included"),
-        ("bound by", bound),
-    ]
-    for name, share in time_shares(p.best).items():
-        facts.append((f"  {name}", f"{'█' * round(BAR_WIDTH * share):<{BAR_WIDTH}} {share:.1%}"))
-    tried = [f"{name} {'no room' if rate is None else f'{rate:,.0f}'}" for name, rate in p.alternatives]
-    if tried:
-        facts.append(("other layouts, tok/s", ", ".join(tried)))
-    title = f"{p.setup.layout.num_gpus} x {p.setup.gpu.name}, {p.load.isl:,} in, {p.load.osl:,} out"
-    return facts_table(title, facts)
-
-
-def assumptions_table(assumptions: Assumptions) -> Table:
-    """Every assumption with its reason."""
-    from rich.table import Table
-
-    from puzzle_trtllm.build.planner.assumptions import explain_assumptions
-
-    table = Table(title="assumptions", title_justify="left")
-    for column in ("name", "value", "because"):
-        table.add_column(column, overflow="fold")
-    for name, value, reason in explain_assumptions(assumptions):
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value), reason)
-    return table
-
-
-def heat_map_table(result: Comparison) -> Table:
-    """The heat map for a terminal."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from puzzle_trtllm.build.planner.heat_map import colour_of, load_name, setup_name, text_colour_of
-
-    table = Table(title=result.title, title_justify="left")
-    table.add_column("setup")
-    for cell in result.rows[0]:
-        table.add_column(load_name(cell.load), justify="center")
-    for row in result.rows:
-        styles = [f"{text_colour_of(cell.speedup)} on {colour_of(cell.speedup)}" for cell in row]
-        cells = [Text(f" {cell.text} ", style=style) for cell, style in zip(row, styles, strict=True)]
-        table.add_row(setup_name(row[0]), *cells)
-    return table

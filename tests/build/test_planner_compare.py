@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from puzzle_trtllm.architecture import PuzzleArchitecture
-from puzzle_trtllm.build.planner import Load, compare, plan
+from puzzle_trtllm.build.planner import Load, compare, plan, plan_json
 from puzzle_trtllm.build.planner.comparison import Comparison
 from puzzle_trtllm.build.planner.heat_map import colour_of, heat_map_svg, load_name, text_colour_of, write_heat_map
 from puzzle_trtllm.errors import ConfigError
@@ -111,7 +111,7 @@ def test_plan_from_a_shell() -> None:
     assert done.returncode == 0, done.stderr
     value = last_json(done.stdout)
     expected = plan(CHILD, gpu=load_gpu("h100-80gb"), num_gpus=8, load=Load(isl=65536, osl=65536))
-    assert value == expected.to_json()
+    assert value == plan_json(expected)
     assert value["assumptions"]["memory_fraction"]["value"] == 0.9
 
 

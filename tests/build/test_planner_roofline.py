@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from puzzle_trtllm.architecture import PuzzleArchitecture
-from puzzle_trtllm.build.planner import Assumptions, Load, plan
+from puzzle_trtllm.build.planner import Assumptions, Load, plan, plan_json
 from puzzle_trtllm.build.planner.layout import parse_layout
 from puzzle_trtllm.build.planner.roofline import RESOURCES, Setup, Step, step_seconds
 from puzzle_trtllm.build.planner.routing import expected_distinct_experts
@@ -120,7 +120,7 @@ def test_pruning_saves_nothing_at_batch_one_but_bytes_at_large_batches() -> None
 
 def test_a_plan_of_eight_gpus_is_whole() -> None:
     p = plan(CHILD, gpu=load_gpu("h100-80gb"), num_gpus=8, load=Load(isl=65536, osl=65536))
-    value = p.to_json()
+    value = plan_json(p)
     assert value["output_tokens_per_s"] == pytest.approx(8 * value["output_tokens_per_s_per_gpu"])
     assert sum(value["time_share"].values()) == pytest.approx(1)
     assert set(value["time_share"]) <= {*RESOURCES, "prompts"}
