@@ -118,10 +118,11 @@ async def _all_efforts(
 def _request(
     problem: Problem, tokenizer: ChatTokenizer, effort: str, *, max_tokens: int, as_ids: bool
 ) -> GenerationRequest:
+    """One response a request: nobody times the tokens of an evaluation, and receiving them one by one costs CPU."""
     prompt = tokenizer.render_chat([{"role": "user", "content": problem.prompt}], reasoning_effort=effort)
     if as_ids:
-        return GenerationRequest(input_ids=tokenizer.encode(prompt), max_tokens=max_tokens)
-    return GenerationRequest(prompt=prompt, max_tokens=max_tokens)
+        return GenerationRequest(input_ids=tokenizer.encode(prompt), max_tokens=max_tokens, streaming=False)
+    return GenerationRequest(prompt=prompt, max_tokens=max_tokens, streaming=False)
 
 
 def _ran_out(request: GenerationRequest, num_tokens: int, finish_reason: str | None) -> bool:

@@ -135,6 +135,10 @@ class LLM:
         """Process id of the engine."""
         return self._process.pid
 
+    def _check_health(self) -> bool:
+        """False once the engine is dead (TensorRT-LLM's name for the question)."""
+        return self._dead is None and self._process.poll() is None
+
     def shutdown(self) -> None:
         """Stop the engine; open requests end with EngineDeadError. Safe to call twice."""
         self._closing = True
