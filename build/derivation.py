@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from puzzle_trtllm.architecture import read_json_object
+from puzzle_trtllm.architecture import ExpertsFormat, read_json_object
 from puzzle_trtllm.errors import ArchitectureError, CheckpointError
 
 DERIVATION_NAME = "derivation.json"
@@ -43,6 +43,8 @@ class DerivationRecord(BaseModel):
     importance: ImportanceSource
     kept_experts: list[list[int]]
     """Per layer, indices in the parent, ascending; the child's expert j is the parent's `kept_experts[layer][j]`."""
+    experts_format: ExpertsFormat | None = None
+    """How the child stores its experts; None (records of older versions): as the parent does."""
     dropped_tensors: dict[str, str]
     """Whole tensors of the parent that the child lacks: name and reason."""
     warnings: list[str]

@@ -1,8 +1,9 @@
 """Derive a Puzzle child: a byte copy of the parent without the experts that matter least.
 
-The experts of a Puzzle child are a subset of its parent's, so nothing is ever dequantized: for every layer the rows of
+The experts of a Puzzle child are a subset of its parent's, so nothing need be dequantized: for every layer the rows of
 the six MXFP4 expert tensors (four when BF16) and of the router's weight and bias are cut to the kept experts, all by
-the same ascending indices, and every other tensor is copied. Windows live in config.json alone.
+the same ascending indices, and every other tensor is copied. Windows live in config.json alone. On request experts are
+stored in the other format (`experts`), which is exact from MXFP4 to BF16 and rounds the other way.
 
 The conversion is total. Every tensor of the parent is cut, copied, or dropped by name with a reason; an unknown one is
 an error. The result is opened and validated before it gets its name, so a folder that exists is a good one. A
@@ -16,10 +17,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
@@ -27,6 +27,8 @@ import puzzle_trtllm
 from puzzle_trtllm.architecture import PuzzleArchitecture, read_blocks
 from puzzle_trtllm.build.companions import companions
 from puzzle_trtllm.build.derivation import DerivationRecord, ImportanceSource
+from puzzle_trtllm.build.derivation_plan import DerivationPlan, plan_child
+from puzzle_trtllm.build.expert_formats import config_with_format
 from puzzle_trtllm.build.importance import ExpertImportance, read_importance
 from puzzle_trtllm.build.output_folder import bytes_to_copy, check_disk_space, check_not_source
 from puzzle_trtllm.build.progress import byte_progress, warn
@@ -34,17 +36,11 @@ from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import (
     MAX_SHARD_BYTES,
     SHARD_PATTERN,
-    PlannedTensor,
-    copy_of,
-    rows_of,
     write_shards,
 )
 from puzzle_trtllm.errors import CheckpointError
 from puzzle_trtllm.folders import link_or_copy
 from puzzle_trtllm.resumable_folder import finished_bytes, resumable_folder
-
-CUT_TENSOR = re.compile(r"^model\.layers\.(\d+)\.mlp\.(?:experts\..+|router\.(?:weight|bias))$")
-"""Tensors whose first axis counts the experts of a layer."""
 
 _DROPPED = ((re.compile(r"\.rotary_emb\.inv_freq$"), "computed from config.json"),)
 """Tensors of old exports that no current model reads: name pattern, reason."""
@@ -53,18 +49,7 @@ _CALIBRATION_FILES = ("hf_quant_config.json", "kv_calibration.safetensors")
 """Ride along when the parent's KV scales do."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DerivationPlan:
-    """What a derivation will write, known before the first byte."""
-
-    architecture: PuzzleArchitecture
-    kept_experts: tuple[tuple[int, ...], ...]
-    tensors: tuple[PlannedTensor, ...]
-    dropped_tensors: dict[str, str]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.spec.num_bytes for tensor in self.tensors)
+ExpertsChoice = Literal["mxfp4", "bf16", "keep"]
 
 
 def derive(
@@ -73,6 +58,7 @@ def derive(
     *,
     architecture: str | Path,
     importance: str | Path,
+    experts: ExpertsChoice = "keep",
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     quiet: bool = True,
@@ -84,6 +70,7 @@ def derive(
         out: folder to create; existing and not empty is an error unless `overwrite`.
         architecture: JSON with `block_configs`, one entry a layer (a whole config.json is accepted).
         importance: safetensors file of expert scores (see `puzzle_trtllm.build.importance`).
+        experts: how to store the experts; "keep" as the parent does.
 
     Returns the record that is also written to `out/derivation.json`. Raises a PuzzleError subclass in one line for
     anything wrong with the inputs, and leaves nothing behind. Killed, it leaves a hidden folder beside
@@ -94,7 +81,10 @@ def derive(
     scores = read_importance(importance, source)
     for line in scores.warnings:
         warn(line, quiet=quiet)
-    plan = plan_child(source, source.architecture.with_blocks(blocks), scores.kept_experts(blocks), dropped)
+    child_architecture = source.architecture.with_blocks(blocks)
+    if experts != "keep":
+        child_architecture = replace(child_architecture, experts_format=experts)
+    plan = plan_child(source, child_architecture, scores.kept_experts(blocks), dropped)
     out = Path(out)
     check_not_source(out, source=source.path)
     needed = plan.num_bytes + bytes_to_copy(_companions(source), out)
@@ -120,27 +110,6 @@ class _Target(TypedDict):
     overwrite: bool
 
 
-def plan_child(
-    parent: Checkpoint,
-    architecture: PuzzleArchitecture,
-    kept_experts: Sequence[tuple[int, ...]],
-    dropped_tensors: dict[str, str] | None = None,
-) -> DerivationPlan:
-    """Decide for every tensor of `parent` whether it is cut to `kept_experts` or copied."""
-
-    def planned(name: str) -> PlannedTensor:
-        entry = parent.entry(name)
-        cut = CUT_TENSOR.match(name)
-        return rows_of(entry, kept_experts[int(cut[1])]) if cut else copy_of(entry)
-
-    return DerivationPlan(
-        architecture=architecture,
-        kept_experts=tuple(kept_experts),
-        tensors=tuple(planned(name) for name in parent.tensors),
-        dropped_tensors=dropped_tensors or {},
-    )
-
-
 def _open_parent(parent: str | Path) -> tuple[Checkpoint, dict[str, str]]:
     """The parent without the tensors that no model reads, validated, and those tensors with the reason."""
     checkpoint = Checkpoint.open(parent)
@@ -164,6 +133,7 @@ def _job(parent: Checkpoint, plan: DerivationPlan, max_shard_bytes: int) -> dict
         "parent_fingerprint": parent.fingerprint(),
         "parent_files": {file.name: [status.st_size, status.st_mtime_ns] for file, status in files.items()},
         "kept_experts": [list(kept) for kept in plan.kept_experts],
+        "experts_format": plan.architecture.experts_format,
         "max_shard_bytes": max_shard_bytes,
     }
 
@@ -171,7 +141,10 @@ def _job(parent: Checkpoint, plan: DerivationPlan, max_shard_bytes: int) -> dict
 def _write_config(folder: Path, parent: Checkpoint, architecture: PuzzleArchitecture) -> None:
     from puzzle_trtllm.models.huggingface.remote_code import write_remote_code
 
-    config = write_remote_code(folder, architecture.child_config(parent.config))
+    config = architecture.child_config(parent.config)
+    if architecture.experts_format != parent.architecture.experts_format:
+        config = config_with_format(config, architecture.experts_format)
+    config = write_remote_code(folder, config)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -208,6 +181,7 @@ def _record(
         block_configs=[block.to_json() for block in plan.architecture.blocks],
         importance=ImportanceSource(file=str(scores.file.resolve()), metadata=dict(scores.metadata)),
         kept_experts=[list(kept) for kept in plan.kept_experts],
+        experts_format=plan.architecture.experts_format,
         dropped_tensors=plan.dropped_tensors,
         warnings=list(scores.warnings),
     )

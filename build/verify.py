@@ -5,7 +5,8 @@ and compares them. For cut tensors row j of the child must be the row of the j-t
 tensor of the child is accounted for, and so is every tensor of the parent; the first difference is named.
 
 Two kinds of children:
-- one with a derivation.json, made by `derive`: the record says what was kept, and all else must be identical;
+- one with a derivation.json, made by `derive`: the record says what was kept, and all else must be identical (experts
+  that were stored in the other format must be what the parent's give in it);
 - one that someone else made: what was kept is found out (`match_experts`), experts and router rows must be an exact
   subset of the parent's, and other tensors may differ. Distillation retrains attention, norms and embeddings while
   experts and router stay frozen, so those are listed as retrained, and changed settings of config.json as changed.
@@ -15,10 +16,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
+from puzzle_trtllm.architecture import ExpertsFormat
+from puzzle_trtllm.build.converted_comparison import converted_difference, sources_of
 from puzzle_trtllm.build.derivation import DERIVATION_NAME, DerivationRecord, read_derivation
 from puzzle_trtllm.build.match_experts import match_experts
 from puzzle_trtllm.build.progress import byte_progress
@@ -82,7 +85,7 @@ def _verify_record(
     child: Checkpoint, parent: Checkpoint, record: DerivationRecord, *, quiet: bool
 ) -> VerificationReport:
     names = _names_to_compare(child, parent)
-    changes = _config_changes(child, parent)
+    changes = _config_changes(child, parent, experts_format=record.experts_format)
     difference = changes[0] if changes else _first_unaccounted(names, parent, record)
     comparison = _Comparison(child, parent, record.kept_experts)
     if difference is None:
@@ -94,6 +97,14 @@ def _verify_subset(child: Checkpoint, parent: Checkpoint, *, quiet: bool) -> Ver
     counts = child.architecture.num_layers, parent.architecture.num_layers
     if counts[0] != counts[1]:
         raise CheckpointError("the numbers of layers differ", file=child.path, found=counts[0], expected=counts[1])
+    ours, theirs = child.architecture.experts_format, parent.architecture.experts_format
+    if ours != theirs:
+        raise CheckpointError(
+            "experts in another format than the parent's, and no derivation.json that says why",
+            file=child.path,
+            found=ours,
+            expected=theirs,
+        )
     names = _names_to_compare(child, parent)
     kept, difference = _find_experts(child, parent, names)
     comparison = _Comparison(child, parent, kept)
@@ -171,10 +182,12 @@ class _Comparison:
         )
 
     def _compare(self, child: TensorEntry) -> str | None:
-        if child.name not in self._parent.tensors:
+        sources, per_expert = sources_of(child.name, self._parent), _PER_EXPERT.match(child.name)
+        if not sources:
             return f"{child.name}: is not in the parent"
+        if sources != (child.name,):
+            return converted_difference(child, self._parent, self._kept[int(per_expert[1])] if per_expert else ())
         parent = self._parent.entry(child.name)
-        per_expert = _PER_EXPERT.match(child.name)
         if mismatch := _shape_difference(child, parent, per_expert=per_expert is not None):
             return mismatch
         if per_expert is None:
@@ -233,9 +246,10 @@ def _check_fingerprint(record: DerivationRecord, child: Checkpoint, parent: Chec
         )
 
 
-def _config_changes(child: Checkpoint, parent: Checkpoint) -> list[str]:
+def _config_changes(child: Checkpoint, parent: Checkpoint, experts_format: ExpertsFormat | None = None) -> list[str]:
     """Settings besides the blocks that differ, one line each."""
     expected = parent.architecture.with_blocks(child.architecture.blocks)
+    expected = replace(expected, experts_format=experts_format or expected.experts_format)
     return [
         f"config.json: {field.name}: {ours} in the child, {theirs} in the parent"
         for field in fields(expected)
@@ -244,10 +258,13 @@ def _config_changes(child: Checkpoint, parent: Checkpoint) -> list[str]:
 
 
 def _first_unaccounted(names: Sequence[str], parent: Checkpoint, record: DerivationRecord) -> str | None:
+    used: set[str] = set()
     for name in names:
-        if name not in parent.tensors:
+        sources = sources_of(name, parent)
+        if not sources:
             return f"{name}: is not in the parent"
+        used.update(sources)
     for name in parent.tensors:
-        if name not in names and name not in record.dropped_tensors:
+        if name not in used and name not in record.dropped_tensors:
             return f"{name}: is missing in the child and not recorded as dropped"
     return None

@@ -99,6 +99,9 @@ def derive_command(
     importance: Annotated[
         Path, typer.Option("--importance", help="Expert scores, as `calibrate experts` writes them.")
     ],
+    experts: Annotated[
+        Literal["mxfp4", "bf16", "keep"], typer.Option("--experts", help="Format of the child's experts.")
+    ] = "keep",
     max_shard_bytes: Annotated[
         int, typer.Option("--max-shard-bytes", min=1, help="Largest size of a shard.")
     ] = 5_000_000_000,
@@ -120,6 +123,7 @@ def derive_command(
         out,
         architecture=architecture,
         importance=importance,
+        experts=experts,
         overwrite=overwrite,
         max_shard_bytes=max_shard_bytes,
         quiet=False,

@@ -61,6 +61,37 @@ def test_dequantize_is_transformers_bit_for_bit():
     assert torch.equal(ours.contiguous().view(torch.int16), theirs.contiguous().view(torch.int16))
 
 
+def every_code_at_every_scale() -> tuple[np.ndarray, np.ndarray]:
+    """blocks uint8 [256, 16, 16] with every packed byte, scales uint8 [256, 16] with every scale."""
+    blocks = np.tile(np.arange(256, dtype=np.uint8).reshape(16, 16), (256, 1, 1))
+    return blocks, np.repeat(np.arange(256, dtype=np.uint8)[:, None], 16, axis=1)
+
+
+def test_every_code_at_every_scale_is_transformers_bit_for_bit():
+    """But for scale 255, the format's NaN, which transformers takes for 2^128."""
+    torch = pytest.importorskip("torch")
+    convert = pytest.importorskip("transformers.integrations.mxfp4").convert_moe_packed_tensors
+    blocks, scales = every_code_at_every_scale()
+    theirs = convert(torch.from_numpy(blocks[None]), torch.from_numpy(scales[None]), dtype=torch.bfloat16)
+    theirs = theirs[0].T.contiguous().view(torch.int16).numpy().view(np.uint16)
+    np.testing.assert_array_equal(mxfp4.dequantize_to_bf16(blocks, scales)[:255], theirs[:255])
+
+
+def test_bf16_from_the_table_is_bf16_from_float32():
+    blocks, scales = every_code_at_every_scale()
+    rounded = (mxfp4.dequantize(blocks, scales).view(np.uint32) >> 16).astype(np.uint16)
+    np.testing.assert_array_equal(mxfp4.dequantize_to_bf16(blocks, scales), rounded)
+    with pytest.raises(ValueError, match="do not belong together"):
+        mxfp4.dequantize_to_bf16(blocks, scales[:, :3])
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=64, max_size=64))
+def test_scales_alone_are_the_scales(floats):
+    values = np.array(floats, dtype=np.float32).reshape(2, 32)
+    np.testing.assert_array_equal(mxfp4.shared_scales(values), mxfp4.quantize(values)[1])
+
+
 @settings(max_examples=200)
 @given(st.lists(st.integers(-24, 24), min_size=31, max_size=31), st.integers(-60, 60))
 def test_rounds_to_nearest_ties_to_even(quarters, exponent):

@@ -62,7 +62,7 @@ def test_the_flags_are_frozen() -> None:
         "inspect": "--json --kv --seq-len",
         "plan": "--allocator --batch --compare --explain --gpu --gpus --isl --json --kv --memory-rule --osl --out "
         "--parallel --parent-kv",
-        "derive": "--architecture --importance --json --max-shard-bytes --overwrite",
+        "derive": "--architecture --experts --importance --json --max-shard-bytes --overwrite",
         "verify": "--against --json",
         "calibrate experts": data,
         "calibrate kv": data.replace("--json", "--exact --json"),
