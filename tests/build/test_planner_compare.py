@@ -167,6 +167,18 @@ def test_bad_input_is_one_line(arguments: tuple[str, ...], words: tuple[str, ...
     assert_user_error(invoke("plan", CHILD_FILE, *arguments), *words)
 
 
+def test_an_engine_folder_is_planned_as_its_serving_copy(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(CHILD_FILE.read_text(encoding="utf-8"), encoding="utf-8")
+    value = last_json(invoke("plan", tmp_path, "--gpus", "8", *LONG, "--parallel", "tp8", "--json").stdout)
+    assert [(row["window"], row["layers"]) for row in value["kv_by_window"]] == [(128, 18), (8192, 8), (None, 10)]
+    kept = sum(row["layers"] * row["bytes_per_layer"] for row in value["kv_by_window"])
+    assert kept == value["kv_bytes_per_sequence"] == CHILD.kv_bytes_per_sequence(131072, "fp8")
+    assert 63.9 < value["distinct_experts"]["64"] <= 64
+    # a chunk of 8192 tokens and tp8, a layer: 4 x 7/8 x 47 MB over NVLink are 367 us; its experts multiply 206 us
+    assert value["prefill_bound"] == "links"
+
+
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text('{"model_type": "llama"}', encoding="utf-8")
