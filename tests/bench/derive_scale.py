@@ -2,6 +2,7 @@
 
     .venv/bin/python tests/bench/derive_scale.py --scratch /tmp/derive-scale            # 8 layers, about 40 GB of disk
     .venv/bin/python tests/bench/derive_scale.py --scratch /tmp/derive-scale --layers 1 --hidden 256 --rounds 1
+    .venv/bin/python tests/bench/derive_scale.py --scratch /tmp/derive-scale --layers 1 --experts bf16 --rounds 1
 
 It writes a synthetic MXFP4 parent with the true geometry of the 120B model (only the number of layers is smaller) and
 random bytes, then runs the real commands as processes of their own. `cp --reflink=never` copies the derived child, so
@@ -84,6 +85,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--scratch", required=True, help="folder to create, fill and delete")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parent-experts", choices=("mxfp4", "bf16"), default="mxfp4", help="format of the parent's")
+    parser.add_argument("--experts", choices=("mxfp4", "bf16", "keep"), default="keep", help="as derive's --experts")
     parser.add_argument("--hidden", type=int, default=2880, help="hidden and intermediate size (smaller: a dry run)")
     return parser.parse_args()
 
@@ -95,6 +98,8 @@ def parent_config(options: argparse.Namespace) -> dict[str, Any]:
     """The 120B config.json with fewer layers (and, for a dry run, a smaller hidden size and vocabulary)."""
     config = json.loads(CONFIG_120B.read_text())
     config.update(num_hidden_layers=options.layers, layer_types=config["layer_types"][: options.layers])
+    if options.parent_experts == "bf16":
+        del config["quantization_config"]
     if options.hidden != 2880:
         config.update(hidden_size=options.hidden, intermediate_size=options.hidden, vocab_size=1024)
     return config
@@ -167,7 +172,7 @@ def measure(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
     say("writing the parent")
     architecture = write_parent(parent, parent_config(options))
     file, importance = write_inputs(scratch, architecture)
-    inputs = ["--architecture", str(file), "--importance", str(importance)]
+    inputs = ["--architecture", str(file), "--importance", str(importance), "--experts", options.experts]
     say("deriving the child that cp will copy")
     run([*puzzle("derive", parent, child), *inputs], evict=parent, sync=child)
     derives, copies = [], []
@@ -180,8 +185,10 @@ def measure(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
     say("verify, inspect")
     verify = run([*puzzle("verify", child), "--against", str(parent)], evict=scratch)
     inspect = run(puzzle("inspect", parent), evict=parent)
-    (child / "derivation.json").unlink()
-    subset = run([*puzzle("verify", child), "--against", str(parent)], evict=scratch)
+    subset = None
+    if options.experts in ("keep", options.parent_experts):
+        (child / "derivation.json").unlink()
+        subset = run([*puzzle("verify", child), "--against", str(parent)], evict=scratch)
     return summary(options, folder_bytes(parent), folder_bytes(child), derives, copies, verify, subset, inspect)
 
 
@@ -232,10 +239,11 @@ def folder_bytes(folder: Path) -> int:
 def check_disk(folder: Path, options: argparse.Namespace) -> None:
     architecture = PuzzleArchitecture.from_config(parent_config(options))
     parent = sum(spec.num_bytes for spec in tensor_table(architecture).values())
-    free = shutil.disk_usage(folder).free
-    say(f"the parent takes {parent / 1e9:.1f} GB; parent, child and one copy at most {3 * parent / 1e9:.1f} GB")
-    if free < 3 * parent:
-        sys.exit(f"{folder}: {free / 1e9:.1f} GB free, {3 * parent / 1e9:.1f} GB needed")
+    growth = 4 if (options.parent_experts, options.experts) == ("mxfp4", "bf16") else 1
+    needed, free = (1 + 2 * growth) * parent, shutil.disk_usage(folder).free
+    say(f"the parent takes {parent / 1e9:.1f} GB; parent, child and one copy at most {needed / 1e9:.1f} GB")
+    if free < needed:
+        sys.exit(f"{folder}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed")
 
 
 # -- reporting -----------------------------------------------------------------------------------------------------
@@ -248,7 +256,7 @@ def summary(
     derives: list[Run],
     copies: list[Run],
     verify: Run,
-    subset: Run,
+    subset: Run | None,
     inspect: Run,
 ) -> dict[str, Any]:
     ratios = [c.seconds / d.seconds for c, d in zip(copies, derives, strict=True)]
@@ -256,12 +264,14 @@ def summary(
     return {
         "layers": options.layers,
         "hidden": options.hidden,
+        "parent_experts": options.parent_experts,
+        "experts": options.experts,
         "parent_bytes": parent_bytes,
         "child_bytes": child_bytes,
         "derive": [asdict(run) for run in derives],
         "cp": [asdict(run) for run in copies],
         "verify": asdict(verify),
-        "verify_without_record": asdict(subset),
+        "verify_without_record": None if subset is None else asdict(subset),
         "inspect": asdict(inspect),
         "speed_over_cp": statistics.median(ratios),
         "speed_over_cp_synced": statistics.median(synced),
@@ -294,7 +304,8 @@ def print_report(report: dict[str, Any]) -> None:
         )
     for name in ("verify", "verify_without_record", "inspect"):
         row = report[name]
-        print(f"{name:24}{row['seconds']:9.1f}{'':26}{row['peak_rss_bytes'] / 2**20:14.0f}")
+        if row is not None:
+            print(f"{name:24}{row['seconds']:9.1f}{'':26}{row['peak_rss_bytes'] / 2**20:14.0f}")
     ratio, synced = report["speed_over_cp"], report["speed_over_cp_synced"]
     print(f"speed over cp, median of rounds: {ratio:.2f} to the end of the process, {synced:.2f} to the disk")
 
