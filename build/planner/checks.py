@@ -20,7 +20,7 @@ from puzzle_trtllm.build.planner.allocators import vllm_blocks_per_sequence, vll
 from puzzle_trtllm.build.planner.assumptions import GIB, Assumptions
 from puzzle_trtllm.build.planner.kv_cache import KvGeometry
 from puzzle_trtllm.build.planner.layout import Layout
-from puzzle_trtllm.build.planner.planning import Plan, plan
+from puzzle_trtllm.build.planner.planning import NoRoomError, Plan, plan
 from puzzle_trtllm.build.planner.published import (
     ALLOCATOR_LOGS,
     BYTES,
@@ -34,7 +34,6 @@ from puzzle_trtllm.build.planner.published import (
     Throughput,
 )
 from puzzle_trtllm.build.planner.weights import active_parameters
-from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.gpus import load_gpu, load_gpus
 from puzzle_trtllm.tensors import count_parameters, count_weight_bytes, tensor_table
 
@@ -234,7 +233,7 @@ def _speedups(
                 batch=batch,
                 assumptions=assumptions,
             )
-        except ConfigError:
+        except NoRoomError:
             return None
 
     gpu = load_gpu(SPEEDUP_GPU)

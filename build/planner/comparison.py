@@ -14,7 +14,7 @@ from typing import Any
 from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture
 from puzzle_trtllm.build.planner.allocators import DEFAULT_ALLOCATOR
 from puzzle_trtllm.build.planner.assumptions import Assumptions
-from puzzle_trtllm.build.planner.planning import Plan, check_request, plan
+from puzzle_trtllm.build.planner.planning import NoRoomError, Plan, plan
 from puzzle_trtllm.build.planner.throughput import Load
 from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.gpus import Gpu
@@ -122,7 +122,6 @@ def compare(
 
     def attempt(a: PuzzleArchitecture, gpu: Gpu, num_gpus: int, load: Load, wanted: KvDtype) -> Plan | None:
         dtype: KvDtype = "bf16" if gpu.fp8_flops_per_s is None else wanted
-        check_request(a, gpu, num_gpus, load, dtype)
         try:
             return plan(
                 a,
@@ -134,9 +133,7 @@ def compare(
                 allocator=allocator,
                 assumptions=assumptions,
             )
-        except ConfigError as error:
-            if "no room" not in str(error):
-                raise
+        except NoRoomError:
             return None
 
     return Comparison(

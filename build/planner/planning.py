@@ -28,6 +28,10 @@ GAIN_FROM_MORE = 1.02
 """Twice the sequences must gain at least this much for KV capacity to count as a bound."""
 
 
+class NoRoomError(ConfigError):
+    """The model fits, but not one sequence (or not the asked batch) beside it; or not even the model."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What was planned, for one layout."""
@@ -93,7 +97,7 @@ def plan(
         batch: sequences in flight a replica, instead of the best number.
 
     Raises ConfigError in one line for sequences longer than the model, an FP8 cache on a GPU without FP8, an unknown
-    allocator or layout, or a model that leaves no room for one sequence.
+    allocator or layout; NoRoomError for a model that leaves no room for one sequence.
     """
     assumptions = assumptions or Assumptions()
     check_request(architecture, gpu, num_gpus, load, kv_dtype)
@@ -172,7 +176,7 @@ def _no_room(
     kv_dtype: KvDtype,
     assumptions: Assumptions,
     batch: int | None,
-) -> ConfigError:
+) -> NoRoomError:
     """Says how much is missing where the most is left."""
     memories = {layout: plan_memory(a, gpu, layout, assumptions) for layout in layouts}
     layout = max(memories, key=lambda item: memories[item].kv_pool)
@@ -181,7 +185,7 @@ def _no_room(
     wanted = f"{batch} sequences" if batch else "one sequence"
     count = -(-(batch or 1) // layout.sequence_split)
     weights = memories[layout].weights.total
-    return ConfigError(
+    return NoRoomError(
         f"no room for {wanted} of {load.sequence_tokens} tokens beside {weights} bytes of weights",
         key=f"{layout.num_gpus} x {gpu.name}, {layout.name}",
         found=f"{pool} bytes for the KV cache of a GPU",

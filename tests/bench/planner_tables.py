@@ -1,6 +1,6 @@
-"""The tables of docs/planner.md, made from the planner's checks: `python tests/bench/planner_tables.py [--write]`.
+"""Tables and picture of docs/planner.md, from the planner itself: `python tests/bench/planner_tables.py [--write]`.
 
-Everything between the two markers of the page is replaced; a test holds the page to what this prints.
+Everything between the two markers of the page is replaced; a test holds page and picture to what this makes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ from puzzle_trtllm.build.planner.checks import (
     check_throughputs,
     fit_efficiency,
 )
+from puzzle_trtllm.build.planner.comparison import compare
+from puzzle_trtllm.build.planner.heat_map import heat_map_svg
+from puzzle_trtllm.gpus import load_gpus
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "planner.md"
+PICTURE = ROOT / "docs" / "planner-map.svg"
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
@@ -164,6 +168,12 @@ def _ratio(rows: Sequence[SpeedupCheck], key: tuple[str, str, str], dtype: str, 
     return f"**{found.ratio:.2f}**" if found.reproduces else f"{found.ratio:.2f}"
 
 
+def picture() -> str:
+    """The heat map of the 88B child."""
+    m = models()
+    return heat_map_svg(compare(m.parent, m.child, gpus=load_gpus()))
+
+
 def with_tables(page: str) -> str:
     """The page with fresh tables between its markers."""
     before, _, rest = page.partition(BEGIN)
@@ -173,6 +183,7 @@ def with_tables(page: str) -> str:
 
 if __name__ == "__main__":
     if "--write" in sys.argv:
+        PICTURE.write_text(picture(), encoding="utf-8")
         PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         print(render())

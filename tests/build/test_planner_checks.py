@@ -6,7 +6,6 @@ Nothing here was fitted but the efficiency, and that on every other row of NVIDI
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -147,6 +146,8 @@ def tables_module() -> ModuleType:
 
 
 def test_the_page_shows_these_very_rows() -> None:
-    with_tables: Callable[[str], str] = tables_module().with_tables
+    tables = tables_module()
     page = (ROOT / "docs" / "planner.md").read_text(encoding="utf-8")
-    assert page == with_tables(page), "run: python tests/bench/planner_tables.py --write"
+    assert page == tables.with_tables(page), "run: python tests/bench/planner_tables.py --write"
+    drawn = (ROOT / "docs" / "planner-map.svg").read_text(encoding="utf-8")
+    assert drawn == tables.picture(), "run: python tests/bench/planner_tables.py --write"
