@@ -15,6 +15,7 @@ from pathlib import Path
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.serve.bench.interleaved import run_interleaved
 from puzzle_trtllm.serve.bench.result import BenchResult
+from puzzle_trtllm.serve.evaluate.result import EvaluationResult
 from puzzle_trtllm.serve.evaluate.runner import evaluate
 from puzzle_trtllm.serve.report.assemble import assemble_measurement
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
@@ -42,47 +43,61 @@ class MeasurementPlan:
     num_problems: int | None
 
 
-def measure_engines(
-    engines: Mapping[str, EngineFolders], plan: MeasurementPlan, *, problems: Path, log_folder: Path
-) -> list[EngineMeasurement]:
-    """Serve every engine, capped and uncapped, measure throughput in turn, then accuracy on the capped ones.
-
-    Raises ServeError when a server does not start, BenchError when a measurement cannot be made.
-    """
+def server_folders(engines: Mapping[str, EngineFolders]) -> dict[str, Path]:
+    """One server for every engine and every uncapped twin: engine folder by server name."""
     folders = {name: pair.capped for name, pair in engines.items()}
-    folders |= {_uncapped(name): pair.uncapped for name, pair in engines.items()}
-    with _servers(folders, log_folder) as urls:
-        rounds = run_interleaved(
-            urls,
-            scenario=SCENARIO,
-            rounds=plan.rounds,
-            num_requests=plan.num_requests,
-            engines=folders,
+    return folders | {_uncapped(name): pair.uncapped for name, pair in engines.items()}
+
+
+def bench_in_turn(
+    urls: Mapping[str, str], folders: Mapping[str, Path], plan: MeasurementPlan
+) -> dict[str, list[BenchResult]]:
+    """Throughput of all servers in interleaved rounds, by server name."""
+    result = run_interleaved(
+        urls, scenario=SCENARIO, rounds=plan.rounds, num_requests=plan.num_requests, engines=folders
+    )
+    return {name: list(server.rounds) for name, server in result.servers.items()}
+
+
+def evaluate_capped(
+    urls: Mapping[str, str], engines: Mapping[str, EngineFolders], plan: MeasurementPlan, *, problems: Path
+) -> dict[str, EvaluationResult]:
+    """Accuracy at every reasoning effort of the capped engines, one after the other."""
+    return {
+        name: evaluate(
+            urls[name],
+            problems=problems,
+            tokenizer_folder=Engine.open(pair.capped).model_path,
+            concurrency=EVALUATION_CONCURRENCY,
+            max_tokens=EVALUATION_MAX_TOKENS,
+            limit=plan.num_problems,
+            engine=pair.capped,
+            name=name,
         )
-        results: dict[str, list[BenchResult]] = {name: list(server.rounds) for name, server in rounds.servers.items()}
-        return [
-            assemble_measurement(
-                name,
-                engine=pair.capped,
-                rounds=results[name],
-                uncapped_rounds=results[_uncapped(name)],
-                evaluation=evaluate(
-                    urls[name],
-                    problems=problems,
-                    tokenizer_folder=Engine.open(pair.capped).model_path,
-                    concurrency=EVALUATION_CONCURRENCY,
-                    max_tokens=EVALUATION_MAX_TOKENS,
-                    limit=plan.num_problems,
-                    engine=pair.capped,
-                    name=name,
-                ),
-            )
-            for name, pair in engines.items()
-        ]
+        for name, pair in engines.items()
+    }
+
+
+def assemble_measurements(
+    engines: Mapping[str, EngineFolders],
+    rounds: Mapping[str, list[BenchResult]],
+    evaluations: Mapping[str, EvaluationResult],
+) -> list[EngineMeasurement]:
+    """What the report compares: one record an engine, its uncapped twin's throughput inside."""
+    return [
+        assemble_measurement(
+            name,
+            engine=pair.capped,
+            rounds=rounds[name],
+            uncapped_rounds=rounds[_uncapped(name)],
+            evaluation=evaluations[name],
+        )
+        for name, pair in engines.items()
+    ]
 
 
 @contextmanager
-def _servers(folders: Mapping[str, Path], log_folder: Path) -> Iterator[dict[str, str]]:
+def running_servers(folders: Mapping[str, Path], log_folder: Path) -> Iterator[dict[str, str]]:
     """gRPC URLs by name, on free loopback ports; all servers are stopped at the end, whatever happens."""
     log_folder.mkdir(parents=True, exist_ok=True)
     servers = {name: TritonServer(folder, log_file=log_folder / f"{name}.log") for name, folder in folders.items()}

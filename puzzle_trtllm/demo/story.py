@@ -14,20 +14,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from puzzle_trtllm.demo.serving import EngineFolders, MeasurementPlan, measure_engines
+from puzzle_trtllm.demo.serving import (
+    EngineFolders,
+    MeasurementPlan,
+    assemble_measurements,
+    bench_in_turn,
+    evaluate_capped,
+    running_servers,
+    server_folders,
+)
 from puzzle_trtllm.engine import EngineConfig, load_engine_config
+from puzzle_trtllm.serve.report.measurement import EngineMeasurement
 
 ABACUS = Path(__file__).parent / "abacus"
 """The shipped parent checkpoint, with its problems, calibration records and child architecture."""
 
 ENGINE_CONFIG = "cpu-demo"
-FULL_PLAN = MeasurementPlan(rounds=3, num_requests=None, num_problems=None)
+FULL_PLAN = MeasurementPlan(rounds=3, num_requests=None, num_problems=128)
 QUICK_PLAN = MeasurementPlan(rounds=1, num_requests=32, num_problems=12)
 """Every step for real, too few samples to mean much: for tests."""
 
@@ -42,8 +51,7 @@ def run_demo(out: str | Path = "runs/demo", *, quick: bool = False) -> dict[str,
     plan = QUICK_PLAN if quick else FULL_PLAN
     child, parent = _make_checkpoints(folder, story)
     engines = _build_engines(folder, story, child=child, parent=parent)
-    with story.chapter("serve, bench, evaluate", "six Triton servers up together, measured in turn"):
-        measurements = measure_engines(engines, plan, problems=ABACUS / "problems.jsonl", log_folder=folder / "logs")
+    measurements = _measure(engines, plan, story, log_folder=folder / "logs")
     with story.chapter("report", "the child against its parent at BF16 and at FP8 KV cache"):
         from puzzle_trtllm.serve.report import make_report
 
@@ -101,6 +109,22 @@ def _build_engines(folder: Path, story: _Story, *, child: Path, parent: Path) ->
             build_engine(checkpoint, uncapped, config=_without_cap(recipe), overwrite=True)
             engines[name] = EngineFolders(capped=capped, uncapped=uncapped)
     return engines
+
+
+def _measure(
+    engines: dict[str, EngineFolders], plan: MeasurementPlan, story: _Story, *, log_folder: Path
+) -> list[EngineMeasurement]:
+    folders = server_folders(engines)
+    with ExitStack() as running:
+        with story.chapter("serve", f"{len(folders)} Triton servers, up together on free loopback ports"):
+            urls = running.enter_context(running_servers(folders, log_folder))
+        with story.chapter("bench", "more requests at once than the parent has room for, each server in turn"):
+            rounds = bench_in_turn(urls, folders, plan)
+        with story.chapter("evaluate", "held-out problems at three reasoning efforts"):
+            evaluations = evaluate_capped(urls, engines, plan, problems=ABACUS / "problems.jsonl")
+        with story.chapter("stop", "the servers"):
+            running.close()
+    return assemble_measurements(engines, rounds, evaluations)
 
 
 def _without_cap(config: EngineConfig) -> EngineConfig:
