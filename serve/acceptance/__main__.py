@@ -1,0 +1,70 @@
+"""`python -m puzzle_trtllm.serve.acceptance record | compare`. Exit codes: 0 the same, 1 not, 2 the user's error."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from puzzle_trtllm.errors import PuzzleError
+from puzzle_trtllm.serve.acceptance.comparison import compare
+from puzzle_trtllm.serve.acceptance.recording import Recording, record
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one of the two commands and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _record(options) if options.command == "record" else _compare(options)
+    except PuzzleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _record(options: argparse.Namespace) -> int:
+    texts = None
+    if options.problems is not None:
+        from puzzle_trtllm.serve.evaluate.problems import load_problems
+
+        texts = [problem.prompt for problem in load_problems(options.problems, limit=options.limit).problems]
+    recording = record(options.engine, texts=texts, max_tokens=options.max_tokens)
+    recording.save(options.out)
+    print(f"{options.out}: {len(recording.continuations)} continuations by {recording.runtime}")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    result = compare(Recording.load(options.a), Recording.load(options.b))
+    print("prompt tokens | prompts | same first token | same text | common tokens | first logprob apart, max")
+    for name, found in result.items():
+        apart = "-" if found.max_logprob_difference is None else f"{found.max_logprob_difference:.4f}"
+        print(
+            f"{name:>13} | {found.num_prompts:7} | {found.same_first_token:16.1%} | {found.same_text:9.1%} | "
+            f"{found.mean_common_tokens:13.1f} | {apart}"
+        )
+    accepted = result["all"].accepted(
+        min_first_token=options.min_first_token, max_logprob_difference=options.max_logprob_difference
+    )
+    print("accepted" if accepted else "NOT accepted")
+    return 0 if accepted else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m puzzle_trtllm.serve.acceptance", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    recording = commands.add_parser("record", help="greedy continuations of fixed prompts by one engine")
+    recording.add_argument("engine")
+    recording.add_argument("out")
+    recording.add_argument("--problems", help="problem set (.jsonl) to take texts from; default: random token ids")
+    recording.add_argument("--limit", type=int, help="only so many problems")
+    recording.add_argument("--max-tokens", type=int, default=32)
+    comparing = commands.add_parser("compare", help="two recordings; exit code 0 when they agree, else 1")
+    comparing.add_argument("a")
+    comparing.add_argument("b")
+    comparing.add_argument("--min-first-token", type=float, default=0.95, help="share of equal first tokens")
+    comparing.add_argument("--max-logprob-difference", type=float, default=0.25, help="of an equal first token, nats")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

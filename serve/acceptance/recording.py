@@ -1,0 +1,125 @@
+"""Greedy continuations of fixed prompts by one engine.
+
+Prompts are token ids, the same on every engine with this vocabulary: random text tokens at lengths that cross every
+window (a prompt shorter than the smallest window would never test one), or texts of a problem set through the engine's
+own tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from puzzle_trtllm.engine import Engine
+from puzzle_trtllm.errors import BenchError, ConfigError
+from puzzle_trtllm.serve.runtimes import create_llm, load_runtime
+
+NUM_SPECIAL_TOKENS = 1090
+"""Ids at the end of gpt-oss's vocabulary that are no text."""
+
+
+class Continuation(BaseModel):
+    """What one engine made of one prompt."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt_tokens: int
+    token_ids: list[int]
+    """Greedy, up to max_tokens, the end-of-sequence token ignored."""
+    first_logprob: float | None
+    """Log-probability of token_ids[0]; None where the runtime gives none."""
+
+
+class Recording(BaseModel):
+    """One engine's continuations."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    engine: str
+    runtime: str
+    kv_dtype: str
+    kv_fold: str
+    max_tokens: int
+    prompts_fingerprint: str
+    continuations: list[Continuation]
+
+    def save(self, file: str | Path) -> None:
+        """Write the recording as JSON."""
+        Path(file).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, file: str | Path) -> Recording:
+        """Read a recording. Raises ConfigError in one line."""
+        try:
+            return cls.model_validate_json(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(str(part) for part in problem["loc"]) or None
+            raise ConfigError(f"not a recording: {problem['msg']}", file=file, key=key) from None
+
+
+def synthetic_prompts(
+    windows: Sequence[int | None], *, vocab_size: int, max_prompt_tokens: int, per_length: int = 4, seed: int = 0
+) -> list[list[int]]:
+    """Random prompts at 16 tokens, and for each window somewhat above it, as far as `max_prompt_tokens` allows."""
+    lengths = sorted({16, *(window + window // 4 + 1 for window in windows if window is not None)})
+    fitting = [length for length in lengths if length <= max_prompt_tokens] or [max_prompt_tokens]
+    limit = vocab_size - NUM_SPECIAL_TOKENS if vocab_size > 2 * NUM_SPECIAL_TOKENS else vocab_size
+    source = random.Random(seed)
+    return [[int(source.random() * limit) for _ in range(length)] for length in fitting for _ in range(per_length)]
+
+
+def record(engine_folder: str | Path, *, texts: Sequence[str] | None = None, max_tokens: int = 32) -> Recording:
+    """Start the engine, continue every prompt greedily, stop it.
+
+    Args:
+        engine_folder: made by `build`, for any runtime that is installed here.
+        texts: prompts as text; synthetic token ids when None.
+        max_tokens: tokens to generate for each prompt.
+
+    Raises BenchError when the engine's sequences are too short for that, EngineError when it cannot start.
+    """
+    engine = Engine.open(engine_folder)
+    room = int(engine.llm_args["max_seq_len"]) - max_tokens
+    if room < 1:
+        raise BenchError(
+            "leaves no room for a prompt", key="max_tokens", found=max_tokens, expected=f"below {room + max_tokens}"
+        )
+    a = engine.architecture
+    llm = create_llm(engine)
+    try:
+        prompts: list[list[int]]
+        if texts is None:
+            prompts = synthetic_prompts(a.windows, vocab_size=a.vocab_size, max_prompt_tokens=room)
+        else:
+            prompts = [list(llm.tokenizer.encode(text))[:room] for text in texts]
+        sampling_params = load_runtime(engine.manifest.runtime).SamplingParams
+        continuations = [_continue(llm, sampling_params, prompt, max_tokens) for prompt in prompts]
+    finally:
+        llm.shutdown()
+    return Recording(
+        engine=engine.path.name,
+        runtime=engine.manifest.runtime,
+        kv_dtype=engine.manifest.kv_dtype,
+        kv_fold=engine.manifest.kv_fold.mode,
+        max_tokens=max_tokens,
+        prompts_fingerprint=hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        continuations=continuations,
+    )
+
+
+def _continue(llm: Any, sampling_params: Any, prompt: list[int], max_tokens: int) -> Continuation:
+    # One after the other: in a batch other kernels run, and texts would depend on their neighbours.
+    first = llm.generate(prompt, sampling_params(max_tokens=1, ignore_eos=True, logprobs=1)).outputs[0]
+    whole = llm.generate(prompt, sampling_params(max_tokens=max_tokens, ignore_eos=True)).outputs[0]
+    return Continuation(
+        prompt_tokens=len(prompt), token_ids=list(whole.token_ids), first_logprob=first.cumulative_logprob
+    )

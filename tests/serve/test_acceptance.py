@@ -1,0 +1,102 @@
+"""Acceptance: recorded on real engines of the reference runtime, compared by hand-made recordings."""
+
+from __future__ import annotations
+
+import pytest
+
+from puzzle_trtllm.build.engine_build import build_engine
+from puzzle_trtllm.engine import EngineConfig
+from puzzle_trtllm.errors import BenchError, ConfigError
+from puzzle_trtllm.serve.acceptance.__main__ import main
+from puzzle_trtllm.serve.acceptance.comparison import common_tokens, compare
+from puzzle_trtllm.serve.acceptance.recording import Continuation, Recording, record, synthetic_prompts
+
+BLOCKS = [(4, 16), (2, None), (4, 40)]
+
+
+def recording(texts, logprobs, **changes):
+    continuations = [
+        Continuation(prompt_tokens=16, token_ids=list(text), first_logprob=logprob)
+        for text, logprob in zip(texts, logprobs, strict=True)
+    ]
+    values = {"engine": "e", "runtime": "reference", "kv_dtype": "bf16", "kv_fold": "none", "max_tokens": 3}
+    return Recording(**{**values, "prompts_fingerprint": "f", "continuations": continuations, **changes})
+
+
+@pytest.fixture(scope="module")
+def engines(make_checkpoint, tmp_path_factory):
+    """One child, its KV cache in BF16, in folded FP8, and another child."""
+    folder = tmp_path_factory.mktemp("engines")
+    scenario = folder / "tiny.yaml"
+    scenario.write_text("name: tiny\ninput_tokens: 60\noutput_tokens: 20\nconcurrency: 1\nnum_requests: 1\n")
+    child = make_checkpoint(BLOCKS, kv_scales=[(2.0**-6, 2.0**-6)] * 3)
+    built = {}
+    for name, checkpoint, kv_dtype in (
+        ("bf16", child, "bf16"),
+        ("fp8", child, "fp8"),
+        ("other", make_checkpoint(BLOCKS, seed=7), "bf16"),
+    ):
+        config = EngineConfig(runtime="reference", kv_dtype=kv_dtype, scenario=str(scenario))
+        built[name] = build_engine(checkpoint, folder / name, config=config).path
+    return built
+
+
+def test_an_engine_agrees_with_itself_and_not_with_another(engines, tmp_path, capsys):
+    for name in ("bf16", "fp8", "other"):
+        assert main(["record", str(engines[name]), str(tmp_path / f"{name}.json"), "--max-tokens", "4"]) == 0
+    one = Recording.load(tmp_path / "bf16.json")
+    assert (one.runtime, one.kv_fold, one.max_tokens) == ("reference", "none", 4)
+    assert all(len(c.token_ids) == 4 and c.first_logprob < 0 for c in one.continuations)
+    assert {c.prompt_tokens for c in one.continuations} == {16, 21, 51}  # beyond 16 and beyond 40
+    files = {name: str(tmp_path / f"{name}.json") for name in engines}
+    assert record(engines["bf16"], max_tokens=4) == one
+    assert main(["compare", files["bf16"], files["bf16"]]) == 0
+    assert main(["compare", files["bf16"], files["other"]]) == 1
+    capsys.readouterr()
+    main(["compare", files["bf16"], files["fp8"]])
+    assert "accepted" in capsys.readouterr().out
+    found = compare(one, Recording.load(files["fp8"]))["all"]
+    assert found.max_logprob_difference is not None and 0 < found.max_logprob_difference < 1  # rounding, and only that
+
+
+def test_agreement_by_hand():
+    a = recording([[1, 2, 3], [4, 5, 6], [7, 8, 9], [1, 1, 1]], [-1.0, -2.0, -3.0, None])
+    b = recording([[1, 2, 3], [4, 5, 0], [0, 8, 9], [1, 1, 1]], [-1.25, -2.0, -9.0, -1.0])
+    found = compare(a, b)["all"]
+    assert (found.num_prompts, found.same_first_token, found.same_text) == (4, 0.75, 0.5)
+    assert found.mean_common_tokens == (3 + 2 + 0 + 3) / 4
+    assert (
+        found.max_logprob_difference == 0.25
+    )  # the third prompt's first tokens differ, the fourth has only one number
+    assert found.accepted(min_first_token=0.75, max_logprob_difference=0.25)
+    assert not found.accepted(min_first_token=0.76, max_logprob_difference=0.25)
+    assert not found.accepted(min_first_token=0.75, max_logprob_difference=0.24)
+
+
+def test_groups_by_length_and_common_tokens():
+    assert list(compare(recording([[1]], [None]), recording([[1]], [None]))) == ["16", "all"]
+    assert common_tokens([1, 2], [1, 2, 3]) == 2 and common_tokens([], [1]) == 0
+
+
+@pytest.mark.parametrize("change", [{"prompts_fingerprint": "g"}, {"max_tokens": 4}])
+def test_recordings_of_different_questions_are_refused(change):
+    with pytest.raises(BenchError, match=rf"{next(iter(change))}: recordings of different questions"):
+        compare(recording([[1]], [None]), recording([[1]], [None], **change))
+
+
+def test_prompts_cross_every_window_that_fits_and_hold_no_control_tokens():
+    prompts = synthetic_prompts((128, 8192, None), vocab_size=201088, max_prompt_tokens=8000)
+    assert sorted({len(prompt) for prompt in prompts}) == [16, 161]
+    assert max(max(prompt) for prompt in prompts) < 199_998
+    assert prompts == synthetic_prompts((128, 8192, None), vocab_size=201088, max_prompt_tokens=8000)
+    assert {len(p) for p in synthetic_prompts((128, 8192), vocab_size=96, max_prompt_tokens=20000)} == {16, 161, 10241}
+
+
+def test_the_users_errors(engines, tmp_path, capsys):
+    with pytest.raises(BenchError, match=r"max_tokens: leaves no room for a prompt \(found 80, expected below 80"):
+        record(engines["bf16"], max_tokens=80)
+    (tmp_path / "x.json").write_text('{"engine": 3}')
+    with pytest.raises(ConfigError, match=r"x\.json: engine: not a recording"):
+        Recording.load(tmp_path / "x.json")
+    assert main(["compare", str(tmp_path / "no.json"), "b"]) == 2
+    assert "no.json: cannot be read" in capsys.readouterr().err
