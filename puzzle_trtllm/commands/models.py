@@ -16,11 +16,12 @@ from puzzle_trtllm.commands.output import (
     show_bytes,
     show_count,
 )
-from puzzle_trtllm.errors import CheckpointError
+from puzzle_trtllm.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from puzzle_trtllm.build.fitting import Fit
     from puzzle_trtllm.build.verify import VerificationReport
     from puzzle_trtllm.inspection import Inspection
 
@@ -37,19 +38,56 @@ def inspect_command(
         Literal["bf16", "fp8"] | None,
         typer.Option("--kv", help="KV dtype (default: fp8 if the model brings KV scales, else bf16)."),
     ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Also show what fits on this GPU, such as h100-80gb.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", help="How many of them (default: 1).")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a model layer by layer: experts, windows, bytes.
+    """Show a model layer by layer: experts, windows, bytes; and what fits on GPUs.
 
     Reads config.json and the headers of the safetensors files, never a weight.
     """
     from puzzle_trtllm.inspection import inspect
 
+    if gpu is None and gpus is not None:
+        raise ConfigError("which GPU?", key="--gpus", found=gpus, expected="--gpu NAME beside it")
     inspection = inspect(model, seq_lens=seq_len or (), kv_dtype=kv)
+    fits = () if gpu is None else _fits(inspection, gpu, 1 if gpus is None else gpus)
     if as_json:
-        print_json(inspection.to_json())
+        value = inspection.to_json()
+        print_json(value if gpu is None else {**value, "fits": [fit.to_json() for fit in fits]})
     else:
-        print_table(layers_table(inspection), totals_table(inspection))
+        print_table(layers_table(inspection), totals_table(inspection), *([fits_table(fits)] if fits else []))
+
+
+def _fits(inspection: Inspection, gpu: str, num_gpus: int) -> tuple[Fit, ...]:
+    from puzzle_trtllm.build.fitting import fit
+    from puzzle_trtllm.gpus import load_gpu
+
+    return fit(
+        inspection.architecture,
+        gpu=load_gpu(gpu),
+        num_gpus=num_gpus,
+        kv_dtype=inspection.kv_dtype,
+        seq_lens=inspection.kv_sequence_tokens,
+    )
+
+
+def fits_table(fits: tuple[Fit, ...]) -> Table:
+    """One row a layout: bytes of one GPU, and the sequences that all of them hold."""
+    from rich.table import Table
+
+    first = fits[0]
+    table = Table(title=f"on {first.layout.num_gpus} x {first.gpu.product}", title_justify="left")
+    table.add_column("layout")
+    for column in ("weights a GPU", "KV pool a GPU", *(f"at {tokens:,} tokens" for tokens, _ in first.max_sequences)):
+        table.add_column(column, justify="right")
+    for fit in fits:
+        pool = show_bytes(fit.kv_pool_bytes_per_gpu) if fit.kv_pool_bytes_per_gpu else "does not fit"
+        counts = (f"{count:,} sequences" for _, count in fit.max_sequences)
+        table.add_row(fit.layout.name, show_bytes(fit.weight_bytes_per_gpu), pool, *counts)
+    return table
 
 
 def layers_table(inspection: Inspection) -> Table:

@@ -59,7 +59,7 @@ def test_the_flags_are_frozen() -> None:
             found[f"{name} {inner_name}".strip()] = " ".join(sorted(flags))
     data = "--dataset --json --max-samples --max-tokens --overwrite --pack --seed --sequence-length"
     assert found == {
-        "inspect": "--json --kv --seq-len",
+        "inspect": "--gpu --gpus --json --kv --seq-len",
         "plan": "--allocator --batch --compare --explain --gpu --gpus --isl --json --kv --memory-rule --osl --out "
         "--parallel --parent-kv",
         "derive": "--architecture --experts --importance --json --max-shard-bytes --overwrite",
