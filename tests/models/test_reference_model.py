@@ -99,7 +99,7 @@ def test_a_mixed_batch_gives_each_sequence_its_own_logits(make_checkpoint):
     driver.step((0, 0, 60))
     for i in range(30):  # sequence 0 decodes while 1 and 2 arrive in chunks
         parts = [(0, 60 + i, 61 + i)]
-        parts += [(1, 20 + i - 10, 21 + i - 10)] if 10 <= i else []
+        parts += [(1, 20 + i - 10, 21 + i - 10)] if i >= 10 else []
         parts += [(1, 0, 20)] if i == 9 else []
         parts += [(2, 0, 33)] if i == 5 else [(2, 33, 80)] if i == 20 else []
         logits = driver.step(*parts)
