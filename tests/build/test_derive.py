@@ -102,6 +102,30 @@ class TestTheChild:
         assert child.config["layer_types"] == ["sliding_attention", "sliding_attention", "full_attention"]
         assert child.config["quantization_config"] == source.config["quantization_config"]
 
+    @pytest.mark.parametrize("form", ["nested", "per_layer_config"])
+    def test_says_its_blocks_in_the_flat_form_whatever_its_parents_is(
+        self, parent, inputs, write_importance, tmp_path, form
+    ):
+        """ModelOpt nests `block_configs`; the `per_layer_config` of transformers would compete with them."""
+        config = json.loads((parent / "config.json").read_text())
+        if form == "nested":
+            config["block_configs"] = [
+                {"attention": {"sliding_window": window}, "ffn": {"moe": {"num_local_experts": experts}}}
+                for experts, window in PARENT_BLOCKS
+            ]
+        else:
+            config["per_layer_config"] = {
+                str(layer): {"num_local_experts": experts, "sliding_window": window}
+                for layer, (experts, window) in enumerate(PARENT_BLOCKS)
+            }
+        (parent / "config.json").write_text(json.dumps(config))
+        inputs["importance"] = write_importance(SCORES)  # the fingerprint holds the config
+        derive(parent, tmp_path / "child", **inputs)
+        written = json.loads((tmp_path / "child" / "config.json").read_text())
+        assert [(b["num_local_experts"], b["sliding_window"]) for b in written["block_configs"]] == CHILD_BLOCKS
+        assert all(set(block) == {"num_local_experts", "sliding_window"} for block in written["block_configs"])
+        assert "per_layer_config" not in written
+
     def test_keeps_experts_in_shards_of_their_own(self, parent, inputs, tmp_path):
         derive(parent, tmp_path / "child", **inputs, max_shard_bytes=20_000)
         child = Checkpoint.open(tmp_path / "child")

@@ -163,6 +163,21 @@ def test_memory_is_that_of_one_expert(make_checkpoint, inputs, tmp_path, monkeyp
     assert max(sizes) == source.entry(f"{MATRICES[0]}_blocks").num_bytes // 6
 
 
+def test_transformers_sees_the_same_model_in_either_format(make_checkpoint, inputs, tmp_path):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from puzzle_trtllm.models.huggingface.loading import load_causal_lm, load_child
+
+    parent = make_checkpoint(PARENT_BLOCKS)
+    for experts in FORMATS:
+        derive(parent, tmp_path / experts, **inputs, experts=experts)
+    tokens = torch.arange(7, 27)[None]
+    with torch.no_grad():
+        packed = load_causal_lm(tmp_path / "mxfp4", dtype=torch.bfloat16)(tokens).logits
+        plain = load_child(tmp_path / "bf16", attn_implementation="eager")(tokens).logits
+    assert packed.std() > 0.1 and torch.equal(plain, packed)
+
+
 def test_on_the_command_line(make_checkpoint, inputs, tmp_path):
     parent = make_checkpoint(PARENT_BLOCKS)
     options = [f"--{key}={value}" for key, value in inputs.items()]
