@@ -52,4 +52,4 @@ def _existing(path: Path) -> Path:
 
 
 def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+    return f"{num_bytes / 2**30:.2f} GiB, {num_bytes:,} bytes"

@@ -1,8 +1,8 @@
 """Comparing rows of tensors in two checkpoints, byte for byte, a few hundred KiB at a time.
 
 A row is one index of a tensor's first axis: one expert's share of an expert tensor. Nothing here is shared with the
-code that writes children, so that a mistake there cannot hide here. Buffers stay below the processor's cache; large
-ones compare at a third of the speed.
+code that writes children, so that a mistake there cannot hide here. Buffers stay below the processor's cache; those
+of many MiB read at a fraction of the speed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A range of bytes of a file, and copying it at the speed of `cp`.
 
 Checkpoints are copied, not interpreted, so the copy decides how long a derivation takes. Bytes go through one buffer
-of 256 KiB that stays in the processor's cache: buffers of many MiB ran at a third of that speed, and the kernel's own
-copies (copy_file_range, sendfile) were no faster on ext4 and refuse some pairs of file systems. Files are never
-memory-mapped here: mapped pages would count as this process's memory.
+of 256 KiB that stays in the processor's cache: one of 16 MiB ran at a quarter of that speed, and the kernel's own
+copies (copy_file_range, sendfile) were no faster on ext4 and refuse some pairs of file systems (docs/performance.md).
+Files are never memory-mapped here: mapped pages would count as this process's memory.
 """
 
 from __future__ import annotations

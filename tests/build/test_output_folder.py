@@ -1,0 +1,60 @@
+"""What must fit on the disk: bytes that are written, and companions only where they cannot be linked."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from puzzle_trtllm.build import output_folder
+from puzzle_trtllm.build.derive import derive
+from puzzle_trtllm.build.output_folder import bytes_to_copy, check_disk_space
+from puzzle_trtllm.errors import PuzzleError
+
+
+@pytest.fixture
+def other_disk(tmp_path) -> Iterator[Path]:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("has one disk only")
+    folder = Path(tempfile.mkdtemp(dir=memory))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_links_take_no_space_and_copies_do(tmp_path, other_disk):
+    (tmp_path / "tokenizer.json").write_bytes(b"x" * 1000)
+    (other_disk / "LICENSE").write_bytes(b"x" * 500)
+    files = [tmp_path / "tokenizer.json", other_disk / "LICENSE"]
+    assert bytes_to_copy(files, tmp_path / "not" / "yet" / "there") == 500
+    assert bytes_to_copy(files, other_disk / "child") == 1000
+
+
+def test_exactly_what_is_needed_is_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        output_folder.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(total=0, used=0, free=2**30)
+    )
+    enough = 2**30 - output_folder.HEADER_ALLOWANCE_BYTES
+    check_disk_space(tmp_path / "child", num_bytes=enough)
+    with pytest.raises(PuzzleError, match=r"not enough disk space .found 1\.00 GiB, 1,073,741,824 bytes, expected 1\.00 GiB, 1,073,741,825 bytes"):
+        check_disk_space(tmp_path / "child", num_bytes=enough + 1)
+
+
+def test_derive_asks_for_its_shards_and_what_it_must_copy(
+    make_checkpoint, write_architecture, write_importance, other_disk, tmp_path, monkeypatch
+):
+    parent = make_checkpoint([(6, 16)])
+    inputs = {"architecture": write_architecture([(4, 16)]), "importance": write_importance([[1, 2, 3, 4, 5, 6]])}
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "puzzle_trtllm.build.derive.check_disk_space", lambda out, *, num_bytes: asked.append(num_bytes)
+    )
+    derive(parent, tmp_path / "child", **inputs)
+    derive(parent, other_disk / "child", **inputs)
+    shards = sum(f.stat().st_size - 8 - int.from_bytes(f.read_bytes()[:8], "little")
+                 for f in (tmp_path / "child").glob("*.safetensors"))  # fmt: skip
+    names = ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    assert asked == [shards, shards + sum((parent / name).stat().st_size for name in names)]
