@@ -39,7 +39,10 @@ def test_exactly_what_is_needed_is_enough(tmp_path, monkeypatch):
     )
     enough = 2**30 - output_folder.HEADER_ALLOWANCE_BYTES
     check_disk_space(tmp_path / "child", num_bytes=enough)
-    with pytest.raises(PuzzleError, match=r"not enough disk space .found 1\.00 GiB, 1,073,741,824 bytes, expected 1\.00 GiB, 1,073,741,825 bytes"):
+    with pytest.raises(
+        PuzzleError,
+        match=r"not enough disk space .found 1\.00 GiB, 1,073,741,824 bytes, expected 1\.00 GiB, 1,073,741,825 bytes",
+    ):
         check_disk_space(tmp_path / "child", num_bytes=enough + 1)
 
 
