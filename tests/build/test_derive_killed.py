@@ -24,7 +24,7 @@ from puzzle_trtllm.folders import atomic_folder
 PARENT_BLOCKS = [(6, 16), (6, None), (6, 16)]
 CHILD_BLOCKS = [(4, 16), (6, 40), (3, None)]
 SCORES = [[5, 1, 3, 9, 2, 7], [1, 2, 3, 4, 5, 6], [0.5, 0.5, 0.5, 0.5, 0.25, 0.5]]
-MAX_SHARD_BYTES = 30_000
+MAX_SHARD_BYTES = 6_000
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -119,7 +119,7 @@ def test_the_real_command_killed_at_random_moments(job, expected):
     parent, rng = digests(job.parent), random.Random(1)
     for _ in range(5):
         process = subprocess.Popen(job.command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for_shards(job, process, rng.randrange(4))
+        wait_for_shards(job, process, rng.randrange(12))
         process.kill()
         if process.wait() == 0:
             break
@@ -135,11 +135,17 @@ def test_the_real_command_killed_at_random_moments(job, expected):
 
 
 def wait_for_shards(job: Job, process: subprocess.Popen[bytes], count: int) -> None:
-    """Until so many shards are there (none: until the folder is), or the process has ended."""
-    while process.poll() is None and not job.workplace.is_dir():
-        time.sleep(0.001)
-    while process.poll() is None and job.workplace.is_dir() and len(shards_of(job.workplace / "folder")) < count:
-        time.sleep(0.0005)
+    """Until so many more shards are there (none: until the folder is), or the process has ended."""
+    folder = job.workplace / "folder"
+    before = len(shards_of(folder))
+    while process.poll() is None:
+        try:
+            if sum(file.name.startswith("model-") for file in folder.iterdir()) >= before + count:
+                return
+        except FileNotFoundError:
+            if job.out.exists():  # it has just got its name
+                return
+            time.sleep(0.001)
 
 
 class TestWhatIsTakenUp:
