@@ -294,6 +294,18 @@ class TestLoading:
         with pytest.raises(EngineError, match=r"block\.1\.attn\.new_norm: .*does not know"):
             model.load_weights(weights_of(folder))
 
+    def test_experts_that_would_be_filled_twice_are_noticed(self, plugin, make_checkpoint):
+        """A wrapper with parameters of its own beside its backend's: one of the two would be filled wrongly."""
+        folder = make_checkpoint(BLOCKS)
+        model = build(plugin, folder, load=False)
+        mlp = model.model.block[1].mlp
+        mlp.experts = torch.nn.Module()
+        mlp.experts.weight = torch.nn.Parameter(torch.zeros(1))
+        mlp.experts.load_weights = lambda weights: None
+        mlp.experts.backend = upstream.MoE(4, upstream.Mapping(), None)
+        with pytest.raises(EngineError, match=r"block\.1\.mlp\.experts\.backend: .*met twice"):
+            model.load_weights(weights_of(folder))
+
     def test_a_module_that_upstream_removed_is_noticed(self, plugin, make_checkpoint):
         folder = make_checkpoint(BLOCKS)
         model = build(plugin, folder, load=False)
