@@ -54,7 +54,8 @@ def first_difference(left: Span, right: Span) -> int | None:
     """The first byte in which two spans of one length differ; None if they are equal."""
     with left.file.open("rb", buffering=0) as ours, right.file.open("rb", buffering=0) as theirs:
         for stream, span in ((ours, left), (theirs, right)):
-            os.posix_fadvise(stream.fileno(), span.offset, span.num_bytes, os.POSIX_FADV_SEQUENTIAL)
+            if hasattr(os, "posix_fadvise"):  # not on macOS
+                os.posix_fadvise(stream.fileno(), span.offset, span.num_bytes, os.POSIX_FADV_SEQUENTIAL)
             stream.seek(span.offset)
         for start in range(0, left.num_bytes, BUFFER_BYTES):
             count = min(BUFFER_BYTES, left.num_bytes - start)

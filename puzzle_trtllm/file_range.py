@@ -38,7 +38,8 @@ class FileRange:
         """The bytes in order; each view is valid until the next is asked for. Raises OSError on an early end."""
         buffer = memoryview(bytearray(min(buffer_bytes, max(self.num_bytes, 1))))
         with self.file.open("rb", buffering=0) as stream:
-            os.posix_fadvise(stream.fileno(), self.offset, self.num_bytes, os.POSIX_FADV_SEQUENTIAL)
+            if hasattr(os, "posix_fadvise"):  # not on macOS
+                os.posix_fadvise(stream.fileno(), self.offset, self.num_bytes, os.POSIX_FADV_SEQUENTIAL)
             stream.seek(self.offset)
             left = self.num_bytes
             while left > 0:
