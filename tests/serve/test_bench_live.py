@@ -25,8 +25,10 @@ SCENARIO = Scenario(name="toy", input_tokens=16, output_tokens=24, concurrency=4
 
 @pytest.fixture(scope="module")
 def engine(make_checkpoint, tmp_path_factory):
-    config = EngineConfig(runtime="reference", kv_dtype="bf16", memory_bytes=1_000_000)
-    return build_engine(make_checkpoint([(4, 32), (4, None)]), tmp_path_factory.mktemp("e") / "engine", config=config)
+    config = EngineConfig(runtime="reference", kv_dtype="bf16", memory_bytes=1_000_000, llm_args={"dtype": "float32"})
+    return build_engine(
+        make_checkpoint([(4, 32), (4, None)], seed=1), tmp_path_factory.mktemp("e") / "engine", config=config
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,8 @@ def test_evaluation_grades_what_the_model_really_says(server, engine, tmp_path):
     tokenizer = ChatTokenizer.from_folder(engine.model_path)
     prompt = tokenizer.render_chat([{"role": "user", "content": "12+30="}], reasoning_effort="high")
     said = generate(url=server.grpc_url, input_ids=tokenizer.encode(prompt), max_tokens=12)
+    plain = tokenizer.decode(said.token_ids)
+    assert plain == said.text.strip(), f"choose another seed: this toy says {plain!r}, which is no plain answer"
     problems = tmp_path / "problems.jsonl"
     records = [
         {"id": "as it says", "prompt": "12+30=", "answer": said.text},
