@@ -118,6 +118,7 @@ def _measure(
     with ExitStack() as running:
         with story.chapter("serve", f"{len(folders)} Triton servers, up together on free loopback ports"):
             urls = running.enter_context(running_servers(folders, log_folder))
+            story.note(f"the engines compute in {_compute_dtype()}")
         with story.chapter("bench", "more requests at once than the parent has room for, each server in turn"):
             rounds = bench_in_turn(urls, folders, plan)
         with story.chapter("evaluate", "held-out problems at three reasoning efforts"):
@@ -125,6 +126,14 @@ def _measure(
         with story.chapter("stop", "the servers"):
             running.close()
     return assemble_measurements(engines, rounds, evaluations)
+
+
+def _compute_dtype() -> str:
+    import torch
+
+    from puzzle_trtllm.serve.runtimes.reference.loading import explain_compute_dtype
+
+    return explain_compute_dtype("auto", torch.device("cpu"))
 
 
 def _without_cap(config: EngineConfig) -> EngineConfig:
@@ -138,6 +147,9 @@ class _Story:
         self.console = Console(stderr=True)
         self.seconds: dict[str, float] = {}
         self._started = time.monotonic()
+
+    def note(self, text: str) -> None:
+        self.console.print(f"  {text}", highlight=False)
 
     @contextmanager
     def chapter(self, command: str, purpose: str) -> Iterator[None]:

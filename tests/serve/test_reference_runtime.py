@@ -263,3 +263,18 @@ def test_importing_the_front_does_not_import_torch():
 
     code = "import sys, puzzle_trtllm.serve.runtimes.reference; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"avx2", "avx512_bf16"}, "bfloat16 (the CPU has avx512_bf16)"),
+        ({"avx2"}, "float32 (the CPU has neither amx_bf16 nor avx512_bf16)"),
+    ],
+)
+def test_the_compute_dtype_follows_the_cpus_flags_and_is_named(flags, expected, monkeypatch):
+    from puzzle_trtllm.serve.runtimes.reference import loading
+
+    monkeypatch.setattr(loading, "cpu_flags", lambda: frozenset(flags))
+    assert loading.explain_compute_dtype("auto", torch.device("cpu")) == expected
+    assert loading.explain_compute_dtype("float32", torch.device("cpu")) == "float32 (as asked for)"

@@ -29,6 +29,9 @@ SINGLE_THREAD_BYTES = 64 << 20
 """Models that hold less than this run on one thread: their operations are too short to be worth sharing, and a spinning
 second thread would take the core that the server and its clients need."""
 
+_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+"""CPU features that multiply bfloat16 in hardware."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -60,7 +63,7 @@ def load_engine(arguments: EngineArguments) -> LoadedEngine:
     )
     facts = {
         "device": str(device),
-        "compute_dtype": str(dtype).removeprefix("torch."),
+        "compute_dtype": explain_compute_dtype(arguments.dtype, device),
         "kv_dtype": str(layout.dtype).removeprefix("torch."),
         "num_threads": torch.get_num_threads(),
         "max_seq_len": max_seq_len,
@@ -79,10 +82,19 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
         if name not in _DTYPES:
             raise EngineError("unknown", key="dtype", found=name, expected=f"auto, {', '.join(_DTYPES)}")
         return _DTYPES[name]
+    return torch.bfloat16 if device.type == "cuda" or cpu_flags() & _BF16_FLAGS else torch.float32
+
+
+def explain_compute_dtype(name: str, device: torch.device) -> str:
+    """The compute dtype and why: `bfloat16 (the CPU has avx512_bf16)`."""
+    dtype = str(compute_dtype(name, device)).removeprefix("torch.")
+    if name != "auto":
+        return f"{dtype} (as asked for)"
     if device.type == "cuda":
-        return torch.bfloat16
-    flags = cpu_flags()
-    return torch.bfloat16 if flags & {"avx512_bf16", "amx_bf16"} else torch.float32
+        return f"{dtype} (on a GPU)"
+    found = sorted(cpu_flags() & _BF16_FLAGS)
+    missing = " nor ".join(sorted(_BF16_FLAGS))
+    return f"{dtype} (the CPU has {', '.join(found)})" if found else f"{dtype} (the CPU has neither {missing})"
 
 
 def cpu_flags() -> frozenset[str]:
