@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable
+from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +17,7 @@ from puzzle_trtllm.errors import PuzzleError
 
 if TYPE_CHECKING:
     from puzzle_trtllm.serve.client.request import GenerationRequest, GenerationResult
+    from puzzle_trtllm.serve.client.triton_client import TritonLlmClient
     from puzzle_trtllm.serve.metrics.result_file import ResultFile
 
 UrlOption = Annotated[str, typer.Option("--url", help="host:port of the server's gRPC endpoint.")]
@@ -24,6 +28,13 @@ TokenizerOption = Annotated[
     Path | None, typer.Option("--tokenizer", help="Checkpoint folder whose tokenizer and chat template to use.")
 ]
 NameOption = Annotated[str | None, typer.Option("--name", help="What to call the server in results.")]
+CaCertOption = Annotated[
+    Path | None, typer.Option("--ca-cert", help="Speak TLS; believe servers whose certificate this CA signed (PEM).")
+]
+ClientCertOption = Annotated[
+    Path | None, typer.Option("--client-cert", help="Certificate to show to a server with mutual TLS (PEM).")
+]
+ClientKeyOption = Annotated[Path | None, typer.Option("--client-key", help="Its key (PEM).")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Result file to write, for `report`.")]
 DEFAULT_URL = "localhost:8001"
 EFFORTS = ("low", "medium", "high")
@@ -40,6 +51,9 @@ def generate_command(
     top_p: Annotated[float | None, typer.Option("--top-p")] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0)] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop string; may be given several times.")] = None,
+    ca_cert: CaCertOption = None,
+    client_cert: ClientCertOption = None,
+    client_key: ClientKeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt on a running server.
@@ -67,26 +81,34 @@ def generate_command(
         seed=seed,
         stop=stop or None,
     )
+    connection = connector(ca_cert, client_cert, client_key)(url)
     if as_json:
-        print_json(result_json(asyncio.run(_generate(url, request))))
+        print_json(result_json(asyncio.run(_generate(connection, request))))
     else:
-        asyncio.run(_stream(url, request))
+        asyncio.run(_stream(connection, request))
 
 
-async def _generate(url: str, request: GenerationRequest) -> GenerationResult:
+def connector(
+    ca_cert: Path | None, client_cert: Path | None, client_key: Path | None
+) -> Callable[[str], TritonLlmClient]:
+    """url -> our client; it speaks TLS as soon as one of the files is given."""
+    from puzzle_trtllm.serve.client.tls import ClientTls
     from puzzle_trtllm.serve.client.triton_client import TritonLlmClient
 
-    async with TritonLlmClient(url) as client:
+    tls = None
+    if ca_cert or client_cert or client_key:
+        tls = ClientTls(ca_cert=ca_cert, client_cert=client_cert, client_key=client_key)
+    return partial(TritonLlmClient, tls=tls)
+
+
+async def _generate(connection: TritonLlmClient, request: GenerationRequest) -> GenerationResult:
+    async with connection as client:
         return await client.generate(request)
 
 
-async def _stream(url: str, request: GenerationRequest) -> None:
-    from contextlib import aclosing
-
-    from puzzle_trtllm.serve.client.triton_client import TritonLlmClient
-
+async def _stream(connection: TritonLlmClient, request: GenerationRequest) -> None:
     last = None
-    async with TritonLlmClient(url) as client, aclosing(client.stream(request)) as chunks:
+    async with connection as client, aclosing(client.stream(request)) as chunks:
         async for chunk in chunks:
             print(chunk.text, end="", flush=True)
             last = chunk
@@ -116,6 +138,9 @@ def bench_command(
     num_requests: Annotated[int | None, typer.Option("--num-requests", min=1, help="Overrides the scenario's.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Equal seeds give equal prompts.")] = 0,
     name: NameOption = None,
+    ca_cert: CaCertOption = None,
+    client_cert: ClientCertOption = None,
+    client_key: ClientKeyOption = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -134,6 +159,7 @@ def bench_command(
         engine=engine,
         tokenizer_folder=tokenizer,
         name=name,
+        connect=connector(ca_cert, client_cert, client_key),
     )
     _show(result, out, as_json=as_json)
 
@@ -151,6 +177,9 @@ def evaluate_command(
     grader: Annotated[str, typer.Option("--grader", help="exact, numeric or regex.")] = "numeric",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many problems.")] = None,
     name: NameOption = None,
+    ca_cert: CaCertOption = None,
+    client_cert: ClientCertOption = None,
+    client_key: ClientKeyOption = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -174,6 +203,7 @@ def evaluate_command(
         limit=limit,
         engine=engine,
         name=name,
+        connect=connector(ca_cert, client_cert, client_key),
     )
     _show(result, out, as_json=as_json)
 

@@ -126,6 +126,14 @@ def serve_command(
     http_port: Annotated[int, typer.Option("--http-port", min=0, max=65535, help="0: a free one.")] = 8000,
     metrics_port: Annotated[int, typer.Option("--metrics-port", min=0, max=65535, help="0: a free one.")] = 8002,
     restart: Annotated[bool, typer.Option("--restart", help="Start again when the engine dies.")] = False,
+    grpc_cert: Annotated[
+        Path | None,
+        typer.Option("--grpc-cert", help="gRPC speaks TLS with this certificate (PEM); HTTP only on loopback."),
+    ] = None,
+    grpc_key: Annotated[Path | None, typer.Option("--grpc-key", help="Its key (PEM).")] = None,
+    grpc_root_cert: Annotated[
+        Path | None, typer.Option("--grpc-root-cert", help="Mutual TLS: only clients with a certificate of this CA.")
+    ] = None,
     startup_timeout_s: Annotated[
         float, typer.Option("--startup-timeout", min=1, help="Seconds until the model must be ready.")
     ] = 1800,
@@ -135,7 +143,10 @@ def serve_command(
 
     With --json the URLs and the process id are printed once the model is ready.
     """
+    from puzzle_trtllm.serve.triton.security import tls_of_files
     from puzzle_trtllm.serve.triton.server import serve_engine
+
+    tls = tls_of_files(grpc_cert, grpc_key, grpc_root_cert)
 
     def on_ready(server: TritonServer) -> None:
         urls = {"grpc_url": server.grpc_url, "http_url": server.http_url, "metrics_url": server.metrics_url}
@@ -143,6 +154,10 @@ def serve_command(
             print_json({**urls, "pid": server.pid})
         else:
             hint = f"puzzle-trtllm generate PROMPT --url {server.grpc_url}"
+            if tls is not None:
+                hint += (
+                    " --ca-cert CA" if tls.root_cert is None else " --ca-cert CA --client-cert CERT --client-key KEY"
+                )
             print_table(facts_table("ready; Ctrl-C stops", [*urls.items(), ("try", hint)]))
 
     code = serve_engine(
@@ -153,6 +168,7 @@ def serve_command(
         host=host,
         restart=restart,
         startup_timeout_s=startup_timeout_s,
+        tls=tls,
         on_ready=on_ready,
     )
     raise typer.Exit(code)

@@ -27,6 +27,7 @@ from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.client.errors import error_of_status, error_of_words
 from puzzle_trtllm.serve.client.request import GenerationChunk, GenerationRequest, GenerationResult
 from puzzle_trtllm.serve.client.tensors import RequestBuilder, unpack_int32, unpack_string
+from puzzle_trtllm.serve.client.tls import ClientTls
 
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
@@ -39,11 +40,14 @@ _CHANNEL_OPTIONS = (
 class TritonLlmClient:
     """Use as an async context manager. `url` is host:port of Triton's gRPC endpoint.
 
-    `connections` spreads the streams over several HTTP/2 connections.
+    `connections` spreads the streams over several HTTP/2 connections. Without `tls` the connection is plain text.
     """
 
-    def __init__(self, url: str, *, model: str = "tensorrt_llm", connections: int = 1) -> None:
+    def __init__(
+        self, url: str, *, model: str = "tensorrt_llm", connections: int = 1, tls: ClientTls | None = None
+    ) -> None:
         self.url = url
+        self._tls = tls
         self._model = model
         self._connections = connections
         self._channels: list[grpc.aio.Channel] = []
@@ -53,9 +57,7 @@ class TritonLlmClient:
 
     async def __aenter__(self) -> TritonLlmClient:
         """Connect. Raises ServeError (UNAVAILABLE) when nobody answers or the model is not there."""
-        self._channels = [
-            grpc.aio.insecure_channel(self.url, options=_CHANNEL_OPTIONS) for _ in range(self._connections)
-        ]
+        self._channels = [self._connect() for _ in range(self._connections)]
         self._stubs = [service_pb2_grpc.GRPCInferenceServiceStub(channel) for channel in self._channels]
         try:
             reply = await self._stubs[0].ModelConfig(service_pb2.ModelConfigRequest(name=self._model), timeout=30)
@@ -142,17 +144,22 @@ class TritonLlmClient:
             raise answer
         return str(answer)
 
+    def _connect(self) -> grpc.aio.Channel:
+        if self._tls is None:
+            return grpc.aio.insecure_channel(self.url, options=_CHANNEL_OPTIONS)
+        return grpc.aio.secure_channel(self.url, self._tls.credentials(), options=_CHANNEL_OPTIONS)
+
     async def _close(self) -> None:
         for channel in self._channels:
             await channel.close()
         self._channels, self._stubs = [], []
 
 
-def generate(prompt: str | None = None, *, url: str, **options: Any) -> GenerationResult:
+def generate(prompt: str | None = None, *, url: str, tls: ClientTls | None = None, **options: Any) -> GenerationResult:
     """`TritonLlmClient.generate` for one request, without asyncio; `options` are GenerationRequest's fields."""
 
     async def run() -> GenerationResult:
-        async with TritonLlmClient(url) as client:
+        async with TritonLlmClient(url, tls=tls) as client:
             return await client.generate(GenerationRequest(prompt=prompt, **options))
 
     return asyncio.run(run())

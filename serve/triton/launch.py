@@ -28,14 +28,17 @@ from puzzle_trtllm.serve.triton.ports import choose_ports
 from puzzle_trtllm.serve.triton.probe import http_status, read_metrics
 from puzzle_trtllm.serve.triton.process import GuardedProcess, children_of
 from puzzle_trtllm.serve.triton.repository import write_repository
+from puzzle_trtllm.serve.triton.security import GrpcTls
 
 _POLL_S = 0.1
 _IDLE_GRACE_S = 6.0
+_LOOPBACK = "127.0.0.1"
 
 
 class TritonServer:
     """A running tritonserver that serves `engine`. Port 0 means a free one; `host` is what it listens on.
 
+    Under `tls` gRPC speaks TLS, and HTTP, which cannot, listens on loopback only.
     `repository_options` go to `write_repository`. Without `log_file` the log lies in the temporary folder; it is
     removed after a clean stop and kept after a failure.
     """
@@ -53,6 +56,7 @@ class TritonServer:
         drain_s: float = 10,
         environment: Mapping[str, str] | None = None,
         arguments: Sequence[str] = (),
+        tls: GrpcTls | None = None,
         on_wait: Callable[[float], None] | None = None,
         **repository_options: Any,
     ) -> None:
@@ -66,6 +70,8 @@ class TritonServer:
         self._drain_s = drain_s
         self._environment = dict(environment or {})
         self._arguments = list(arguments)
+        self._tls = tls
+        self._http_host = host if tls is None else _LOOPBACK
         self._on_wait = on_wait or (lambda seconds: None)
         self._repository_options = repository_options
         self._process: GuardedProcess | None = None
@@ -75,8 +81,12 @@ class TritonServer:
 
     def start(self) -> TritonServer:
         """Start and wait until the model can take requests. Raises ServeError in one line when it cannot."""
+        if self._tls is not None:
+            self._tls.check()
         install = find_triton()
         self._ports = choose_ports(self.host, self._wanted)
+        if self._http_host != self.host:
+            choose_ports(self._http_host, {"HTTP": self._ports["HTTP"]})
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         shm_prefix = f"puzzle_{uuid.uuid4().hex[:12]}_"
         scratch = Path(tempfile.mkdtemp(prefix="puzzle-triton-"))
@@ -145,8 +155,8 @@ class TritonServer:
 
     def _options(self, shm_prefix: str) -> list[str]:
         gpu_metrics = self.engine.manifest.runtime == "tensorrt_llm"
-        options = {
-            "http-address": self.host,
+        options: dict[str, object] = {
+            "http-address": self._http_host,
             "http-port": self._ports["HTTP"],
             "grpc-address": self.host,
             "grpc-port": self._ports["gRPC"],
@@ -156,6 +166,8 @@ class TritonServer:
             "exit-timeout-secs": max(1, round(self._drain_s)),
             "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
         }
+        if self._tls is not None:
+            options |= self._tls.options()
         return [f"--{name}={value}" for name, value in options.items()]
 
     # --- what it is -------------------------------------------------------------------------------------------------
@@ -168,15 +180,15 @@ class TritonServer:
     @property
     def grpc_url(self) -> str:
         """host:port, as gRPC clients want it."""
-        return self._url("gRPC")
+        return self._url(self.host, "gRPC")
 
     @property
     def http_url(self) -> str:
-        return f"http://{self._url('HTTP')}"
+        return f"http://{self._url(self._http_host, 'HTTP')}"
 
     @property
     def metrics_url(self) -> str:
-        return f"http://{self._url('metrics')}/metrics"
+        return f"http://{self._url(self.host, 'metrics')}/metrics"
 
     def is_ready(self) -> bool:
         """Whether the model is loaded (it stays so when its engine dies: see server.py)."""
@@ -196,8 +208,8 @@ class TritonServer:
             raise ServeError("the server is not running")
         return self._process
 
-    def _url(self, purpose: str) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+    def _url(self, host: str, purpose: str) -> str:
+        host = {"0.0.0.0": _LOOPBACK, "::": "::1"}.get(host, host)
         return f"[{host}]:{self._ports[purpose]}" if ":" in host else f"{host}:{self._ports[purpose]}"
 
 

@@ -67,11 +67,14 @@ def test_the_flags_are_frozen() -> None:
         "calibrate experts": data,
         "calibrate kv": data.replace("--json", "--exact --json"),
         "build": "--allow-unit-scale --config --explain --fold --json --overwrite",
-        "serve": "--grpc-port --host --http-port --json --metrics-port --restart --startup-timeout",
-        "generate": "--effort --json --max-tokens --seed --stop --temperature --tokenizer --top-k --top-p --url",
-        "bench": "--concurrency --engine --json --name --num-requests --out --scenario --seed --tokenizer --url",
-        "evaluate": "--concurrency --effort --engine --grader --json --limit --max-tokens --name --out --problems "
-        "--tokenizer --url",
+        "serve": "--grpc-cert --grpc-key --grpc-port --grpc-root-cert --host --http-port --json --metrics-port "
+        "--restart --startup-timeout",
+        "generate": "--ca-cert --client-cert --client-key --effort --json --max-tokens --seed --stop --temperature "
+        "--tokenizer --top-k --top-p --url",
+        "bench": "--ca-cert --client-cert --client-key --concurrency --engine --json --name --num-requests --out "
+        "--scenario --seed --tokenizer --url",
+        "evaluate": "--ca-cert --client-cert --client-key --concurrency --effort --engine --grader --json --limit "
+        "--max-tokens --name --out --problems --tokenizer --url",
         "report": "--baseline --child --json --out --title",
         "doctor": "--engine --json",
         "demo": "--json --out --quick",

@@ -1,0 +1,51 @@
+"""Who may talk to the server: TLS on gRPC, and protocols that only callers with a secret may use.
+
+Triton has TLS for gRPC alone, so under TLS its HTTP endpoint (the same model, in plain text) listens on loopback only.
+A certificate that does not load would show as a server that never gets ready; everything is tried here first.
+
+    GrpcTls(cert=..., key=...)                     clients check the server
+    GrpcTls(cert=..., key=..., root_cert=...)      and the server lets in only clients with a certificate of that CA
+"""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.serve.client.tls import load_authority, load_identity
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpcTls:
+    """PEM files: the server's certificate chain and key; with `root_cert` clients must show a certificate of it."""
+
+    cert: Path
+    key: Path
+    root_cert: Path | None = None
+
+    def check(self) -> None:
+        """Raises ServeError in one line for a file that is missing, is no PEM, or a key of another certificate."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        load_identity(context, self.cert, self.key)
+        if self.root_cert is not None:
+            load_authority(context, self.root_cert)
+
+    def options(self) -> dict[str, object]:
+        """tritonserver's options, without the leading dashes."""
+        options = {"grpc-use-ssl": "true", "grpc-server-cert": self.cert, "grpc-server-key": self.key}
+        if self.root_cert is None:
+            return options
+        return options | {"grpc-use-ssl-mutual": "true", "grpc-root-cert": self.root_cert}
+
+
+def tls_of_files(cert: Path | None, key: Path | None, root_cert: Path | None) -> GrpcTls | None:
+    """What the three options of `serve` mean together. Raises ServeError when some are missing."""
+    if cert is None and key is None and root_cert is None:
+        return None
+    for option, file in (("--grpc-cert", cert), ("--grpc-key", key)):
+        if file is None:
+            raise ServeError("missing", key=option, expected="--grpc-cert and --grpc-key together")
+    assert cert is not None and key is not None
+    return GrpcTls(cert=cert, key=key, root_cert=root_cert)
