@@ -16,6 +16,7 @@ from puzzle_trtllm.commands.output import JsonOption, print_json, print_table
 from puzzle_trtllm.errors import PuzzleError
 
 if TYPE_CHECKING:
+    from puzzle_trtllm.scenario import Arrival
     from puzzle_trtllm.serve.client.request import GenerationRequest, GenerationResult
     from puzzle_trtllm.serve.client.triton_client import TritonLlmClient
     from puzzle_trtllm.serve.metrics.result_file import ResultFile
@@ -35,6 +36,9 @@ ClientCertOption = Annotated[
     Path | None, typer.Option("--client-cert", help="Certificate to show to a server with mutual TLS (PEM).")
 ]
 ClientKeyOption = Annotated[Path | None, typer.Option("--client-key", help="Its key (PEM).")]
+SecretOption = Annotated[
+    Path | None, typer.Option("--secret", help="File with the secret of a server that restricts inference.")
+]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Result file to write, for `report`.")]
 DEFAULT_URL = "localhost:8001"
 EFFORTS = ("low", "medium", "high")
@@ -54,6 +58,7 @@ def generate_command(
     ca_cert: CaCertOption = None,
     client_cert: ClientCertOption = None,
     client_key: ClientKeyOption = None,
+    secret: SecretOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt on a running server.
@@ -81,7 +86,7 @@ def generate_command(
         seed=seed,
         stop=stop or None,
     )
-    connection = connector(ca_cert, client_cert, client_key)(url)
+    connection = connector(ca_cert, client_cert, client_key, secret)(url)
     if as_json:
         print_json(result_json(asyncio.run(_generate(connection, request))))
     else:
@@ -89,16 +94,17 @@ def generate_command(
 
 
 def connector(
-    ca_cert: Path | None, client_cert: Path | None, client_key: Path | None
+    ca_cert: Path | None, client_cert: Path | None, client_key: Path | None, secret: Path | None
 ) -> Callable[[str], TritonLlmClient]:
     """url -> our client; it speaks TLS as soon as one of the files is given."""
+    from puzzle_trtllm.serve.client.secret import read_secret
     from puzzle_trtllm.serve.client.tls import ClientTls
     from puzzle_trtllm.serve.client.triton_client import TritonLlmClient
 
     tls = None
     if ca_cert or client_cert or client_key:
         tls = ClientTls(ca_cert=ca_cert, client_cert=client_cert, client_key=client_key)
-    return partial(TritonLlmClient, tls=tls)
+    return partial(TritonLlmClient, tls=tls, secret=None if secret is None else read_secret(secret))
 
 
 async def _generate(connection: TritonLlmClient, request: GenerationRequest) -> GenerationResult:
@@ -136,11 +142,16 @@ def bench_command(
     tokenizer: TokenizerOption = None,
     concurrency: Annotated[int | None, typer.Option("--concurrency", min=1, help="Overrides the scenario's.")] = None,
     num_requests: Annotated[int | None, typer.Option("--num-requests", min=1, help="Overrides the scenario's.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Equal seeds give equal prompts.")] = 0,
+    request_rate: Annotated[
+        float | None, typer.Option("--request-rate", help="Open loop: arrivals per second instead of a concurrency.")
+    ] = None,
+    arrival: Annotated[str | None, typer.Option("--arrival", help="Open loop: poisson (default) or constant.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Equal seeds give equal prompts and arrivals.")] = 0,
     name: NameOption = None,
     ca_cert: CaCertOption = None,
     client_cert: ClientCertOption = None,
     client_key: ClientKeyOption = None,
+    secret: SecretOption = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -148,20 +159,54 @@ def bench_command(
 
     Output throughput over the steady window, and percentiles of TTFT, ITL and E2E.
     """
-    from puzzle_trtllm.serve.bench.runner import run_bench
+    from puzzle_trtllm.scenario import OpenScenario, load_any_scenario
+    from puzzle_trtllm.serve.bench.runner import run_bench, run_open_loop
 
+    load = load_any_scenario(scenario)
+    if request_rate is not None or isinstance(load, OpenScenario):
+        if concurrency is not None:
+            raise PuzzleError("excludes a request rate: a loop is either open or closed", key="--concurrency")
+        open_result = run_open_loop(
+            url,
+            scenario=load,
+            request_rate=_positive(request_rate, "--request-rate"),
+            arrival=_arrival(arrival),
+            num_requests=num_requests,
+            seed=seed,
+            engine=engine,
+            tokenizer_folder=tokenizer,
+            name=name,
+            connect=connector(ca_cert, client_cert, client_key, secret),
+        )
+        _show(open_result, out, as_json=as_json)
+        return
+    if arrival is not None:
+        raise PuzzleError("needs --request-rate", key="--arrival")
     result = run_bench(
         url,
-        scenario=scenario,
+        scenario=load,
         concurrency=concurrency,
         num_requests=num_requests,
         seed=seed,
         engine=engine,
         tokenizer_folder=tokenizer,
         name=name,
-        connect=connector(ca_cert, client_cert, client_key),
+        connect=connector(ca_cert, client_cert, client_key, secret),
     )
     _show(result, out, as_json=as_json)
+
+
+def _positive(value: float | None, key: str) -> float | None:
+    if value is not None and not 0 < value < float("inf"):
+        raise PuzzleError("must be positive", key=key, found=value)
+    return value
+
+
+def _arrival(value: str | None) -> Arrival | None:
+    known: dict[str | None, Arrival | None] = {None: None, "poisson": "poisson", "constant": "constant"}
+    if value in known:
+        return known[value]
+    raise PuzzleError("unknown", key="--arrival", found=value, expected="poisson or constant")
 
 
 def evaluate_command(
@@ -180,6 +225,7 @@ def evaluate_command(
     ca_cert: CaCertOption = None,
     client_cert: ClientCertOption = None,
     client_key: ClientKeyOption = None,
+    secret: SecretOption = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -203,7 +249,7 @@ def evaluate_command(
         limit=limit,
         engine=engine,
         name=name,
-        connect=connector(ca_cert, client_cert, client_key),
+        connect=connector(ca_cert, client_cert, client_key, secret),
     )
     _show(result, out, as_json=as_json)
 

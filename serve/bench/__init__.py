@@ -1,9 +1,10 @@
 """The load generator: hold a load on a server, measure it, and compare servers fairly.
 
 load.py          a closed loop of streaming requests, each recorded token by token
+open_loop.py     requests that arrive at a rate, whatever the server does
 prompts.py       random prompts of an exact length
-runner.py        `run_bench`: one scenario against one server -> BenchResult
+runner.py        `run_bench`, `run_open_loop`: one scenario against one server -> BenchResult, OpenLoopResult
 interleaved.py   `run_interleaved`: several servers that are up together, measured in turn
-result.py        BenchResult and InterleavedResult, as JSON and as a table
+result.py        BenchResult, OpenLoopResult and InterleavedResult, as JSON and as a table
 progress.py      the live line on stderr
 """

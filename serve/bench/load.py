@@ -64,9 +64,9 @@ async def hold_concurrency(
 
     async def worker() -> None:
         for index, request in waiting:
-            answers[index] = answer = await _send(stream, request, is_truncated, observer)
+            answers[index] = answer = await send(stream, request, is_truncated, observer)
             observer.on_end(answer.record)
-            _give_up_on_a_dead_server(answers, concurrency)
+            give_up_on_a_dead_server(answers, concurrency)
 
     workers = [asyncio.create_task(worker()) for _ in range(min(concurrency, len(requests)))]
     try:
@@ -78,22 +78,28 @@ async def hold_concurrency(
     return [answers[index] for index in sorted(answers)]
 
 
-def _give_up_on_a_dead_server(answers: dict[int, Answer], concurrency: int) -> None:
+def give_up_on_a_dead_server(answers: dict[int, Answer], concurrency: int) -> None:
+    """Raise BenchError when `concurrency` requests have ended and none was answered."""
     if len(answers) == concurrency and not any(answer.record.is_answered for answer in answers.values()):
         reason = next(iter(answers.values())).record.error
         raise BenchError(f"zero successful requests: the first {concurrency} failed, the first with: {reason}")
 
 
-async def _send(
-    stream: Stream, request: GenerationRequest, is_truncated: IsTruncated, observer: LoadObserver
+async def send(
+    stream: Stream,
+    request: GenerationRequest,
+    is_truncated: IsTruncated,
+    observer: LoadObserver,
+    *,
+    sent_ns: int | None = None,
 ) -> Answer:
-    """Stream one request to its end and record it, however it ends."""
+    """Stream one request to its end and record it, however it ends. `sent_ns` starts its clock earlier than now."""
     times_ns: list[int] = []
     texts: list[str] = []
     token_ids: list[int] = []
     finish_reason, error = None, None
     status: RequestStatus = "completed"
-    sent_ns = time.perf_counter_ns()
+    sent_ns = time.perf_counter_ns() if sent_ns is None else sent_ns
     try:
         async with aclosing(stream(request)) as chunks:
             async for chunk in chunks:

@@ -9,9 +9,10 @@ from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
 from puzzle_trtllm.errors import BenchError
-from puzzle_trtllm.scenario import Scenario
+from puzzle_trtllm.scenario import Load, OpenScenario, Scenario
 from puzzle_trtllm.serve.metrics.catalogue import METRICS
 from puzzle_trtllm.serve.metrics.provenance import Provenance
+from puzzle_trtllm.serve.metrics.queue import OfferedLoad
 from puzzle_trtllm.serve.metrics.records import RequestCounts
 from puzzle_trtllm.serve.metrics.result_file import ResultFile
 from puzzle_trtllm.serve.metrics.statistics import Distribution, Spread
@@ -21,15 +22,12 @@ Lengths = Literal["exact", "nominal"]
 TokenCounts = Literal["server", "responses"]
 
 
-class BenchResult(ResultFile):
-    """One scenario against one server."""
+class LoadResult(ResultFile):
+    """One load against one server: what closed and open loops have in common."""
 
-    kind: Literal["bench"] = "bench"
     name: str
     """What the server is called in comparisons."""
     url: str
-    scenario: Scenario
-    """The load as it was run, overrides included."""
     seed: int
     lengths: Lengths
     """nominal: a stock server takes text only and stops where the model does; the scenario's lengths are wishes."""
@@ -60,8 +58,35 @@ class BenchResult(ResultFile):
     def output_tokens_per_s(self) -> float:
         return self.scalar("output_tokens_per_s")
 
+
+class BenchResult(LoadResult):
+    """One closed-loop scenario against one server."""
+
+    kind: Literal["bench"] = "bench"
+    scenario: Scenario
+    """The load as it was run, overrides included."""
+
     def __rich__(self) -> Table:
-        return bench_table(self)
+        return load_table(self, self.scenario, f"{self.scenario.concurrency} in flight")
+
+
+class OpenLoopResult(LoadResult):
+    """One open-loop scenario against one server. `report` refuses it: below capacity its throughput is the load's."""
+
+    kind: Literal["open_loop_bench"] = "open_loop_bench"
+    scenario: OpenScenario
+    """The load as it was run, overrides included."""
+    queue: OfferedLoad
+
+    def __rich__(self) -> Table:
+        queue = self.queue
+        first, _, last = queue.mean_in_flight_by_third
+        verdict = "THE QUEUE GREW WITHOUT BOUND: latencies say how long the run was" if queue.queue_grew else "steady"
+        load = (
+            f"{self.scenario.arrival} arrivals, {show_number(queue.offered_requests_per_s)} requests/s offered, "
+            f"{show_number(queue.achieved_requests_per_s)} achieved; in flight {first:.1f} to {last:.1f}, {verdict};"
+        )
+        return load_table(self, self.scenario, load)
 
 
 class ServerRounds(BaseModel):
@@ -95,11 +120,10 @@ def metric_facts(field: Literal["unit", "formula"]) -> dict[str, str]:
     return {tag: str(getattr(metric, field)) for tag, metric in METRICS.items()}
 
 
-def bench_table(result: BenchResult) -> Table:
+def load_table(result: LoadResult, scenario: Load, load: str) -> Table:
     """One row a metric, one column a statistic; how the requests ended stands below."""
-    scenario = result.scenario
     title = f"{result.name}: {scenario.name}, {scenario.input_tokens:,} in, {scenario.output_tokens:,} out"
-    caption = f"{scenario.concurrency} in flight for {result.steady_window_s:.1f} s; requests: {result.requests}"
+    caption = f"{load} for {result.steady_window_s:.1f} s; requests: {result.requests}"
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     for column in ("metric", "unit", "mean", "p50", "p90", "p95", "p99"):
         table.add_column(column, justify="left" if column in ("metric", "unit") else "right", no_wrap=True)

@@ -1,8 +1,9 @@
 """Every metric of a load run, each with its tag, unit and formula.
 
 Two kinds: a scalar is one number for the run; a distribution is one number per request (or per gap between tokens) and
-is reported as mean and percentiles. Latencies are taken over all answered requests of the run: each was sent while the
-load was held. Conventions that differ between tools, and what is done here:
+is reported as mean and percentiles. Latencies of a closed loop are taken over all answered requests of the run: each
+was sent while the load was held; those of an open loop over the answered requests that arrived in the window.
+Conventions that differ between tools, and what is done here:
 
 - ITL of a response that brings k tokens is gap / k, k times (a server with `stream_interval` k sends k at once);
   the tokens after the first one in a first response have no gap.
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from puzzle_trtllm.errors import BenchError
 from puzzle_trtllm.serve.metrics.records import RequestCounts, RequestRecord
 from puzzle_trtllm.serve.metrics.statistics import Distribution
-from puzzle_trtllm.serve.metrics.window import SteadyWindow, steady_window
+from puzzle_trtllm.serve.metrics.window import SteadyWindow, open_window, steady_window
 
 NANOSECONDS_PER_MILLISECOND = 1_000_000
 
@@ -32,20 +33,41 @@ class MeasuredLoad:
     window: SteadyWindow
     num_gpus: int = 0
     """GPUs of the server; 0 on a CPU or when unknown."""
+    arrivals_in_window_only: bool = False
+    """True for an open loop: requests that arrived outside the window count as tokens and load, not as latencies."""
 
     @classmethod
     def of(cls, records: Sequence[RequestRecord], *, concurrency: int, num_gpus: int = 0) -> MeasuredLoad:
         """Raises BenchError when no request was answered or the load was never held."""
-        counts = RequestCounts.of(records)
-        if not counts.answered:
-            first = next((record.error for record in records if record.error), "no reason given")
-            raise BenchError(f"zero successful requests ({counts}); the first says: {first}")
+        _require_answers(records)
         window = steady_window(records, concurrency=concurrency)
         return cls(records=tuple(records), window=window, num_gpus=num_gpus)
 
+    @classmethod
+    def of_open_loop(cls, records: Sequence[RequestRecord], *, num_gpus: int = 0) -> MeasuredLoad:
+        """Raises BenchError when no request that arrived in the window was answered, or there is no window."""
+        _require_answers(records)
+        window = open_window(records)
+        load = cls(records=tuple(records), window=window, num_gpus=num_gpus, arrivals_in_window_only=True)
+        if not load.answered:
+            raise BenchError("no request that arrived in the steady window was answered", key="num_requests")
+        return load
+
     @property
     def answered(self) -> list[RequestRecord]:
-        return [record for record in self.records if record.is_answered]
+        """The requests whose lengths and latencies count."""
+        return [
+            record
+            for record in self.records
+            if record.is_answered and (not self.arrivals_in_window_only or self.window.holds(record.sent_ns))
+        ]
+
+
+def _require_answers(records: Sequence[RequestRecord]) -> None:
+    counts = RequestCounts.of(records)
+    if not counts.answered:
+        first = next((record.error for record in records if record.error), "no reason given")
+        raise BenchError(f"zero successful requests ({counts}); the first says: {first}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The steady window: the stretch of a closed-loop run in which the load was really held.
+"""The steady window: the stretch of a run in which the load was really held.
 
 A closed loop keeps `concurrency` requests in flight by sending the next one as soon as one ends. At its edges it does
 not: at the start the requests go out one after another, and once nothing is left to send, every end leaves one fewer in
@@ -11,6 +11,13 @@ requests there are. So
 
 Tokens are counted by their own arrival, not by the request they belong to, so a request that straddles an edge counts
 for the part inside. In flight means from the client's side: a request that waits in the server's queue is in flight.
+
+An open loop has edges too: it begins with an idle server, and ends when nothing arrives any more. There
+
+    start = the first end of a request: until then the number in flight can only rise
+    end   = the last arrival
+
+and latencies come from the requests that arrived in the window; those before it met a server that was filling up.
 """
 
 from __future__ import annotations
@@ -36,6 +43,10 @@ class SteadyWindow:
     def seconds(self) -> float:
         return (self.end_ns - self.start_ns) / NANOSECONDS_PER_SECOND
 
+    def holds(self, time_ns: int) -> bool:
+        """True when the moment lies inside."""
+        return self.start_ns < time_ns <= self.end_ns
+
     def count_tokens(self, records: Sequence[RequestRecord]) -> int:
         """Tokens of answered requests that arrived inside."""
         return sum(
@@ -54,6 +65,20 @@ def steady_window(records: Sequence[RequestRecord], *, concurrency: int) -> Stea
     if not ends_after_ns:
         raise BenchError("the load was never held: requests end in the instant they are sent", key="concurrency")
     return SteadyWindow(start_ns=start_ns, end_ns=min(ends_after_ns))
+
+
+def open_window(records: Sequence[RequestRecord]) -> SteadyWindow:
+    """The window of an open-loop run. Raises BenchError when no request ended before the last one arrived."""
+    start_ns = min(record.end_ns for record in records)
+    end_ns = max(record.sent_ns for record in records)
+    if end_ns <= start_ns:
+        raise BenchError(
+            "too few for a steady window: the last one arrived before the first one had ended",
+            key="num_requests",
+            found=len(records),
+            expected="more requests, or a lower request rate",
+        )
+    return SteadyWindow(start_ns=start_ns, end_ns=end_ns)
 
 
 def _concurrency_reached_ns(records: Sequence[RequestRecord], concurrency: int) -> int:

@@ -68,13 +68,13 @@ def test_the_flags_are_frozen() -> None:
         "calibrate kv": data.replace("--json", "--exact --json"),
         "build": "--allow-unit-scale --config --explain --fold --json --overwrite",
         "serve": "--grpc-cert --grpc-key --grpc-port --grpc-root-cert --host --http-port --json --metrics-port "
-        "--restart --startup-timeout",
-        "generate": "--ca-cert --client-cert --client-key --effort --json --max-tokens --seed --stop --temperature "
+        "--restart --restricted --secret --startup-timeout",
+        "generate": "--ca-cert --client-cert --client-key --effort --json --max-tokens --secret --seed --stop --temperature "
         "--tokenizer --top-k --top-p --url",
-        "bench": "--ca-cert --client-cert --client-key --concurrency --engine --json --name --num-requests --out "
-        "--scenario --seed --tokenizer --url",
+        "bench": "--arrival --ca-cert --client-cert --client-key --concurrency --engine --json --name --num-requests "
+        "--out --request-rate --scenario --secret --seed --tokenizer --url",
         "evaluate": "--ca-cert --client-cert --client-key --concurrency --effort --engine --grader --json --limit "
-        "--max-tokens --name --out --problems --tokenizer --url",
+        "--max-tokens --name --out --problems --secret --tokenizer --url",
         "report": "--baseline --child --json --out --title",
         "doctor": "--engine --json",
         "demo": "--json --out --quick",

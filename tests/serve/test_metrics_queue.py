@@ -1,0 +1,76 @@
+"""Open loops drawn by hand: their window, their rates, and whether the queue grew (times in seconds)."""
+
+from __future__ import annotations
+
+import pytest
+
+from puzzle_trtllm.errors import BenchError
+from puzzle_trtllm.serve.metrics.catalogue import MeasuredLoad, compute_metrics
+from puzzle_trtllm.serve.metrics.queue import OfferedLoad, mean_in_flight
+from puzzle_trtllm.serve.metrics.records import RequestRecord
+from puzzle_trtllm.serve.metrics.window import open_window
+
+S = 1_000_000_000
+
+
+def request(sent, end, status="completed"):
+    """One token, at the end."""
+    tokens = (int(end * S),) if status == "completed" else ()
+    return RequestRecord(sent_ns=int(sent * S), end_ns=int(end * S), status=status, token_times_ns=tokens)
+
+
+def offered(records):
+    return OfferedLoad.of(records, open_window(records), max_send_delay_ms=0.0)
+
+
+# One arrival a second, 2 s each: ends at 2, 3, ..., 12. Window: (2, 10].
+STEADY = [request(i, i + 2) for i in range(11)]
+
+
+def test_the_window_lasts_from_the_first_end_to_the_last_arrival():
+    window = open_window(STEADY)
+    assert (window.start_ns, window.end_ns) == (2 * S, 10 * S)
+
+
+def test_rates_are_counted_in_the_window():
+    # Arrivals 3..10 and ends 3..10 lie inside, 8 each in 8 s.
+    load = offered(STEADY)
+    assert (load.offered_requests_per_s, load.achieved_requests_per_s) == (1.0, 1.0)
+    assert load.mean_in_flight_by_third == pytest.approx((2, 2, 2))
+    assert not load.queue_grew
+
+
+def test_in_flight_is_averaged_by_time():
+    # [0, 4]: one for 4 s and one for 1 s.
+    assert mean_in_flight([request(0, 9), request(3, 9)], 0, 4 * S) == pytest.approx(5 / 4)
+
+
+def test_a_server_half_as_fast_as_the_arrivals_is_told():
+    # 10 arrivals a second, 5 answers a second, first come first served.
+    load = offered([request(i / 10, (i + 1) / 5) for i in range(100)])
+    assert load.queue_grew
+    assert load.achieved_requests_per_s == pytest.approx(load.offered_requests_per_s / 2, rel=0.05)
+
+
+def test_a_burst_that_drains_is_no_growing_queue():
+    burst = [request(5, 6 + i / 10) for i in range(8)]
+    assert not offered([*(request(i, i + 0.5) for i in range(30)), *burst]).queue_grew
+
+
+def test_failed_requests_are_offered_but_not_achieved():
+    failed = [request(i, i + 2, "failed") if i % 2 else request(i, i + 2) for i in range(11)]
+    load = offered(failed)
+    # Of the ends at 3..10, those of the even arrivals 2, 4, 6, 8 are answers.
+    assert (load.offered_requests_per_s, load.achieved_requests_per_s) == (1.0, 0.5)
+
+
+def test_latencies_come_from_the_arrivals_in_the_window():
+    slow_start = [request(0, 2), request(0.5, 9.5), *STEADY[3:]]
+    values = compute_metrics(MeasuredLoad.of_open_loop(slow_start))
+    # 0 and 0.5 arrived before the first end at 2, 3..10 after it: all of those took 2 s.
+    assert (values.distributions["e2e_ms"].count, values.distributions["e2e_ms"].max) == (8, 2000)
+
+
+def test_a_run_that_is_over_before_anything_ended_has_no_window():
+    with pytest.raises(BenchError, match=r"num_requests: too few for a steady window.*found 3"):
+        open_window([request(i, 10) for i in range(3)])
