@@ -134,6 +134,15 @@ def serve_command(
     grpc_root_cert: Annotated[
         Path | None, typer.Option("--grpc-root-cert", help="Mutual TLS: only clients with a certificate of this CA.")
     ] = None,
+    restricted: Annotated[
+        str | None,
+        typer.Option(
+            "--restricted", help="Protocols only for callers with the secret: model-repository,statistics,..."
+        ),
+    ] = None,
+    secret: Annotated[
+        Path | None, typer.Option("--secret", help="File with that secret; callers send it as header puzzle-secret.")
+    ] = None,
     startup_timeout_s: Annotated[
         float, typer.Option("--startup-timeout", min=1, help="Seconds until the model must be ready.")
     ] = 1800,
@@ -143,10 +152,11 @@ def serve_command(
 
     With --json the URLs and the process id are printed once the model is ready.
     """
-    from puzzle_trtllm.serve.triton.security import tls_of_files
+    from puzzle_trtllm.serve.triton.security import restriction_of_options, tls_of_files
     from puzzle_trtllm.serve.triton.server import serve_engine
 
     tls = tls_of_files(grpc_cert, grpc_key, grpc_root_cert)
+    restriction = restriction_of_options(restricted, secret)
 
     def on_ready(server: TritonServer) -> None:
         urls = {"grpc_url": server.grpc_url, "http_url": server.http_url, "metrics_url": server.metrics_url}
@@ -169,6 +179,7 @@ def serve_command(
         restart=restart,
         startup_timeout_s=startup_timeout_s,
         tls=tls,
+        restriction=restriction,
         on_ready=on_ready,
     )
     raise typer.Exit(code)

@@ -26,6 +26,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.client.errors import error_of_status, error_of_words
 from puzzle_trtllm.serve.client.request import GenerationChunk, GenerationRequest, GenerationResult
+from puzzle_trtllm.serve.client.secret import grpc_metadata
 from puzzle_trtllm.serve.client.tensors import RequestBuilder, unpack_int32, unpack_string
 from puzzle_trtllm.serve.client.tls import ClientTls
 
@@ -41,13 +42,21 @@ class TritonLlmClient:
     """Use as an async context manager. `url` is host:port of Triton's gRPC endpoint.
 
     `connections` spreads the streams over several HTTP/2 connections. Without `tls` the connection is plain text.
+    `secret` opens what the server restricts to those who know it.
     """
 
     def __init__(
-        self, url: str, *, model: str = "tensorrt_llm", connections: int = 1, tls: ClientTls | None = None
+        self,
+        url: str,
+        *,
+        model: str = "tensorrt_llm",
+        connections: int = 1,
+        tls: ClientTls | None = None,
+        secret: str | None = None,
     ) -> None:
         self.url = url
         self._tls = tls
+        self._metadata = grpc_metadata(secret)
         self._model = model
         self._connections = connections
         self._channels: list[grpc.aio.Channel] = []
@@ -60,7 +69,8 @@ class TritonLlmClient:
         self._channels = [self._connect() for _ in range(self._connections)]
         self._stubs = [service_pb2_grpc.GRPCInferenceServiceStub(channel) for channel in self._channels]
         try:
-            reply = await self._stubs[0].ModelConfig(service_pb2.ModelConfigRequest(name=self._model), timeout=30)
+            question = service_pb2.ModelConfigRequest(name=self._model)
+            reply = await self._stubs[0].ModelConfig(question, timeout=30, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             await self._close()
             raise error_of_status(error, url=self.url) from None
@@ -86,7 +96,7 @@ class TritonLlmClient:
         message = self._builder.build(request)
         reader = _Reader(delta=self._builder.streams_delta, counts=self._builder.gives_token_ids)
         self._next = (self._next + 1) % len(self._stubs)
-        call = self._stubs[self._next].ModelStreamInfer(_once(message))
+        call = self._stubs[self._next].ModelStreamInfer(_once(message), metadata=self._metadata)
         failure: ServeError | None = None
         try:
             async for response in call:
@@ -132,7 +142,8 @@ class TritonLlmClient:
 
     async def stop(self, request_id: str) -> str:
         """Cancel the running requests of this id; returns the server's words."""
-        call = self._stubs[0].ModelStreamInfer(_once(self._builder.build_stop(request_id)))
+        message = self._builder.build_stop(request_id)
+        call = self._stubs[0].ModelStreamInfer(_once(message), metadata=self._metadata)
         words = ""
         try:
             async for response in call:

@@ -28,7 +28,7 @@ from puzzle_trtllm.serve.triton.ports import choose_ports
 from puzzle_trtllm.serve.triton.probe import http_status, read_metrics
 from puzzle_trtllm.serve.triton.process import GuardedProcess, children_of
 from puzzle_trtllm.serve.triton.repository import write_repository
-from puzzle_trtllm.serve.triton.security import GrpcTls
+from puzzle_trtllm.serve.triton.security import GrpcTls, Restriction
 
 _POLL_S = 0.1
 _IDLE_GRACE_S = 6.0
@@ -57,6 +57,7 @@ class TritonServer:
         environment: Mapping[str, str] | None = None,
         arguments: Sequence[str] = (),
         tls: GrpcTls | None = None,
+        restriction: Restriction | None = None,
         on_wait: Callable[[float], None] | None = None,
         **repository_options: Any,
     ) -> None:
@@ -71,6 +72,7 @@ class TritonServer:
         self._environment = dict(environment or {})
         self._arguments = list(arguments)
         self._tls = tls
+        self._restriction = restriction
         self._http_host = host if tls is None else _LOOPBACK
         self._on_wait = on_wait or (lambda seconds: None)
         self._repository_options = repository_options
@@ -166,8 +168,8 @@ class TritonServer:
             "exit-timeout-secs": max(1, round(self._drain_s)),
             "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
         }
-        if self._tls is not None:
-            options |= self._tls.options()
+        for security in (self._tls, self._restriction):
+            options |= {} if security is None else security.options()
         return [f"--{name}={value}" for name, value in options.items()]
 
     # --- what it is -------------------------------------------------------------------------------------------------

@@ -5,16 +5,33 @@ A certificate that does not load would show as a server that never gets ready; e
 
     GrpcTls(cert=..., key=...)                     clients check the server
     GrpcTls(cert=..., key=..., root_cert=...)      and the server lets in only clients with a certificate of that CA
+    Restriction(protocols=("model-repository",), secret=...)
+
+The secret travels in a header of every call, so it needs TLS beyond one host; and tritonserver takes it as an argument,
+so whoever may list this host's processes can read it.
 """
 
 from __future__ import annotations
 
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.serve.client.secret import SECRET_HEADER, read_secret
 from puzzle_trtllm.serve.client.tls import load_authority, load_identity
+
+PROTOCOLS = (
+    "metadata",
+    "inference",
+    "shared-memory",
+    "model-config",
+    "model-repository",
+    "statistics",
+    "trace",
+    "logging",
+)
+"""What can be restricted. Triton's `health` is left out: probes, ours and Kubernetes', carry no secret."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,3 +66,37 @@ def tls_of_files(cert: Path | None, key: Path | None, root_cert: Path | None) ->
             raise ServeError("missing", key=option, expected="--grpc-cert and --grpc-key together")
     assert cert is not None and key is not None
     return GrpcTls(cert=cert, key=key, root_cert=root_cert)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restriction:
+    """Protocols, over gRPC and HTTP alike, that need the secret in a header. Raises ServeError for an unknown one."""
+
+    protocols: tuple[str, ...]
+    secret: str = field(repr=False)
+
+    def __post_init__(self) -> None:
+        for protocol in self.protocols:
+            if protocol not in PROTOCOLS:
+                raise ServeError(
+                    "not a protocol that can be restricted",
+                    key="--restricted",
+                    found=repr(protocol),
+                    expected=f"some of {','.join(PROTOCOLS)}",
+                )
+
+    def options(self) -> dict[str, object]:
+        """tritonserver's options, without the leading dashes."""
+        rule = f"{','.join(self.protocols)}:{SECRET_HEADER}={self.secret}"
+        return {"grpc-restricted-protocol": rule, "http-restricted-api": rule}
+
+
+def restriction_of_options(protocols: str | None, secret_file: Path | None) -> Restriction | None:
+    """What `--restricted a,b` and `--secret FILE` of `serve` mean together. Raises ServeError."""
+    if protocols is None and secret_file is None:
+        return None
+    if protocols is None or secret_file is None:
+        missing = "--restricted" if protocols is None else "--secret"
+        raise ServeError("missing", key=missing, expected="--restricted and --secret together")
+    names = tuple(name.strip() for name in protocols.split(","))
+    return Restriction(protocols=names, secret=read_secret(secret_file))

@@ -69,8 +69,8 @@ def test_the_flags_are_frozen() -> None:
         "build": "--allow-unit-scale --config --explain --fold --json --overwrite",
         "serve": "--grpc-cert --grpc-key --grpc-port --grpc-root-cert --host --http-port --json --metrics-port "
         "--restart --restricted --secret --startup-timeout",
-        "generate": "--ca-cert --client-cert --client-key --effort --json --max-tokens --secret --seed --stop --temperature "
-        "--tokenizer --top-k --top-p --url",
+        "generate": "--ca-cert --client-cert --client-key --effort --json --max-tokens --secret --seed --stop "
+        "--temperature --tokenizer --top-k --top-p --url",
         "bench": "--arrival --ca-cert --client-cert --client-key --concurrency --engine --json --name --num-requests "
         "--out --request-rate --scenario --secret --seed --tokenizer --url",
         "evaluate": "--ca-cert --client-cert --client-key --concurrency --effort --engine --grader --json --limit "

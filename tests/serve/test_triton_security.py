@@ -1,19 +1,23 @@
-"""Who may talk to a served engine: TLS and mutual TLS against the real server."""
+"""Who may talk to a served engine: TLS, mutual TLS and restricted protocols, against the real server."""
 
 from __future__ import annotations
 
 import asyncio
 import shutil
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tritonclient.grpc
+from tritonclient.utils import InferenceServerException
 
 from puzzle_trtllm.errors import PuzzleError, ServeError
 from puzzle_trtllm.serve.client.tls import ClientTls
 from puzzle_trtllm.serve.client.triton_client import TritonLlmClient, generate
 from puzzle_trtllm.serve.triton.probe import http_status
-from puzzle_trtllm.serve.triton.security import GrpcTls, tls_of_files
+from puzzle_trtllm.serve.triton.security import GrpcTls, Restriction, restriction_of_options, tls_of_files
 from puzzle_trtllm.serve.triton.server import TritonServer
 from tests.front_door.cli import invoke
 from tests.serve.certificates import Authority
@@ -91,6 +95,91 @@ def test_under_plain_tls_only_the_server_shows_a_certificate(engine, authority: 
         assert http_status(ready) == 200
         assert http_status(ready.replace("127.0.0.1", "127.0.0.2")) is None
         assert http_status(server.metrics_url.replace("127.0.0.1", "127.0.0.2")) == 200
+
+
+# --- restricted protocols -----------------------------------------------------------------------------------------
+
+SECRET = "0123456789abcdef-right"
+
+
+def http_index(server: TritonServer, headers: dict[str, str]) -> int:
+    """Status of a question to the model-repository API over HTTP."""
+    request = urllib.request.Request(
+        f"{server.http_url}/v2/repository/index", data=b"{}", headers=headers, method="POST"
+    )
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=5) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def grpc_index(server: TritonServer, headers: dict[str, str]) -> list[str]:
+    """The models that NVIDIA's own client is told of."""
+    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
+        return [model.name for model in client.get_model_repository_index(headers=headers).models]
+
+
+def test_the_repository_api_is_open_only_to_callers_with_the_secret(engine) -> None:
+    restriction = Restriction(protocols=("model-repository",), secret=SECRET)
+    grpc_header = "triton-grpc-protocol-puzzle-secret"
+    with TritonServer(engine, restriction=restriction, **SCRIPTED) as server:
+        assert http_index(server, {"puzzle-secret": SECRET}) == 200
+        assert http_index(server, {"puzzle-secret": "0123456789abcdef-wrong"}) == 403
+        assert http_index(server, {}) == 403
+        assert grpc_index(server, {grpc_header: SECRET}) == ["tensorrt_llm"]
+        for headers in ({}, {grpc_header: "0123456789abcdef-wrong"}, {"puzzle-secret": SECRET}):
+            with pytest.raises(InferenceServerException, match="restricted"):
+                grpc_index(server, headers)
+        assert generate("hello", url=server.grpc_url, max_tokens=5).text == "hello"  # the rest stays open
+
+
+def test_restricted_inference_opens_to_our_client_with_the_secret(engine, tmp_path: Path) -> None:
+    restriction = Restriction(protocols=("inference", "model-config"), secret=SECRET)
+    file = tmp_path / "secret"
+    file.write_text(SECRET + "\n")
+    with TritonServer(engine, restriction=restriction, **SCRIPTED) as server:
+        arguments = ("generate", "hello", "--max-tokens", "5", "--url", server.grpc_url)
+        assert invoke(*arguments, "--secret", str(file)).stdout == "hello\n"
+        refused = invoke(*arguments)
+        assert refused.exit_code == 2 and "restricted" in refused.stderr
+
+
+def test_options_of_a_restriction(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text(SECRET + "\n")
+    assert restriction_of_options(None, None) is None
+    both = restriction_of_options("model-repository, statistics", file)
+    assert both == Restriction(protocols=("model-repository", "statistics"), secret=SECRET)
+    assert SECRET not in repr(both)
+    rule = f"model-repository,statistics:puzzle-secret={SECRET}"
+    assert both.options() == {"grpc-restricted-protocol": rule, "http-restricted-api": rule}
+
+
+@pytest.mark.parametrize(
+    ("protocols", "secret", "message"),
+    [
+        ("model-repository", None, "--secret: missing"),
+        (None, SECRET, "--restricted: missing"),
+        ("model-repositry", SECRET, "found 'model-repositry', expected some of metadata,.*model-repository"),
+        ("health", SECRET, "--restricted: not a protocol that can be restricted"),
+        ("model-repository", "short", "secret: no proper secret"),
+        ("model-repository", "with spaces and = signs", "secret: no proper secret"),
+    ],
+)
+def test_a_wrong_restriction_is_one_clear_line(
+    protocols: str | None, secret: str | None, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "secret"
+    file.write_text(secret or "")
+    with pytest.raises(ServeError, match=message) as error:
+        restriction_of_options(protocols, None if secret is None else file)
+    assert "\n" not in str(error.value) and (secret is None or secret not in str(error.value))
+
+
+def test_a_secret_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ServeError, match="nowhere: cannot be read: No such file"):
+        restriction_of_options("statistics", tmp_path / "nowhere")
 
 
 # --- checked before anything starts -----------------------------------------------------------------------------
