@@ -117,6 +117,20 @@ def test_experts_kept_in_mxfp4_give_the_same_logits(make_checkpoint):
     assert packed.model.weights.num_bytes < held.model.weights.num_bytes
 
 
+def test_both_ways_to_multiply_the_experts_give_the_same_logits(make_checkpoint, monkeypatch):
+    from puzzle_trtllm.models.reference import experts
+
+    folder = make_checkpoint(CHILD)
+    tokens = tokens_of(60, seed=6)
+    results = []
+    for max_work in (0, 1 << 40):
+        monkeypatch.setattr(experts, "DENSE_MAX_WORK", {torch.float32: max_work})
+        driver = Driver(folder)
+        driver.add(tokens)
+        results.append(torch.cat([driver.step((0, 0, 59)), driver.step((0, 59, 60))]))
+    assert (results[0] - results[1]).abs().max() < 1e-4
+
+
 def test_tiles_of_queries_change_nothing(make_checkpoint, monkeypatch):
     from puzzle_trtllm.models.reference import attention
 

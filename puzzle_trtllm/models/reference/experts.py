@@ -21,8 +21,9 @@ from torch import Tensor
 from puzzle_trtllm.models.reference.weights import ExpertWeights, LayerWeights, Mxfp4Matrix
 
 SWIGLU_ALPHA = 1.702
-DENSE_MAX_WASTE = 8
-"""Dense wins up to about this many times the routed arithmetic (tests/bench/experts_paths.py measures it)."""
+DENSE_MAX_WORK = {torch.bfloat16: 3_000_000, torch.float32: 600_000}
+"""Dense wins while tokens x D x F is at most this: then the idle products of an expert cost less than calling it
+(tests/bench/experts_paths.py measures the crossover)."""
 
 
 def mixture(x: Tensor, layer: LayerWeights, experts_per_token: int, limit: float) -> Tensor:
@@ -31,13 +32,13 @@ def mixture(x: Tensor, layer: LayerWeights, experts_per_token: int, limit: float
     top, chosen = logits.topk(experts_per_token, dim=-1)
     weights = top.softmax(dim=-1)
     experts = layer.experts
-    num_experts = layer.block.num_local_experts
-    if isinstance(experts.gate_up, Tensor) and num_experts <= DENSE_MAX_WASTE * experts_per_token and len(x) > 1:
-        return _dense(x, experts, weights, chosen, limit)
-    return _by_expert(x, experts, weights, chosen, limit)
+    if isinstance(experts.down, Tensor) and x.numel() * experts.down.shape[-1] <= DENSE_MAX_WORK.get(x.dtype, 0):
+        return dense(x, experts, weights, chosen, limit)
+    return by_expert(x, experts, weights, chosen, limit)
 
 
-def _dense(x: Tensor, experts: ExpertWeights, weights: Tensor, chosen: Tensor, limit: float) -> Tensor:
+def dense(x: Tensor, experts: ExpertWeights, weights: Tensor, chosen: Tensor, limit: float) -> Tensor:
+    """All experts on all of x `[T, D]`; weights and chosen `[T, k]`. Needs dequantized experts."""
     assert isinstance(experts.gate_up, Tensor) and isinstance(experts.down, Tensor)
     num_experts = experts.gate_up_bias.shape[0]
     share_TE = x.new_zeros(len(x), num_experts).scatter_(1, chosen, weights)
@@ -46,7 +47,8 @@ def _dense(x: Tensor, experts: ExpertWeights, weights: Tensor, chosen: Tensor, l
     return torch.addmm(share_TE @ experts.down_bias, hidden_TEF.flatten(1), experts.down.flatten(1).t())
 
 
-def _by_expert(x: Tensor, experts: ExpertWeights, weights: Tensor, chosen: Tensor, limit: float) -> Tensor:
+def by_expert(x: Tensor, experts: ExpertWeights, weights: Tensor, chosen: Tensor, limit: float) -> Tensor:
+    """Every active expert on its own rows of x `[T, D]`; weights and chosen `[T, k]`."""
     output = torch.zeros_like(x)
     order = chosen.flatten().argsort(stable=True)
     tokens, shares = order // chosen.shape[1], weights.flatten()[order]

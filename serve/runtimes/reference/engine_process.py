@@ -10,6 +10,7 @@ grow with the number of readers.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -33,6 +34,9 @@ from puzzle_trtllm.serve.runtimes.reference.messages import (
 GAUGE_SECONDS = 0.05
 """Gauges are sent at least this often while there is work, also when no request has anything to report."""
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _INT_MAX = -1, -3, 2**31 - 1
+"""malloc.h of glibc."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -41,6 +45,7 @@ def main(fd: int) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     # Ctrl-C reaches the whole process group; who stops the engine is its front.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _keep_freed_memory()
     connection = Connection(fd)
     arguments: EngineArguments = connection.recv()
     try:
@@ -58,6 +63,15 @@ def main(fd: int) -> int:
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         _serve(connection, loaded.engine)
     return 0
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse large buffers instead of giving them back: every step allocates the same ones, and fresh pages
+    from the kernel cost more than the arithmetic on them."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_TRIM_THRESHOLD, _INT_MAX)
 
 
 def _serve(connection: Connection, engine: ReferenceEngine) -> None:
