@@ -21,7 +21,7 @@ from puzzle_trtllm.serve.bench.open_loop import OpenLoopRun, arrival_times_ns, f
 from puzzle_trtllm.serve.bench.progress import LoadProgress
 from puzzle_trtllm.serve.bench.prompts import load_requests
 from puzzle_trtllm.serve.bench.result import BenchResult, OpenLoopResult, metric_facts
-from puzzle_trtllm.serve.bench.target import Connect, Target, connect_triton, prompt_tokenizer
+from puzzle_trtllm.serve.bench.target import Connect, Target, check_length, connect_triton, prompt_tokenizer
 from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.metrics.catalogue import MeasuredLoad, compute_metrics
 from puzzle_trtllm.serve.metrics.provenance import Provenance
@@ -230,6 +230,7 @@ async def _measure(
     connect: Connect,
 ) -> _Run:
     """Connect, warm up, and drive the measured requests."""
+    check_length(load, engine)
     provenance = Provenance.collect(engine=engine)
     tokenizer = prompt_tokenizer(engine=engine, tokenizer_folder=tokenizer_folder)
     async with connect(url) as target:

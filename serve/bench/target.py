@@ -13,6 +13,7 @@ from typing import Protocol
 from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import BenchError
+from puzzle_trtllm.scenario import Load
 from puzzle_trtllm.serve.client.request import GenerationChunk, GenerationRequest
 
 
@@ -36,6 +37,23 @@ def connect_triton(url: str) -> AbstractAsyncContextManager[Target]:
     from puzzle_trtllm.serve.client.triton_client import TritonLlmClient
 
     return TritonLlmClient(url)
+
+
+def check_length(load: Load, engine: str | Path | None) -> None:
+    """Raise BenchError when the engine behind the server says that the scenario's sequences do not fit.
+
+    Only an engine folder tells its limit; without one the server's own refusal, or a truncated answer, has to.
+    """
+    if engine is None:
+        return
+    limit = Engine.open(str(engine)).llm_args.get("max_seq_len")
+    if limit is not None and load.sequence_tokens > limit:
+        raise BenchError(
+            "longer than the engine's max_seq_len",
+            file=f"scenario {load.name}",
+            found=f"{load.input_tokens} in + {load.output_tokens} out = {load.sequence_tokens} tokens",
+            expected=f"at most {limit}",
+        )
 
 
 def prompt_tokenizer(*, engine: str | Path | None, tokenizer_folder: str | Path | None) -> ChatTokenizer:

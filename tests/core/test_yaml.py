@@ -36,6 +36,21 @@ def test_the_papers_scenarios():
     assert (short.input_tokens, short.output_tokens, short.sequence_tokens) == (4096, 4096, 8192)
 
 
+def test_the_grid_of_lengths_has_what_its_names_say():
+    grid = {name for name in SCENARIOS if name.startswith("isl")}
+    assert {(s.input_tokens, s.output_tokens) for s in map(load_scenario, grid)} == {
+        *((1024, 1024), (8192, 1024), (32768, 1024)),
+        *((1024, 8192), (1024, 32768)),
+    }
+    assert {f"isl{s.input_tokens}-osl{s.output_tokens}" for s in map(load_scenario, grid)} == grid
+
+
+def test_cpu_twins_are_as_square_as_what_they_stand_for():
+    long, short = load_scenario("cpu-long"), load_scenario("cpu-short")
+    assert (long.input_tokens, short.input_tokens) == (long.output_tokens, short.output_tokens)
+    assert long.input_tokens > short.input_tokens
+
+
 def test_a_name_may_carry_its_suffix():
     assert load_scenario("long.yaml") == load_scenario("long")
 
@@ -65,7 +80,7 @@ def test_a_wrong_file_is_one_line(tmp_path, content, message):
 
 @pytest.mark.parametrize("name", ["nothing", "nothing.yaml", "/tmp/nothing/long.yaml", "sub/long"])
 def test_an_unknown_name_lists_the_known_ones(name):
-    with pytest.raises(ConfigError, match=r"no such scenario .*cpu-demo, long, short"):
+    with pytest.raises(ConfigError, match=r"no such scenario .*cpu-demo, .*long, short"):
         load_scenario(name)
 
 

@@ -116,8 +116,13 @@ def test_report_from_the_files_that_bench_and_evaluate_write(server, engine, tmp
 
 def test_a_scenario_longer_than_the_engine_is_one_clear_line(server, engine):
     too_long = SCENARIO.model_copy(update={"input_tokens": 600, "warmup_requests": 0})
-    with pytest.raises(BenchError, match=r"zero successful requests.*too long \(found 600 tokens"):
+    before = counters(server)
+    with pytest.raises(BenchError, match=r"scenario toy: longer than .*max_seq_len \(found 600 in \+ 24 out = 624"):
         run_bench(server.grpc_url, scenario=too_long, engine=engine.path, quiet=True)
+    assert counters(server) == before
+    # Without the engine folder nobody knows the limit but the server.
+    with pytest.raises(BenchError, match=r"zero successful requests.*too long \(found 600 tokens"):
+        run_bench(server.grpc_url, scenario=too_long, tokenizer_folder=engine.model_path, quiet=True)
 
 
 def test_an_unreachable_server_is_one_clear_line(engine):

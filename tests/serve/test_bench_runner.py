@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from puzzle_trtllm.errors import BenchError, ConfigError, ServeError
 from puzzle_trtllm.scenario import Scenario
+from puzzle_trtllm.serve.bench import runner, target
 from puzzle_trtllm.serve.bench.interleaved import run_interleaved
 from puzzle_trtllm.serve.bench.result import BenchResult, InterleavedResult
 from puzzle_trtllm.serve.bench.runner import run_bench
 from puzzle_trtllm.serve.evaluate.result import EvaluationResult
 from tests.serve.fake_client import FakeClient, one_token_a_response
+from tests.serve.measurements import PROVENANCE
 
 TINY = Scenario(name="tiny", input_tokens=6, output_tokens=4, concurrency=2, num_requests=8, warmup_requests=3)
 
@@ -120,6 +123,20 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_sent(tokenizer_fo
     with pytest.raises(ConfigError, match="no such scenario"):
         bench(client, tokenizer_folder, scenario="nonsense")
     assert client.requests == []
+
+
+def test_a_scenario_that_the_engine_cannot_hold_is_refused_before_anything_is_sent(monkeypatch, tokenizer_folder):
+    engine = SimpleNamespace(llm_args={"max_seq_len": 9})
+    monkeypatch.setattr(target.Engine, "open", lambda path: engine)
+    monkeypatch.setattr(runner.Provenance, "collect", classmethod(lambda cls, engine: PROVENANCE))
+    client = FakeClient(one_token_a_response)
+    with pytest.raises(
+        BenchError, match=r"scenario tiny: longer than the engine's max_seq_len \(found 6 in \+ 4 out = 10 .*at most 9"
+    ):
+        bench(client, tokenizer_folder, engine="engine")
+    assert client.requests == []
+    engine.llm_args["max_seq_len"] = 10
+    assert bench(client, tokenizer_folder, engine="engine").requests.completed == 8
 
 
 def test_zero_successful_requests_are_one_clear_line(tokenizer_folder):
