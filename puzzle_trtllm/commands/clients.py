@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -146,6 +146,11 @@ def bench_command(
         float | None, typer.Option("--request-rate", help="Open loop: arrivals per second instead of a concurrency.")
     ] = None,
     arrival: Annotated[str | None, typer.Option("--arrival", help="Open loop: poisson (default) or constant.")] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option("--sweep", metavar="1,2,4,...", help="Concurrencies to measure in turn; goes on from --out."),
+    ] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="Table of the sweep to write.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Equal seeds give equal prompts and arrivals.")] = 0,
     name: NameOption = None,
     ca_cert: CaCertOption = None,
@@ -161,39 +166,44 @@ def bench_command(
     """
     from puzzle_trtllm.scenario import OpenScenario, load_any_scenario
     from puzzle_trtllm.serve.bench.runner import run_bench, run_open_loop
+    from puzzle_trtllm.serve.bench.sweep import run_sweep
 
     load = load_any_scenario(scenario)
+    options: dict[str, Any] = {
+        "num_requests": num_requests,
+        "seed": seed,
+        "engine": engine,
+        "tokenizer_folder": tokenizer,
+        "name": name,
+        "connect": connector(ca_cert, client_cert, client_key, secret),
+    }
+    result: ResultFile
+    if csv is not None and sweep is None:
+        raise PuzzleError("needs --sweep", key="--csv")
     if request_rate is not None or isinstance(load, OpenScenario):
-        if concurrency is not None:
-            raise PuzzleError("excludes a request rate: a loop is either open or closed", key="--concurrency")
-        open_result = run_open_loop(
-            url,
-            scenario=load,
-            request_rate=_positive(request_rate, "--request-rate"),
-            arrival=_arrival(arrival),
-            num_requests=num_requests,
-            seed=seed,
-            engine=engine,
-            tokenizer_folder=tokenizer,
-            name=name,
-            connect=connector(ca_cert, client_cert, client_key, secret),
-        )
-        _show(open_result, out, as_json=as_json)
-        return
-    if arrival is not None:
+        if concurrency is not None or sweep is not None:
+            key = "--concurrency" if sweep is None else "--sweep"
+            raise PuzzleError("excludes a request rate: a loop is either open or closed", key=key)
+        rate, arrivals = _positive(request_rate, "--request-rate"), _arrival(arrival)
+        result = run_open_loop(url, scenario=load, request_rate=rate, arrival=arrivals, **options)
+    elif arrival is not None:
         raise PuzzleError("needs --request-rate", key="--arrival")
-    result = run_bench(
-        url,
-        scenario=load,
-        concurrency=concurrency,
-        num_requests=num_requests,
-        seed=seed,
-        engine=engine,
-        tokenizer_folder=tokenizer,
-        name=name,
-        connect=connector(ca_cert, client_cert, client_key, secret),
-    )
+    elif sweep is not None:
+        if concurrency is not None:
+            raise PuzzleError("excludes --concurrency", key="--sweep")
+        result = points = run_sweep(url, scenario=load, concurrencies=_concurrencies(sweep), out=out, **options)
+        if csv is not None:
+            points.save_csv(csv)
+    else:
+        result = run_bench(url, scenario=load, concurrency=concurrency, **options)
     _show(result, out, as_json=as_json)
+
+
+def _concurrencies(text: str) -> list[int]:
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise PuzzleError("must be concurrencies", key="--sweep", found=text, expected="such as 1,2,4,8")
+    return [int(word) for word in words]
 
 
 def _positive(value: float | None, key: str) -> float | None:

@@ -5,6 +5,7 @@ open_loop.py     requests that arrive at a rate, whatever the server does
 prompts.py       random prompts of an exact length
 runner.py        `run_bench`, `run_open_loop`: one scenario against one server -> BenchResult, OpenLoopResult
 interleaved.py   `run_interleaved`: several servers that are up together, measured in turn
+sweep.py         `run_sweep`: one scenario at several concurrencies, the knee, CSV; goes on where it broke off
 result.py        BenchResult, OpenLoopResult and InterleavedResult, as JSON and as a table
 progress.py      the live line on stderr
 """

@@ -57,7 +57,7 @@ def test_the_flags_are_frozen() -> None:
         for inner_name, inner in getattr(command, "commands", {"": command}).items():
             flags = {option for parameter in inner.params for option in parameter.opts if option.startswith("--")}
             found[f"{name} {inner_name}".strip()] = " ".join(sorted(flags))
-    data = "--dataset --json --max-samples --max-tokens --overwrite --pack --seed --sequence-length"
+    data = "--dataset --json --max-samples --max-tokens --overwrite --pack --seed --sequence-length --stream"
     assert found == {
         "inspect": "--gpu --gpus --json --kv --seq-len",
         "plan": "--allocator --batch --compare --explain --gpu --gpus --isl --json --kv --memory-rule --osl --out "
@@ -67,12 +67,12 @@ def test_the_flags_are_frozen() -> None:
         "calibrate experts": data,
         "calibrate kv": data.replace("--json", "--exact --json"),
         "build": "--allow-unit-scale --config --explain --fold --json --overwrite",
-        "serve": "--grpc-cert --grpc-key --grpc-port --grpc-root-cert --host --http-port --json --metrics-port "
-        "--restart --restricted --secret --startup-timeout",
+        "serve": "--gpu-device-ids --grpc-cert --grpc-key --grpc-port --grpc-root-cert --host --http-port --json "
+        "--metrics-port --restart --restricted --secret --startup-timeout",
         "generate": "--ca-cert --client-cert --client-key --effort --json --max-tokens --secret --seed --stop "
         "--temperature --tokenizer --top-k --top-p --url",
-        "bench": "--arrival --ca-cert --client-cert --client-key --concurrency --engine --json --name --num-requests "
-        "--out --request-rate --scenario --secret --seed --tokenizer --url",
+        "bench": "--arrival --ca-cert --client-cert --client-key --concurrency --csv --engine --json --name "
+        "--num-requests --out --request-rate --scenario --secret --seed --sweep --tokenizer --url",
         "evaluate": "--ca-cert --client-cert --client-key --concurrency --effort --engine --grader --json --limit "
         "--max-tokens --name --out --problems --secret --tokenizer --url",
         "report": "--baseline --child --json --out --title",

@@ -1,0 +1,185 @@
+"""A sweep: one scenario at several concurrencies, where its throughput stops growing, and a file to go on from.
+
+More requests in flight buy throughput with latency, until the server is full; from there on they buy nothing but
+waiting. The knee is where to operate. It is defined here without a fitted curve, so that anyone can check it by hand:
+
+    knee = the smallest measured concurrency whose output throughput is at least 90% of the sweep's best
+
+When the largest concurrency measured is that knee itself, the throughput was still rising there: no knee was seen, and
+none is named.
+
+Every point sends as many waves of requests as the scenario does (`num_requests / concurrency`, at least 8 requests), so
+that the points' edges weigh alike, with a seed of its own (`seed + concurrency`), so that no point finds its prompts in
+a prefix cache. A point is saved as soon as it is measured; the same sweep started again measures only what is missing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from puzzle_trtllm.errors import BenchError
+from puzzle_trtllm.folders import write_atomically
+from puzzle_trtllm.scenario import Scenario
+from puzzle_trtllm.serve.bench.result import BenchResult
+from puzzle_trtllm.serve.bench.runner import override_scenario, run_bench
+from puzzle_trtllm.serve.metrics.result_file import ResultFile
+from puzzle_trtllm.serve.metrics.units import NONE, show_number
+
+KNEE_FRACTION = 0.9
+MIN_REQUESTS = 8
+CSV_STATISTICS = ("mean", "p50", "p90", "p95", "p99")
+
+Bench = Callable[..., BenchResult]
+
+
+class SweepResult(ResultFile):
+    """One scenario at several concurrencies, ascending."""
+
+    kind: Literal["sweep"] = "sweep"
+    scenario: Scenario
+    """As given; each point's own says its concurrency and number of requests."""
+    seed: int
+    engine: str | None
+    """The engine folder behind the server, as given: points of another engine are another sweep."""
+    knee: int | None
+    """The knee's concurrency; None when throughput was still rising at the largest one."""
+    points: list[BenchResult]
+
+    @classmethod
+    def of(cls, scenario: Scenario, seed: int, engine: str | None, points: Sequence[BenchResult]) -> SweepResult:
+        ordered = sorted(points, key=lambda point: point.scenario.concurrency)
+        curve = {point.scenario.concurrency: point.output_tokens_per_s for point in ordered}
+        return cls(scenario=scenario, seed=seed, engine=engine, knee=find_knee(curve), points=ordered)
+
+    def save_csv(self, path: str | Path) -> Path:
+        """One row a point; a metric that a point does not have is an empty cell."""
+        write_atomically(Path(path), csv_of(self.points))
+        return Path(path)
+
+    def __rich__(self) -> Table:
+        return sweep_table(self)
+
+
+def find_knee(tokens_per_s: dict[int, float]) -> int | None:
+    """Concurrency -> throughput; the knee as defined above. None for fewer than two points."""
+    if len(tokens_per_s) < 2:
+        return None
+    enough = KNEE_FRACTION * max(tokens_per_s.values())
+    knee = min(concurrency for concurrency, speed in tokens_per_s.items() if speed >= enough)
+    return knee if knee < max(tokens_per_s) else None
+
+
+def run_sweep(
+    url: str,
+    *,
+    scenario: Scenario | str | Path = "cpu-demo",
+    concurrencies: Sequence[int],
+    num_requests: int | None = None,
+    seed: int = 0,
+    engine: str | Path | None = None,
+    out: str | Path | None = None,
+    bench: Bench = run_bench,
+    **options: Any,
+) -> SweepResult:
+    """Measure `scenario` at each of `concurrencies`, ascending; `options` go to `run_bench`.
+
+    num_requests: the same for every point; default: as many waves as the scenario has.
+    out: the sweep's file, written after every point; points that it holds already are not measured again.
+
+    Raises BenchError for no concurrencies, or an `out` that holds another sweep; whatever a point raises ends the sweep
+    with the points before it saved.
+    """
+    base = override_scenario(scenario)
+    if not concurrencies or min(concurrencies) < 1:
+        raise BenchError("nothing to sweep over", key="concurrencies", found=list(concurrencies), expected="1 or more")
+    engine_name = str(engine) if engine is not None else None
+    wanted = [point_scenario(base, concurrency, num_requests) for concurrency in sorted(set(concurrencies))]
+    points = _finished_points(out, base, seed, engine_name)
+    for load in wanted:
+        if load in [point.scenario for point in points]:
+            continue
+        points = [point for point in points if point.scenario.concurrency != load.concurrency]
+        points.append(bench(url, scenario=load, seed=seed + load.concurrency, engine=engine, **options))
+        if out is not None:
+            SweepResult.of(base, seed, engine_name, points).save(out)
+    return SweepResult.of(base, seed, engine_name, points)
+
+
+def point_scenario(base: Scenario, concurrency: int, num_requests: int | None) -> Scenario:
+    """The scenario of one point: the same waves, unless the number of requests is given."""
+    waves = base.num_requests / base.concurrency
+    count = num_requests or max(MIN_REQUESTS, round(waves * concurrency))
+    return override_scenario(base, concurrency, count)
+
+
+def _finished_points(out: str | Path | None, base: Scenario, seed: int, engine: str | None) -> list[BenchResult]:
+    if out is None or not Path(out).exists():
+        return []
+    earlier = SweepResult.load(out)
+    for key, found, expected in (
+        ("scenario", earlier.scenario, base),
+        ("seed", earlier.seed, seed),
+        ("engine", earlier.engine, engine),
+    ):
+        if found != expected:
+            raise BenchError(
+                "holds another sweep; remove it or write elsewhere", file=out, key=key, found=found, expected=expected
+            )
+    return earlier.points
+
+
+def sweep_table(sweep: SweepResult) -> Table:
+    """One row a concurrency; the knee is marked."""
+    scenario = sweep.scenario
+    knee = f"knee at {sweep.knee}" if sweep.knee else "no knee: throughput was still rising at the largest concurrency"
+    table = Table(
+        title=f"{scenario.name}, {scenario.input_tokens:,} in, {scenario.output_tokens:,} out",
+        caption=f"{knee} (smallest with {KNEE_FRACTION:.0%} of the best throughput)",
+        title_justify="left",
+        caption_justify="left",
+    )
+    columns = ("in flight", "tok/s", "requests/s", "TTFT p50 ms", "ITL p50 ms", "ITL p99 ms", "E2E p50 ms", "requests")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "requests" else "right", no_wrap=True)
+    for point in sweep.points:
+        concurrency = point.scenario.concurrency
+        mark = " *" if concurrency == sweep.knee else ""
+        cells = [_cell(point, tag) for tag in ("output_tokens_per_s", "requests_per_s")]
+        latencies = (("ttft_ms", "p50"), ("itl_ms", "p50"), ("itl_ms", "p99"), ("e2e_ms", "p50"))
+        cells += [_cell(point, tag, statistic) for tag, statistic in latencies]
+        table.add_row(f"{concurrency}{mark}", *cells, str(point.requests))
+    return table
+
+
+def _cell(point: BenchResult, tag: str, statistic: str | None = None) -> str:
+    if statistic is None:
+        return show_number(point.scalars[tag]) if tag in point.scalars else NONE
+    return show_number(getattr(point.distributions[tag], statistic)) if tag in point.distributions else NONE
+
+
+def csv_of(points: Sequence[BenchResult]) -> str:
+    """A header and one row a point: its load, how its requests ended, every scalar, five statistics a distribution."""
+    rows = [_csv_row(point) for point in points]
+    columns = dict.fromkeys(column for row in rows for column in row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _csv_row(point: BenchResult) -> dict[str, object]:
+    load, requests = point.scenario, point.requests
+    row: dict[str, object] = {"name": point.name, "scenario": load.name}
+    row |= {key: getattr(load, key) for key in ("input_tokens", "output_tokens", "concurrency", "num_requests")}
+    row |= {key: getattr(requests, key) for key in ("completed", "truncated", "failed", "cancelled")}
+    row |= {"steady_window_s": point.steady_window_s, **point.scalars}
+    for tag, distribution in point.distributions.items():
+        row |= {f"{tag}_{statistic}": getattr(distribution, statistic) for statistic in CSV_STATISTICS}
+    return row

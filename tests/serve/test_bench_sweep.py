@@ -1,0 +1,134 @@
+"""Sweeps: the knee by hand, every point measured once, and what the table and the CSV say."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+
+from puzzle_trtllm.errors import BenchError
+from puzzle_trtllm.scenario import Scenario
+from puzzle_trtllm.serve.bench.result import BenchResult
+from puzzle_trtllm.serve.bench.runner import run_bench
+from puzzle_trtllm.serve.bench.sweep import SweepResult, csv_of, find_knee, point_scenario, run_sweep
+from tests.front_door.cli import invoke
+from tests.serve.fake_client import FakeClient, one_token_a_response
+
+TINY = Scenario(name="tiny", input_tokens=6, output_tokens=4, concurrency=2, num_requests=6)
+
+
+class Server:
+    """A `run_bench` on a server that is full at 100 tok/s and gives 30 to each request until then."""
+
+    def __init__(self, template: BenchResult, fails_at: int | None = None):
+        self.template, self.fails_at, self.calls = template, fails_at, []
+
+    def __call__(self, url, *, scenario, seed, **_):
+        if scenario.concurrency == self.fails_at:
+            raise BenchError("the server is gone")
+        self.calls.append((scenario.concurrency, scenario.num_requests, seed))
+        speed = min(100.0, 30.0 * scenario.concurrency)
+        return self.template.model_copy(update={"scenario": scenario, "scalars": {"output_tokens_per_s": speed}})
+
+
+@pytest.fixture(scope="module")
+def template(make_checkpoint):
+    client = FakeClient(one_token_a_response)
+    folder = make_checkpoint([(4, None)])
+    return run_bench("host:1", scenario=TINY, connect=client.connect, tokenizer_folder=folder, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("curve", "knee"),
+    [
+        ({1: 30, 2: 60, 4: 95, 8: 100}, 4),  # 95 is at least 90
+        ({1: 30, 2: 60, 4: 89, 8: 100, 16: 99}, 8),  # 89 is not
+        ({1: 30, 2: 60, 4: 90, 8: 100}, 4),  # 90 just is
+        ({1: 30, 2: 60, 4: 120}, None),  # still rising
+        ({1: 100, 2: 60}, 1),  # more in flight makes it slower
+        ({1: 100}, None),  # one point has no curve
+    ],
+)
+def test_the_knee_is_the_first_with_nine_tenths_of_the_best(curve, knee):
+    assert find_knee(curve) == knee
+
+
+def test_points_are_measured_in_ascending_order_with_the_same_waves_and_seeds_of_their_own(template):
+    server = Server(template)
+    sweep = run_sweep("host:1", scenario=TINY, concurrencies=[8, 1, 4, 4, 2], seed=50, bench=server)
+    # Three waves each, but at least 8 requests.
+    assert server.calls == [(1, 8, 51), (2, 8, 52), (4, 12, 54), (8, 24, 58)]
+    assert (sweep.knee, [point.output_tokens_per_s for point in sweep.points]) == (4, [30, 60, 100, 100])
+
+
+def test_a_given_number_of_requests_is_that_of_every_point():
+    assert point_scenario(TINY, 4, 40).num_requests == 40
+    with pytest.raises(BenchError, match="fewer requests than are to be in flight"):
+        point_scenario(TINY, 4, 3)
+
+
+def test_a_sweep_that_broke_off_goes_on_where_it_was(template, tmp_path):
+    out = tmp_path / "sweep.json"
+    with pytest.raises(BenchError, match="gone"):
+        run_sweep("host:1", scenario=TINY, concurrencies=[1, 2, 4], out=out, bench=Server(template, fails_at=4))
+    assert [point.scenario.concurrency for point in SweepResult.load(out).points] == [1, 2]
+    server = Server(template)
+    sweep = run_sweep("host:1", scenario=TINY, concurrencies=[1, 2, 4, 8], out=out, bench=server)
+    assert [concurrency for concurrency, *_ in server.calls] == [4, 8]
+    assert SweepResult.load(out) == sweep
+    assert run_sweep("host:1", scenario=TINY, concurrencies=[4], out=out, bench=Server(template, fails_at=4)) == sweep
+
+
+def test_a_point_with_another_number_of_requests_is_measured_again(template, tmp_path):
+    out = tmp_path / "sweep.json"
+    run_sweep("host:1", scenario=TINY, concurrencies=[1, 2], out=out, bench=Server(template))
+    server = Server(template)
+    sweep = run_sweep("host:1", scenario=TINY, concurrencies=[2], num_requests=30, out=out, bench=server)
+    assert server.calls == [(2, 30, 2)]
+    assert [point.scenario.num_requests for point in sweep.points] == [8, 30]
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"engine": "other"}, "engine"),
+        ({"scenario": TINY.model_copy(update={"name": "x"})}, "scenario"),
+    ],
+)
+def test_another_sweep_is_not_mixed_in(template, tmp_path, change, key):
+    out = tmp_path / "sweep.json"
+    options = {"scenario": TINY, "concurrencies": [1], "out": out, "bench": Server(template)}
+    run_sweep("host:1", **options)
+    with pytest.raises(BenchError, match=rf"sweep\.json: {key}: holds another sweep"):
+        run_sweep("host:1", **{**options, **change})
+
+
+@pytest.mark.parametrize("concurrencies", [[], [0, 2]])
+def test_nothing_to_sweep_over_is_an_error(concurrencies):
+    with pytest.raises(BenchError, match="nothing to sweep over"):
+        run_sweep("host:1", scenario=TINY, concurrencies=concurrencies)
+
+
+def test_the_csv_has_a_row_a_point_and_an_empty_cell_for_what_is_absent(template):
+    no_itl = {tag: d for tag, d in template.distributions.items() if tag != "itl_ms"}
+    short = template.model_copy(update={"distributions": no_itl})
+    full_row, short_row = csv.DictReader(io.StringIO(csv_of([template, short])))
+    assert float(full_row["output_tokens_per_s"]) == template.output_tokens_per_s
+    assert float(full_row["itl_ms_p99"]) == template.distributions["itl_ms"].p99
+    assert (short_row["itl_ms_p99"], short_row["concurrency"], short_row["completed"]) == ("", "2", "6")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("--sweep", "1,2", "--concurrency", "2"), "--sweep: excludes --concurrency"),
+        (("--sweep", "1,two"), "--sweep: must be concurrencies (found 1,two"),
+        (("--csv", "x.csv"), "--csv: needs --sweep"),
+    ],
+)
+def test_wrong_options_are_one_line(options, line):
+    result = invoke("bench", *options)
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert result.stderr.startswith(f"error: {line}")
