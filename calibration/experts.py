@@ -2,12 +2,14 @@
 
 One forward pass over the data; a hook on every router turns its logits into each token's ranking of the experts. Only
 the rankings are kept, one byte an expert and token (two above 256 experts): all that a ranked-choice election needs, a
-quarter of the float32 logits. The result is the importance file that `derive` reads: float32
-`model.layers.{i}.mlp.experts.importance` [num_experts], larger means keep.
+quarter of the float32 logits. A model that does not fit in memory goes layer by layer (layer_stream.py). The result is
+the importance file that `derive` reads: float32 `model.layers.{i}.mlp.experts.importance` [num_experts], larger means
+keep.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from numpy.typing import NDArray
 
 from puzzle_trtllm.calibration.dataset import CalibrationDataset, load_dataset
 from puzzle_trtllm.calibration.forward import require_finite, run_dataset
+from puzzle_trtllm.calibration.layer_stream import Observation, stream_layers
+from puzzle_trtllm.calibration.memory import should_stream
 from puzzle_trtllm.calibration.ranked_choice import elimination_order, importance_from_order
 from puzzle_trtllm.calibration.tensor_file import write_tensors
 from puzzle_trtllm.checkpoint import Checkpoint
@@ -25,6 +29,7 @@ from puzzle_trtllm.errors import CalibrationError
 from puzzle_trtllm.models.huggingface.loading import load_causal_lm
 
 METHOD = "ranked-choice-votes"
+WHAT = "routing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +62,13 @@ def calibrate_experts(
     pack: bool = False,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    stream: bool | None = None,
     overwrite: bool = False,
     quiet: bool = True,
 ) -> ExpertCalibration:
     """Score the experts of `checkpoint` on `dataset` and write the importance file `out`.
 
+    `stream` holds one layer in memory at a time; None decides by the memory that is free. The result is the same.
     Raises CalibrationError (data, activations), CheckpointError, or PuzzleError when `out` exists without `overwrite`.
     """
     out = Path(out)
@@ -77,7 +84,10 @@ def calibrate_experts(
         pack=pack,
         seed=seed,
     )
-    rankings = collect_rankings(load_causal_lm(source, dtype=dtype), data, quiet=quiet)
+    if should_stream(source, dtype, wanted=stream):
+        rankings = stream_rankings(source, data, out=out, dtype=dtype, quiet=quiet)
+    else:
+        rankings = collect_rankings(load_causal_lm(source, dtype=dtype), data, quiet=quiet)
     top_k = source.architecture.experts_per_token
     scores = [importance_from_order(elimination_order(layer, top_k)) for layer in rankings]
     metadata = {
@@ -100,13 +110,29 @@ def calibrate_experts(
 
 def collect_rankings(model: Any, dataset: CalibrationDataset, *, quiet: bool = True) -> list[NDArray[Any]]:
     """By layer: each token's experts from most to least preferred, uint8 or uint16 `[T, E]`; ties by index."""
+    return _watch_routers(model, lambda watched: run_dataset(watched, dataset, what=WHAT, quiet=quiet))
+
+
+def stream_rankings(
+    source: Checkpoint, dataset: CalibrationDataset, *, out: Path, dtype: torch.dtype, quiet: bool = True
+) -> list[NDArray[Any]]:
+    """As `collect_rankings`, with one layer in memory at a time; works beside `out`."""
+
+    def visit(model: Any, run: Callable[[Any], None], layer: int) -> Observation:
+        return {"ranking": torch.from_numpy(_watch_routers(model, run, first_layer=layer)[0])}
+
+    seen = stream_layers(source, dataset, visit, out=out, what=WHAT, dtype=dtype, quiet=quiet)
+    return [layer["ranking"].numpy() for layer in seen]
+
+
+def _watch_routers(model: Any, run: Callable[[Any], None], *, first_layer: int = 0) -> list[NDArray[Any]]:
     collected: list[list[NDArray[Any]]] = [[] for _ in model.model.layers]
 
     def watch(layer_idx: int) -> Any:
         def hook(router: Any, arguments: Any, output: Any) -> None:
             hidden_TD = arguments[0].reshape(-1, arguments[0].shape[-1])
             logits_TE = torch.nn.functional.linear(hidden_TD, router.weight, router.bias)
-            require_finite(logits_TE, f"model.layers.{layer_idx}.mlp.router")
+            require_finite(logits_TE, f"model.layers.{first_layer + layer_idx}.mlp.router")
             ranking_TE = logits_TE.argsort(dim=-1, descending=True, stable=True)
             small = np.uint8 if logits_TE.shape[-1] <= 256 else np.uint16
             collected[layer_idx].append(ranking_TE.cpu().numpy().astype(small))
@@ -115,7 +141,7 @@ def collect_rankings(model: Any, dataset: CalibrationDataset, *, quiet: bool = T
 
     handles = [layer.mlp.router.register_forward_hook(watch(i)) for i, layer in enumerate(model.model.layers)]
     try:
-        run_dataset(model, dataset, what="routing", quiet=quiet)
+        run(model)
     finally:
         for handle in handles:
             handle.remove()

@@ -27,7 +27,8 @@ their time waiting for each other (abacus, two threads on two loaded cores: 58 s
 def run_dataset(model: Any, dataset: CalibrationDataset, *, what: str, quiet: bool = True) -> None:
     """Run every sequence through the decoder stack (no output head). Raises CalibrationError for NaN or infinity."""
     device = next(model.parameters()).device
-    with naming_layers(model), _threads(model), Progress(console=Console(stderr=True), disable=quiet) as bar:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    with naming_layers(model), threads(parameters), Progress(console=Console(stderr=True), disable=quiet) as bar:
         task = bar.add_task(what, total=dataset.num_tokens)
         for ids_BT in dataset.batches(MAX_TOKENS_PER_BATCH):
             model.model(input_ids=torch.from_numpy(ids_BT).to(device), use_cache=False)
@@ -35,8 +36,11 @@ def run_dataset(model: Any, dataset: CalibrationDataset, *, what: str, quiet: bo
 
 
 @contextmanager
-def naming_layers(model: Any) -> Iterator[None]:
-    """While this is open, the first decoder layer that gives NaN or infinity is named in a CalibrationError."""
+def naming_layers(model: Any, *, first_layer: int = 0) -> Iterator[None]:
+    """While this is open, the first decoder layer that gives NaN or infinity is named in a CalibrationError.
+
+    `first_layer` is the index, in the whole model, of the first one here.
+    """
 
     def check(layer_idx: int) -> Any:
         def hook(module: Any, arguments: Any, output: Any) -> None:
@@ -44,7 +48,7 @@ def naming_layers(model: Any) -> Iterator[None]:
 
         return hook
 
-    handles = [layer.register_forward_hook(check(i)) for i, layer in enumerate(model.model.layers)]
+    handles = [layer.register_forward_hook(check(i)) for i, layer in enumerate(model.model.layers, first_layer)]
     try:
         yield
     finally:
@@ -53,14 +57,19 @@ def naming_layers(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _threads(model: Any) -> Iterator[None]:
+def threads(parameters: int) -> Iterator[None]:
+    """The number of threads for a model of so many parameters, while this is open."""
     before = torch.get_num_threads()
-    small = sum(parameter.numel() for parameter in model.parameters()) < ONE_THREAD_BELOW_PARAMETERS
-    torch.set_num_threads(1 if small else before)
+    torch.set_num_threads(num_threads(parameters))
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def num_threads(parameters: int) -> int:
+    """Threads for a model of so many parameters: torch's own choice, or one."""
+    return 1 if parameters < ONE_THREAD_BELOW_PARAMETERS else torch.get_num_threads()
 
 
 def require_finite(values: torch.Tensor, name: str) -> None:

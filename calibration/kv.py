@@ -1,6 +1,7 @@
 """`calibrate kv`: the FP8 scales of a model's KV cache, learned by ModelOpt from real prompts.
 
 One forward pass of the exact model over the data; ModelOpt's max calibrator records the largest K and V of every layer.
+A model that does not fit in memory goes layer by layer (layer_stream.py), with the same result to the bit.
 The calibrated checkpoint is the source plus one scale for K and one for V a layer, under ModelOpt's names, with its
 hf_quant_config.json; expert shards are hard links and config.json keeps its mxfp4 entry (ModelOpt's own export would
 expand the experts to BF16 and drop it). Beside them: `kv_calibration.safetensors`, the maxima per head and channel that
@@ -10,6 +11,7 @@ a finer fold needs, and `kv_report.json`, what each scale does to K and V.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +25,8 @@ from puzzle_trtllm.calibration.forward import run_dataset
 from puzzle_trtllm.calibration.kv_observer import KINDS, KvObserver
 from puzzle_trtllm.calibration.kv_quantizers import calibrate_max, hf_quant_config, layer_amax
 from puzzle_trtllm.calibration.kv_scales import StorageQuality, modelopt_scale, power_of_two_scale, storage_quality
+from puzzle_trtllm.calibration.layer_stream import Observation, stream_layers
+from puzzle_trtllm.calibration.memory import should_stream
 from puzzle_trtllm.calibration.tensor_file import write_tensors
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import rewrite_checkpoint, tensor_of
@@ -32,6 +36,7 @@ from puzzle_trtllm.models.huggingface.loading import load_causal_lm
 
 CALIBRATION_NAME = "kv_calibration.safetensors"
 REPORT_NAME = "kv_report.json"
+WHAT = "KV calibration"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +89,13 @@ def calibrate_kv(
     pack: bool = False,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    stream: bool | None = None,
     overwrite: bool = False,
     quiet: bool = True,
 ) -> KvCalibration:
     """Write the calibrated checkpoint `out`; scales are powers of two, or amax / 448 if `exact`.
 
+    `stream` holds one layer in memory at a time; None decides by the memory that is free. The result is the same.
     Raises CalibrationError (data, activations, a source that has scales without `overwrite`), CheckpointError, or
     PuzzleError when `out` holds something and `overwrite` is not given.
     """
@@ -106,34 +113,64 @@ def calibrate_kv(
             pack=pack,
             seed=seed,
         )
-        model, observer = observe(load_causal_lm(source, dtype=dtype), data, quiet=quiet)
-        report = _report(source, data, model, observer, out=str(out), exact=exact, dtype=dtype)
+        streamed = should_stream(source, dtype, wanted=stream)
+        seen = (
+            _stream(source, data, Path(out), dtype, quiet) if streamed else _observe_whole(source, data, dtype, quiet)
+        )
+        report = _report(source, data, seen, out=str(out), exact=exact, dtype=dtype)
         _write_checkpoint(source, folder, report)
-        _write_maxima(folder, observer, report)
-        write_atomically(folder / "hf_quant_config.json", json.dumps(hf_quant_config(model), indent=4))
+        _write_maxima(folder, seen, report)
+        write_atomically(folder / "hf_quant_config.json", seen[0]["hf_quant_config"].numpy().tobytes())
         write_atomically(folder / REPORT_NAME, json.dumps(asdict(report), indent=2) + "\n")
     return report
 
 
-def observe(model: Any, data: CalibrationDataset, *, quiet: bool = True) -> tuple[Any, KvObserver]:
-    """Calibrate `model` on `data`: the model with ModelOpt's quantizers, and the finer maxima of the same pass."""
+def _observe_whole(source: Checkpoint, data: CalibrationDataset, dtype: torch.dtype, quiet: bool) -> list[Observation]:
+    model = load_causal_lm(source, dtype=dtype)
+    return observe(model, lambda prepared: run_dataset(prepared, data, what=WHAT, quiet=quiet), data.num_tokens)
+
+
+def _stream(
+    source: Checkpoint, data: CalibrationDataset, out: Path, dtype: torch.dtype, quiet: bool
+) -> list[Observation]:
+    def visit(model: Any, run: Callable[[Any], None], layer: int) -> Observation:
+        return observe(model, run, data.num_tokens, first_layer=layer)[0]
+
+    return stream_layers(source, data, visit, out=out, what=WHAT, dtype=dtype, quiet=quiet)
+
+
+def observe(model: Any, run: Callable[[Any], None], num_tokens: int, *, first_layer: int = 0) -> list[Observation]:
+    """Calibrate `model` with the pass `run`; by layer, what ModelOpt and the observer saw.
+
+    `k_amax` and `v_amax` (0-d) are ModelOpt's; `q`, `k`, `v` `[heads, head_dim]` the finer maxima of the same pass;
+    `k_sample` and `v_sample` `[tokens, heads * head_dim]` some of the values. All float32, but for
+    `hf_quant_config`: that file's bytes, by ModelOpt's own export code.
+    """
     observers: list[KvObserver] = []
 
     def forward_loop(prepared: Any) -> None:
-        observers.append(KvObserver(prepared, data.num_tokens))
+        observers.append(KvObserver(prepared, num_tokens, first_layer=first_layer))
         try:
-            run_dataset(prepared, data, what="KV calibration", quiet=quiet)
+            run(prepared)
         finally:
             observers[0].close()
 
-    return calibrate_max(model, forward_loop), observers[0]
+    calibrated = calibrate_max(model, forward_loop)
+    quant_config = torch.tensor(list(json.dumps(hf_quant_config(calibrated), indent=4).encode()), dtype=torch.uint8)
+    seen = []
+    for i in range(len(calibrated.model.layers)):
+        k_amax, v_amax = layer_amax(calibrated, i)
+        layer = {"k_amax": torch.tensor(k_amax), "v_amax": torch.tensor(v_amax), "hf_quant_config": quant_config}
+        layer |= {kind: observers[0].amax(first_layer + i, kind) for kind in KINDS}
+        layer |= {f"{kind}_sample": observers[0].sample(first_layer + i, kind) for kind in ("k", "v")}
+        seen.append(layer)
+    return seen
 
 
 def _report(
     source: Checkpoint,
     data: CalibrationDataset,
-    model: Any,
-    observer: KvObserver,
+    seen: list[Observation],
     *,
     out: str,
     exact: bool,
@@ -141,15 +178,15 @@ def _report(
 ) -> KvCalibration:
     to_scale = modelopt_scale if exact else power_of_two_scale
     layers = []
-    for i, block in enumerate(source.architecture.blocks):
-        k_amax, v_amax = layer_amax(model, i)
+    for i, (block, layer) in enumerate(zip(source.architecture.blocks, seen, strict=True)):
+        k_amax, v_amax = float(layer["k_amax"]), float(layer["v_amax"])
         layers.append(
             LayerReport(
                 layer=i,
                 sliding_window=block.sliding_window,
-                k=_scale_report(k_amax, to_scale(k_amax), observer.sample(i, "k")),
-                v=_scale_report(v_amax, to_scale(v_amax), observer.sample(i, "v")),
-                q_amax=float(observer.amax(i, "q").max()),
+                k=_scale_report(k_amax, to_scale(k_amax), layer["k_sample"]),
+                v=_scale_report(v_amax, to_scale(v_amax), layer["v_sample"]),
+                q_amax=float(layer["q"].max()),
             )
         )
     return KvCalibration(
@@ -181,9 +218,9 @@ def _write_checkpoint(source: Checkpoint, folder: Path, report: KvCalibration) -
     rewrite_checkpoint(source, folder, config=source.config, replace=old, add=add)
 
 
-def _write_maxima(folder: Path, observer: KvObserver, report: KvCalibration) -> None:
+def _write_maxima(folder: Path, seen: list[Observation], report: KvCalibration) -> None:
     maxima = {
-        f"model.layers.{layer.layer}.self_attn.{kind}_amax": observer.amax(layer.layer, kind).numpy()
+        f"model.layers.{layer.layer}.self_attn.{kind}_amax": seen[layer.layer][kind].numpy()
         for layer in report.layers
         for kind in KINDS
     }

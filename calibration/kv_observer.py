@@ -23,13 +23,13 @@ SAMPLE_TOKENS = 1024
 class KvObserver:
     """Hooks on the q, k and v quantizers of every attention layer of a model that ModelOpt has prepared."""
 
-    def __init__(self, model: Any, num_tokens: int) -> None:
+    def __init__(self, model: Any, num_tokens: int, *, first_layer: int = 0) -> None:
         self._amax: dict[tuple[int, Kind], torch.Tensor] = {}
         self._samples: dict[tuple[int, Kind], list[torch.Tensor]] = {}
         self._stride = max(1, -(-num_tokens // SAMPLE_TOKENS))
         self._handles = [
             getattr(layer.self_attn, f"{kind}_bmm_quantizer").register_forward_pre_hook(self._hook(i, kind))
-            for i, layer in enumerate(model.model.layers)
+            for i, layer in enumerate(model.model.layers, first_layer)
             for kind in KINDS
         ]
 

@@ -25,6 +25,15 @@ SequenceLengthOption = Annotated[
     int | None, typer.Option("--sequence-length", min=1, help="Cut sequences at this many tokens.")
 ]
 PackOption = Annotated[bool, typer.Option("--pack", help="Fill rows of --sequence-length with several records.")]
+StreamOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream",
+        help="One layer in memory at a time, hidden states on disk; default: when the model would take most of the "
+        "free memory. The result is the same; a killed run goes on where it was.",
+        show_default=False,
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Which records are drawn.")]
 
 
@@ -37,6 +46,7 @@ def experts_command(
     sequence_length: SequenceLengthOption = None,
     pack: PackOption = False,
     seed: SeedOption = 0,
+    stream: StreamOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -52,6 +62,7 @@ def experts_command(
         sequence_length=sequence_length,
         pack=pack,
         seed=seed,
+        stream=stream,
         overwrite=overwrite,
         quiet=False,
     )
@@ -104,6 +115,7 @@ def kv_command(
     sequence_length: SequenceLengthOption = None,
     pack: PackOption = False,
     seed: SeedOption = 0,
+    stream: StreamOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -123,6 +135,7 @@ def kv_command(
         sequence_length=sequence_length,
         pack=pack,
         seed=seed,
+        stream=stream,
         overwrite=overwrite,
         quiet=False,
     )

@@ -71,8 +71,8 @@ def test_the_flags_are_frozen() -> None:
         "--metrics-port --restart --restricted --secret --startup-timeout",
         "generate": "--ca-cert --client-cert --client-key --effort --json --max-tokens --secret --seed --stop "
         "--temperature --tokenizer --top-k --top-p --url",
-        "bench": "--arrival --ca-cert --client-cert --client-key --concurrency --csv --engine --json --name "
-        "--num-requests --out --request-rate --scenario --secret --seed --sweep --tokenizer --url",
+        "bench": "--arrival --ca-cert --client-cert --client-key --concurrency --csv --engine --json "
+        "--max-itl-ms --max-ttft-ms --name --num-requests --out --request-rate --scenario --secret --seed --sweep --tokenizer --url",
         "evaluate": "--ca-cert --client-cert --client-key --concurrency --effort --engine --grader --json --limit "
         "--max-tokens --name --out --problems --secret --tokenizer --url",
         "report": "--baseline --child --json --out --title",

@@ -1,0 +1,70 @@
+"""One decoder layer of a checkpoint as a model of its own.
+
+A stack of n layers is n stacks of one layer, each fed with what the one before gave. So layer i is built as a whole
+transformers model with a config of one layer: masks, rotary embedding and layer are the code that the full model runs,
+operation for operation, and ModelOpt finds in it what it finds in the full model. Embedding, final norm and output head
+are left out; it takes hidden states and gives hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GptOssForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+
+from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.models.huggingface.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
+from puzzle_trtllm.models.huggingface.loading import experts_EIO, model_config
+from puzzle_trtllm.models.huggingface.modeling_gpt_oss_puzzle import GptOssPuzzleForCausalLM
+from puzzle_trtllm.tensors import kv_scale_of
+
+
+def load_layer(source: Checkpoint, layer: int, *, dtype: torch.dtype) -> Any:
+    """Layer `layer` alone, as `model.model.layers[0]`, every parameter in `dtype`, in evaluation mode.
+
+    Call `model.model(inputs_embeds=..., use_cache=False)` with the layer's input; `last_hidden_state` is its output.
+    Experts are dequantized here and freed with the model.
+    """
+    config = model_config(replace(source, config=_one_layer_config(source, layer)))
+    config.dtype = dtype
+    config._attn_implementation = "eager"
+    model_class = GptOssPuzzleForCausalLM if isinstance(config, GptOssPuzzleConfig) else GptOssForCausalLM
+    with torch.device("meta"):
+        model = model_class(config)
+    model.model.rotary_emb = GptOssRotaryEmbedding(config=config)  # computed, not loaded; the one on meta has no values
+    model.model.embed_tokens = model.model.norm = model.lm_head = nn.Identity()
+    parameters = dict(_parameters(source, f"model.layers.{layer}.", dtype))
+    model.model.layers[0].load_state_dict(parameters, strict=True, assign=True)
+    return model.eval()
+
+
+def embed(source: Checkpoint, ids_BT: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+    """Token embeddings `[B, T, D]`; only the rows in question are read."""
+    rows = torch.from_numpy(source.numpy("model.embed_tokens.weight")[ids_BT.numpy()])
+    return rows.view(torch.bfloat16).to(dtype)
+
+
+def _one_layer_config(source: Checkpoint, layer: int) -> dict[str, Any]:
+    window = source.architecture.blocks[layer].sliding_window
+    config = dict(source.config)
+    config["num_hidden_layers"] = 1
+    config["layer_types"] = ["full_attention" if window is None else "sliding_attention"]
+    if config.get("block_configs"):
+        config["block_configs"] = [config["block_configs"][layer]]
+    return config
+
+
+def _parameters(source: Checkpoint, prefix: str, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in source.tensors:
+        if not name.startswith(prefix) or kv_scale_of(name) is not None or name.endswith("_scales"):
+            continue
+        own = name.removeprefix(prefix).removesuffix("_blocks")
+        if name.endswith("_blocks"):
+            yield own, experts_EIO(source, name.removesuffix("_blocks"), dtype)
+        else:
+            yield own, source.torch(name).to(dtype)
