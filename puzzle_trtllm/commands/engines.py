@@ -126,6 +126,10 @@ def serve_command(
     http_port: Annotated[int, typer.Option("--http-port", min=0, max=65535, help="0: a free one.")] = 8000,
     metrics_port: Annotated[int, typer.Option("--metrics-port", min=0, max=65535, help="0: a free one.")] = 8002,
     restart: Annotated[bool, typer.Option("--restart", help="Start again when the engine dies.")] = False,
+    gpu_device_ids: Annotated[
+        str | None,
+        typer.Option("--gpu-device-ids", help='Several instances, each on its own GPUs: "0,1;2,3" makes two.'),
+    ] = None,
     grpc_cert: Annotated[
         Path | None,
         typer.Option("--grpc-cert", help="gRPC speaks TLS with this certificate (PEM); HTTP only on loopback."),
@@ -136,9 +140,7 @@ def serve_command(
     ] = None,
     restricted: Annotated[
         str | None,
-        typer.Option(
-            "--restricted", help="Protocols only for callers with the secret: model-repository,statistics,..."
-        ),
+        typer.Option("--restricted", help="Protocols only for callers with the secret, such as model-repository."),
     ] = None,
     secret: Annotated[
         Path | None, typer.Option("--secret", help="File with that secret; callers send it as header puzzle-secret.")
@@ -178,6 +180,7 @@ def serve_command(
         host=host,
         restart=restart,
         startup_timeout_s=startup_timeout_s,
+        gpu_device_ids=gpu_device_ids,
         tls=tls,
         restriction=restriction,
         on_ready=on_ready,

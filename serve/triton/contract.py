@@ -98,8 +98,8 @@ OUTPUTS_BY_NAME = {spec.name: spec for spec in OUTPUTS}
 EXTRA_INPUTS = frozenset(spec.name for spec in INPUTS if spec.extra)
 
 
-def render_config(*, instance_count: int = 1) -> str:
-    """The text of config.pbtxt.
+def render_config(*, instance_count: int = 1, gpu_device_ids: str | None = None) -> str:
+    """The text of config.pbtxt. `gpu_device_ids` says which instance has which GPUs (instances.py).
 
     max_batch_size and decoupled are left out on purpose, as in NVIDIA's: model.py sets them from model.yaml when Triton
     completes the configuration, and what is fixed here could not be changed there.
@@ -108,8 +108,10 @@ def render_config(*, instance_count: int = 1) -> str:
         f'name: "{MODEL_NAME}"',
         'backend: "python"',
         f"instance_group [{{ count: {instance_count}, kind: KIND_CPU }}]",
-        "",
     ]
+    if gpu_device_ids is not None:
+        lines.append(f'parameters {{ key: "gpu_device_ids", value: {{ string_value: "{gpu_device_ids}" }} }}')
+    lines.append("")
     lines += [_render_tensor("input", spec) for spec in INPUTS]
     lines += [_render_tensor("output", spec) for spec in OUTPUTS]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Making the LLM inside Triton's stub: environment, plugin, runtime, in that order.
+"""Making the LLM inside Triton's stub: environment with its GPUs, plugin, runtime, in that order.
 
 The order matters. MPI variables that tritonserver inherited (mpirun, Slurm) would make TensorRT-LLM's workers join the
 wrong job, so they go first; `env_overrides` follow, because TensorRT-LLM sets them only in its workers. The plugin
@@ -18,6 +18,7 @@ from typing import Any
 
 from puzzle_trtllm.errors import EngineError
 from puzzle_trtllm.serve.runtimes import set_environment
+from puzzle_trtllm.serve.triton.instances import ONLY_INSTANCE, Instance, hide_other_gpus
 from puzzle_trtllm.serve.triton.settings import ModelSettings
 
 _MPI_JOB_PREFIXES = (
@@ -57,19 +58,22 @@ def import_plugin(folder: Path) -> None:
     importlib.import_module(folder.name)
 
 
-def start_llm(settings: ModelSettings) -> tuple[Any, Any]:
-    """Make the LLM that model.yaml describes; returns it and the runtime's SamplingParams class.
+def start_llm(settings: ModelSettings, instance: Instance = ONLY_INSTANCE) -> tuple[Any, Any]:
+    """Make the LLM that model.yaml describes, on the instance's GPUs; returns it and the runtime's SamplingParams.
 
     Raises EngineError when the runtime is not installed, and whatever the runtime raises when it cannot start.
     """
-    triton = settings.triton
+    triton, llm_args = settings.triton, dict(settings.llm_args)
     if triton.runtime == "tensorrt_llm":
         scrub_mpi_job(os.environ)
-        set_environment(settings.llm_args)
+        set_environment(llm_args)
+        if instance.gpu_ids is not None:
+            llm_args["gpus_per_node"] = len(instance.gpu_ids)
+    hide_other_gpus(instance, os.environ)
     if triton.plugin is not None:
         import_plugin(Path(triton.plugin))
     runtime = _load_runtime(triton.runtime, triton.runtime_module)
-    return runtime.LLM(**settings.llm_args), runtime.SamplingParams
+    return runtime.LLM(**llm_args), runtime.SamplingParams
 
 
 def _load_runtime(name: str, module: str | None) -> Any:

@@ -25,7 +25,7 @@ from puzzle_trtllm.serve.triton.contract import MODEL_NAME
 from puzzle_trtllm.serve.triton.install import find_triton
 from puzzle_trtllm.serve.triton.log import explain_failure
 from puzzle_trtllm.serve.triton.ports import choose_ports
-from puzzle_trtllm.serve.triton.probe import http_status, read_metrics
+from puzzle_trtllm.serve.triton.probe import http_status, read_metrics, values_of
 from puzzle_trtllm.serve.triton.process import GuardedProcess, children_of
 from puzzle_trtllm.serve.triton.repository import write_repository
 from puzzle_trtllm.serve.triton.security import GrpcTls, Restriction
@@ -153,7 +153,8 @@ class TritonServer:
 
     def _has_open_requests(self) -> bool:
         metrics = read_metrics(self.metrics_url) or {}
-        return any(metrics.get(f"puzzle_requests_{state}", 0) > 0 for state in ("waiting", "running"))
+        names = ("puzzle_requests_waiting", "puzzle_requests_running")
+        return any(value > 0 for name in names for value in values_of(metrics, name))
 
     def _options(self, shm_prefix: str) -> list[str]:
         gpu_metrics = self.engine.manifest.runtime == "tensorrt_llm"

@@ -11,12 +11,15 @@ noticed.
     puzzle_kv_blocks_used, _total   as the runtime counts them (absent until it says)
     puzzle_prompt_tokens_total, puzzle_output_tokens_total, puzzle_responses_total
     puzzle_requests_total{end="ok"|"cancelled"|...}
+
+Where the model has several instances, each has its own, with the label `instance`.
 """
 
 from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from puzzle_trtllm.serve.runtimes.api import EngineDeadError
@@ -50,15 +53,24 @@ def kv_blocks(stats: Any) -> tuple[int, int] | None:
 
 
 class MetricsThread:
-    """Publishes a session's state. `metric_family` is pb_utils.MetricFamily (a fake in tests)."""
+    """Publishes a session's state. `metric_family` is pb_utils.MetricFamily (a fake in tests); `labels` go to all."""
 
-    def __init__(self, session: Session, outbox: Outbox, llm: Any, *, metric_family: Any, log: Log = print) -> None:
+    def __init__(
+        self,
+        session: Session,
+        outbox: Outbox,
+        llm: Any,
+        *,
+        metric_family: Any,
+        labels: Mapping[str, str] | None = None,
+        log: Log = print,
+    ) -> None:
         self._session = session
         self._outbox = outbox
         self._llm = llm
         self._log = log
         self._stats_wanted = True
-        self._labels = {"model": "tensorrt_llm"}
+        self._labels = {"model": "tensorrt_llm", **(labels or {})}
         gauge, counter = metric_family.GAUGE, metric_family.COUNTER
         # The families must outlive their metrics, so they are kept.
         self._families = {

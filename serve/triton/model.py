@@ -38,10 +38,11 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Start the engine; returns when it can take requests."""
         from puzzle_trtllm.errors import PuzzleError
+        from puzzle_trtllm.serve.triton.instances import instance_of
         from puzzle_trtllm.serve.triton.service import Service
 
         try:
-            self._service = Service(_settings())
+            self._service = Service(_settings(), instance_of(args))
         except PuzzleError as error:
             raise pb_utils.TritonModelException(f"cannot start: {error}") from None
         except Exception as error:

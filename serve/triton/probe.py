@@ -22,7 +22,7 @@ def http_status(url: str, *, timeout_s: float = 2) -> int | None:
 
 
 def read_metrics(url: str, *, timeout_s: float = 2) -> dict[str, float] | None:
-    """Prometheus samples by `name` or `name{labels}`; None where nobody answers. Our own carry no labels here.
+    """Prometheus samples by `name` or `name{labels}`; None where nobody answers. Our own of one instance carry none.
 
     The label `model` that all our metrics have is left out of the key.
     """
@@ -36,3 +36,8 @@ def read_metrics(url: str, *, timeout_s: float = 2) -> dict[str, float] | None:
         others = [label for label in labels.split(",") if label and not label.startswith("model=")]
         samples[f"{name}{{{','.join(others)}}}" if others else name] = float(value)
     return samples
+
+
+def values_of(metrics: dict[str, float], name: str) -> list[float]:
+    """The samples of one name, whatever their labels: one an instance of the model."""
+    return [value for key, value in metrics.items() if key.partition("{")[0] == name]

@@ -20,6 +20,7 @@ from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.folders import atomic_folder
 from puzzle_trtllm.serve.triton.contract import MODEL_NAME, render_config
+from puzzle_trtllm.serve.triton.instances import parse_gpu_device_ids
 from puzzle_trtllm.serve.triton.settings import MODEL_YAML, TritonConfig
 
 PLUGIN_FOLDER = Path("plugin") / "puzzle_trtllm_plugin"
@@ -32,12 +33,15 @@ def write_repository(
     decoupled: bool = True,
     cancellation_check_period_ms: float = 25,
     max_open_requests: int = 1024,
+    gpu_device_ids: str | None = None,
     runtime_module: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write the model repository of `engine` to the folder `out` and return it.
 
-    Raises ServeError for a path that Triton cannot use and PuzzleError when `out` exists and is not to be overwritten.
+    gpu_device_ids: "0,1;2,3" makes two instances, each on its own GPUs; each takes `max_open_requests`.
+    Raises ConfigError for wrong GPU ids, ServeError for a path that Triton cannot use and PuzzleError when `out` exists
+    and is not to be overwritten.
     """
     out = Path(out).absolute()
     if any(character in str(out) for character in " \t'\"$&;()"):
@@ -52,13 +56,23 @@ def write_repository(
         max_open_requests=max_open_requests,
         vocab_size=engine.architecture.vocab_size,
     )
+    config = _config_text(engine, gpu_device_ids)
     with atomic_folder(out, overwrite=overwrite) as folder:
         version = folder / MODEL_NAME / "1"
         version.mkdir(parents=True)
-        (folder / MODEL_NAME / "config.pbtxt").write_text(render_config(), encoding="utf-8")
+        (folder / MODEL_NAME / "config.pbtxt").write_text(config, encoding="utf-8")
         shutil.copyfile(Path(__file__).with_name("model.py"), version / "model.py")
         (version / MODEL_YAML).write_text(render_model_yaml(engine, triton), encoding="utf-8")
     return out
+
+
+def _config_text(engine: Engine, gpu_device_ids: str | None) -> str:
+    if gpu_device_ids is None:
+        return render_config()
+    num_gpus = int(engine.llm_args.get("tensor_parallel_size") or 1)  # expert and attention parallelism divide these
+    instances = parse_gpu_device_ids(gpu_device_ids, gpus_per_instance=num_gpus)
+    text = ";".join(",".join(gpus) for gpus in instances)
+    return render_config(instance_count=len(instances), gpu_device_ids=text)
 
 
 def render_model_yaml(engine: Engine, triton: TritonConfig) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.serve.triton.launch import TritonServer
-from puzzle_trtllm.serve.triton.probe import read_metrics
+from puzzle_trtllm.serve.triton.probe import read_metrics, values_of
 from puzzle_trtllm.serve.triton.process import is_alive
 
 __all__ = ["TritonServer", "serve_engine", "watch"]
@@ -103,7 +103,7 @@ def watch(server: TritonServer) -> str:
         if dead:
             return f"the model's process (pid {dead[0]}) died"
         metrics = read_metrics(server.metrics_url)
-        if metrics is not None and metrics.get("puzzle_engine_up") == 0:
+        if metrics is not None and 0 in values_of(metrics, "puzzle_engine_up"):
             return "the engine died"
         time.sleep(_POLL_S)
 

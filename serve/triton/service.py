@@ -9,6 +9,7 @@ import triton_python_backend_utils as pb_utils
 
 from puzzle_trtllm.serve.triton.backend import TritonEncoder, log_info, read_inputs
 from puzzle_trtllm.serve.triton.host import start_llm
+from puzzle_trtllm.serve.triton.instances import Instance
 from puzzle_trtllm.serve.triton.metrics import MetricsThread
 from puzzle_trtllm.serve.triton.outbox import Outbox
 from puzzle_trtllm.serve.triton.request import RequestLimits
@@ -19,9 +20,9 @@ from puzzle_trtllm.serve.triton.settings import ModelSettings
 class Service:
     """One instance of the model."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: ModelSettings, instance: Instance) -> None:
         triton = settings.triton
-        self._llm, sampling_params = start_llm(settings)
+        self._llm, sampling_params = start_llm(settings, instance)
         self._outbox = Outbox(TritonEncoder(), log=log_info)
         self._session = Session(
             llm=self._llm,
@@ -37,7 +38,12 @@ class Service:
             log=log_info,
         )
         self._metrics = MetricsThread(
-            self._session, self._outbox, self._llm, metric_family=pb_utils.MetricFamily, log=log_info
+            self._session,
+            self._outbox,
+            self._llm,
+            metric_family=pb_utils.MetricFamily,
+            labels=instance.labels,
+            log=log_info,
         )
         self._metrics.start()
 
