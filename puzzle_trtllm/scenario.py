@@ -39,6 +39,10 @@ class Load(BaseModel):
     """Generated tokens a request; the end-of-sequence token is ignored so that the length is exact."""
     num_requests: int = Field(ge=1)
     warmup_requests: int = Field(default=0, ge=0)
+    max_ttft_ms: float | None = Field(default=None, gt=0)
+    """Goodput counts requests whose first token comes within this; None sets no limit."""
+    max_itl_ms: float | None = Field(default=None, gt=0)
+    """Goodput counts requests whose mean gap between tokens (TPOT) is within this; None sets no limit."""
 
     @property
     def sequence_tokens(self) -> int:

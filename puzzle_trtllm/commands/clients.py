@@ -151,6 +151,8 @@ def bench_command(
         typer.Option("--sweep", metavar="1,2,4,...", help="Concurrencies to measure in turn; goes on from --out."),
     ] = None,
     csv: Annotated[Path | None, typer.Option("--csv", help="Table of the sweep to write.")] = None,
+    max_ttft_ms: Annotated[float | None, typer.Option("--max-ttft-ms", help="Goodput: limit on TTFT.")] = None,
+    max_itl_ms: Annotated[float | None, typer.Option("--max-itl-ms", help="Goodput: limit on a mean gap.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Equal seeds give equal prompts and arrivals.")] = 0,
     name: NameOption = None,
     ca_cert: CaCertOption = None,
@@ -168,7 +170,12 @@ def bench_command(
     from puzzle_trtllm.serve.bench.runner import run_bench, run_open_loop
     from puzzle_trtllm.serve.bench.sweep import run_sweep
 
+    limits = {
+        "max_ttft_ms": _positive(max_ttft_ms, "--max-ttft-ms"),
+        "max_itl_ms": _positive(max_itl_ms, "--max-itl-ms"),
+    }
     load = load_any_scenario(scenario)
+    load = load.model_copy(update={key: value for key, value in limits.items() if value is not None})
     options: dict[str, Any] = {
         "num_requests": num_requests,
         "seed": seed,

@@ -23,7 +23,7 @@ from puzzle_trtllm.serve.bench.prompts import load_requests
 from puzzle_trtllm.serve.bench.result import BenchResult, OpenLoopResult, metric_facts
 from puzzle_trtllm.serve.bench.target import Connect, Target, check_length, connect_triton, prompt_tokenizer
 from puzzle_trtllm.serve.client.request import GenerationRequest
-from puzzle_trtllm.serve.metrics.catalogue import MeasuredLoad, compute_metrics
+from puzzle_trtllm.serve.metrics.catalogue import LatencyLimits, MeasuredLoad, compute_metrics
 from puzzle_trtllm.serve.metrics.provenance import Provenance
 from puzzle_trtllm.serve.metrics.queue import OfferedLoad
 from puzzle_trtllm.serve.metrics.records import RequestCounts, RequestRecord
@@ -162,7 +162,7 @@ def run_open_loop(
             url, load, drive, seed=seed, engine=engine, tokenizer_folder=tokenizer_folder, name=name, connect=connect
         )
     )
-    measured = MeasuredLoad.of_open_loop(run.records, num_gpus=run.num_gpus)
+    measured = MeasuredLoad.of_open_loop(run.records, num_gpus=run.num_gpus, limits=_limits(load))
     queue = OfferedLoad.of(run.records, measured.window, max_send_delay_ms=runs[-1].max_send_delay_ms)
     return OpenLoopResult(scenario=load, queue=queue, **_facts(run, measured, url=url, name=name, seed=seed))
 
@@ -214,7 +214,9 @@ async def bench(
     run = await _measure(
         url, scenario, drive, seed=seed, engine=engine, tokenizer_folder=tokenizer_folder, name=name, connect=connect
     )
-    measured = MeasuredLoad.of(run.records, concurrency=scenario.concurrency, num_gpus=run.num_gpus)
+    measured = MeasuredLoad.of(
+        run.records, concurrency=scenario.concurrency, num_gpus=run.num_gpus, limits=_limits(scenario)
+    )
     return BenchResult(scenario=scenario, **_facts(run, measured, url=url, name=name, seed=seed))
 
 
@@ -246,6 +248,10 @@ async def _measure(
             await drive(target, requests[: load.warmup_requests], f"warm-up {name or url}")
         answers = await drive(target, requests[load.warmup_requests :], f"bench {name or url}")
         return _Run(answers=answers, exact=target.gives_token_ids, provenance=provenance)
+
+
+def _limits(load: Load) -> LatencyLimits:
+    return LatencyLimits(max_ttft_ms=load.max_ttft_ms, max_itl_ms=load.max_itl_ms)
 
 
 def _is_short(request: GenerationRequest, num_tokens: int, _reason: str | None) -> bool:

@@ -26,6 +26,25 @@ NANOSECONDS_PER_MILLISECOND = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatencyLimits:
+    """Limits that users would notice, ms; None is no limit. A request of one token has no gap to exceed."""
+
+    max_ttft_ms: float | None = None
+    max_itl_ms: float | None = None
+    """On the request's mean gap between tokens, its TPOT."""
+
+    def __bool__(self) -> bool:
+        return self.max_ttft_ms is not None or self.max_itl_ms is not None
+
+    def met_by(self, record: RequestRecord) -> bool:
+        """True for a completed request within all limits; a truncated one is no good answer, however fast."""
+        limited = ((self.max_ttft_ms, _ttft_ms), (self.max_itl_ms, _tpot_ms))
+        return record.status == "completed" and all(
+            value <= limit for limit, values in limited if limit is not None for value in values(record)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeasuredLoad:
     """What a run left behind: its requests, and the window in which the load was held."""
 
@@ -33,22 +52,39 @@ class MeasuredLoad:
     window: SteadyWindow
     num_gpus: int = 0
     """GPUs of the server; 0 on a CPU or when unknown."""
+    limits: LatencyLimits = LatencyLimits()
+    """What a request must meet to count as goodput."""
     arrivals_in_window_only: bool = False
     """True for an open loop: requests that arrived outside the window count as tokens and load, not as latencies."""
 
     @classmethod
-    def of(cls, records: Sequence[RequestRecord], *, concurrency: int, num_gpus: int = 0) -> MeasuredLoad:
+    def of(
+        cls,
+        records: Sequence[RequestRecord],
+        *,
+        concurrency: int,
+        num_gpus: int = 0,
+        limits: LatencyLimits = LatencyLimits(),
+    ) -> MeasuredLoad:
         """Raises BenchError when no request was answered or the load was never held."""
         _require_answers(records)
         window = steady_window(records, concurrency=concurrency)
-        return cls(records=tuple(records), window=window, num_gpus=num_gpus)
+        return cls(records=tuple(records), window=window, num_gpus=num_gpus, limits=limits)
 
     @classmethod
-    def of_open_loop(cls, records: Sequence[RequestRecord], *, num_gpus: int = 0) -> MeasuredLoad:
+    def of_open_loop(
+        cls,
+        records: Sequence[RequestRecord],
+        *,
+        num_gpus: int = 0,
+        limits: LatencyLimits = LatencyLimits(),
+    ) -> MeasuredLoad:
         """Raises BenchError when no request that arrived in the window was answered, or there is no window."""
         _require_answers(records)
         window = open_window(records)
-        load = cls(records=tuple(records), window=window, num_gpus=num_gpus, arrivals_in_window_only=True)
+        load = cls(
+            records=tuple(records), window=window, num_gpus=num_gpus, limits=limits, arrivals_in_window_only=True
+        )
         if not load.answered:
             raise BenchError("no request that arrived in the steady window was answered", key="num_requests")
         return load
@@ -127,6 +163,15 @@ def _requests_per_s(load: MeasuredLoad) -> float:
     return OUTPUT_TOKENS_PER_S.of(load) / MEAN_OUTPUT_TOKENS.of(load)
 
 
+def _goodput_fraction(load: MeasuredLoad) -> float | None:
+    good = sum(load.limits.met_by(record) for record in load.answered)
+    return good / len(load.answered) if load.limits else None
+
+
+def _goodput_requests_per_s(load: MeasuredLoad) -> float | None:
+    return REQUESTS_PER_S.of(load) * GOODPUT_FRACTION.of(load) if load.limits else None
+
+
 def _ttft_ms(record: RequestRecord) -> Iterator[float]:
     yield (record.first_token_ns - record.sent_ns) / NANOSECONDS_PER_MILLISECOND
 
@@ -183,6 +228,20 @@ REQUESTS_PER_S = ScalarMetric(
     prerequisite="no request was answered",
     compute=_requests_per_s,
 )
+GOODPUT_FRACTION = ScalarMetric(
+    tag="goodput_fraction",
+    unit="of answered requests",
+    formula="completed requests with TTFT <= max_ttft_ms and TPOT <= max_itl_ms / answered requests",
+    prerequisite="the load sets no latency limit",
+    compute=_goodput_fraction,
+)
+GOODPUT_REQUESTS_PER_S = ScalarMetric(
+    tag="goodput_requests_per_s",
+    unit="requests/s",
+    formula="requests_per_s * goodput_fraction",
+    prerequisite="the load sets no latency limit",
+    compute=_goodput_requests_per_s,
+)
 TTFT_MS = DistributionMetric(
     tag="ttft_ms",
     unit="ms",
@@ -212,7 +271,14 @@ E2E_MS = DistributionMetric(
     values=_e2e_ms,
 )
 
-SCALARS = (OUTPUT_TOKENS_PER_S, OUTPUT_TOKENS_PER_S_PER_GPU, MEAN_OUTPUT_TOKENS, REQUESTS_PER_S)
+SCALARS = (
+    OUTPUT_TOKENS_PER_S,
+    OUTPUT_TOKENS_PER_S_PER_GPU,
+    MEAN_OUTPUT_TOKENS,
+    REQUESTS_PER_S,
+    GOODPUT_FRACTION,
+    GOODPUT_REQUESTS_PER_S,
+)
 DISTRIBUTIONS = (TTFT_MS, ITL_MS, TPOT_MS, E2E_MS)
 METRICS: Mapping[str, Metric] = {metric.tag: metric for metric in (*SCALARS, *DISTRIBUTIONS)}
 

@@ -108,6 +108,17 @@ def test_against_a_stock_server_the_result_says_what_is_not_exact(tokenizer_fold
     assert all(request.prompt and request.ignore_eos is None for request in client.requests)
 
 
+def test_goodput_exists_where_the_scenario_sets_a_limit(tokenizer_folder):
+    result = bench(FakeClient(one_token_a_response), tokenizer_folder)
+    with pytest.raises(BenchError, match="goodput_fraction: missing metric: the load sets no latency limit"):
+        result.scalar("goodput_fraction")
+    strict = TINY.model_copy(update={"max_ttft_ms": 1e-6})
+    assert bench(FakeClient(one_token_a_response), tokenizer_folder, scenario=strict).scalar("goodput_fraction") == 0
+    easy = TINY.model_copy(update={"max_ttft_ms": 1e6, "max_itl_ms": 1e6})
+    result = bench(FakeClient(one_token_a_response), tokenizer_folder, scenario=easy)
+    assert result.scalar("goodput_requests_per_s") == pytest.approx(result.scalar("requests_per_s"))
+
+
 def test_an_absent_metric_is_an_error_with_its_reason(tokenizer_folder):
     result = bench(FakeClient(one_token_a_response), tokenizer_folder)
     with pytest.raises(BenchError, match="output_tokens_per_s_per_gpu: missing metric: the server's number of GPUs is"):

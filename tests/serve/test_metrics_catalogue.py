@@ -6,7 +6,7 @@ import pytest
 
 from puzzle_trtllm.errors import BenchError
 from puzzle_trtllm.serve.metrics import catalogue
-from puzzle_trtllm.serve.metrics.catalogue import MeasuredLoad, compute_metrics
+from puzzle_trtllm.serve.metrics.catalogue import LatencyLimits, MeasuredLoad, compute_metrics
 from puzzle_trtllm.serve.metrics.records import RequestCounts, RequestRecord
 
 MS = 1_000_000
@@ -51,6 +51,29 @@ def test_tokens_of_one_response_share_its_gap():
     assert gaps == pytest.approx([100, 100, 100, 200])
 
 
+@pytest.mark.parametrize(
+    ("ttft", "itl", "good"),
+    [
+        (None, 150, 2),  # A's TPOT is 150, B's 133.3; C is truncated
+        (None, 140, 1),
+        (100, None, 2),  # at the limit is within it
+        (99, None, 0),
+        (100, 140, 1),
+        (1000, 1000, 2),  # C would be within, but was cut
+    ],
+)
+def test_goodput_is_the_share_of_requests_within_all_limits(ttft, itl, good):
+    limits = LatencyLimits(max_ttft_ms=ttft, max_itl_ms=itl)
+    values = compute_metrics(MeasuredLoad.of([A, B, C], concurrency=2, limits=limits)).scalars
+    assert values["goodput_fraction"] == pytest.approx(good / 3)
+    assert values["goodput_requests_per_s"] == pytest.approx(14 / 3 * good / 3)
+
+
+def test_one_token_has_no_gap_to_be_too_long():
+    one = MeasuredLoad.of([request(0, 400, [300])], concurrency=1, limits=LatencyLimits(max_itl_ms=1))
+    assert catalogue.GOODPUT_FRACTION.of(one) == 1.0
+
+
 def test_the_counts_tell_the_ways_of_ending_apart():
     broken = request(0, 500, [100], status="failed", error="UNAVAILABLE")
     gone = request(0, 500, status="cancelled", error="CANCELLED")
@@ -70,6 +93,8 @@ def test_what_cannot_be_computed_is_absent_with_its_reason_and_never_zero():
     values = compute_metrics(MeasuredLoad.of([request(0, 400, [300]), request(0, 400, [300])], concurrency=2))
     assert values.absent == {
         "output_tokens_per_s_per_gpu": "the server's number of GPUs is 0 or unknown",
+        "goodput_fraction": "the load sets no latency limit",
+        "goodput_requests_per_s": "the load sets no latency limit",
         "itl_ms": "no request streamed two responses",
         "tpot_ms": "no request generated two tokens",
     }
