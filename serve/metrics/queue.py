@@ -6,11 +6,12 @@ arrive, and every latency with it. So its result must say so. Over the steady wi
     offered  = requests that arrived in the window / its seconds
     achieved = requests that were answered in the window / its seconds
     grew     = the mean number in flight rises from each third of the window to the next, and over the last third it
-               exceeds the first third's by more than 3 x sqrt(first third's)
+               exceeds the first third's by more than 3 x sqrt(smaller of the first third's and the window's arrivals)
 
 In a stable queue the number in flight wanders by about its square root (exactly so for Poisson arrivals and as many
-servers as needed), hence the second condition. The trap: a short run cannot tell a slight overload from chance; ten
-percent too much shows after a few hundred requests, twice too much after thirty.
+servers as needed), and in a short window by no more than the root of what arrived, hence the second condition: a flood
+that had piled up before its first answer must not hide behind its own size. The trap: a short run cannot tell a slight
+overload from chance; ten percent too much shows after a few hundred requests, twice too much after some thirty.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class OfferedLoad:
             offered_requests_per_s=arrived / window.seconds,
             achieved_requests_per_s=answered / window.seconds,
             mean_in_flight_by_third=(first, second, third),
-            queue_grew=first < second < third and third - first > GROWTH_SIGMAS * math.sqrt(first),
+            queue_grew=first < second < third and third - first > GROWTH_SIGMAS * math.sqrt(min(first, arrived)),
             max_send_delay_ms=max_send_delay_ms,
         )
 

@@ -12,7 +12,7 @@ from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import BenchError, ServeError
 from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.serve.bench.interleaved import run_interleaved
-from puzzle_trtllm.serve.bench.runner import run_bench
+from puzzle_trtllm.serve.bench.runner import run_bench, run_open_loop
 from puzzle_trtllm.serve.client.triton_client import generate
 from puzzle_trtllm.serve.evaluate.runner import evaluate
 from puzzle_trtllm.serve.report import load_measurements, make_report
@@ -56,6 +56,16 @@ def test_bench_counts_what_the_server_counts(server, engine):
     assert 0 < result.steady_window_tokens <= 240
     assert result.distributions["ttft_ms"].max <= result.distributions["e2e_ms"].max <= result.wall_s * 1000
     assert result.provenance.engine.manifest.memory_bytes == 1_000_000
+
+
+def test_an_open_loop_sends_what_its_schedule_says(server, engine):
+    scenario = SCENARIO.model_copy(update={"num_requests": 8})
+    result = run_open_loop(
+        server.grpc_url, scenario=scenario, request_rate=5, arrival="constant", engine=engine.path, quiet=True
+    )
+    assert (result.requests.completed, result.requests.total, result.lengths) == (8, 8, "exact")
+    assert result.scalars["mean_output_tokens"] == 24
+    assert result.wall_s >= 7 / 5  # seven gaps of a fifth of a second, however fast the server is
 
 
 def test_evaluation_grades_what_the_model_really_says(server, engine, tmp_path):

@@ -52,6 +52,14 @@ def test_a_server_half_as_fast_as_the_arrivals_is_told():
     assert load.achieved_requests_per_s == pytest.approx(load.offered_requests_per_s / 2, rel=0.05)
 
 
+def test_a_flood_that_piled_up_before_the_first_answer_is_told():
+    # 2,000 arrivals a second for 0.15 s; 300 answers a second from 0.12 s on. Over 200 wait when the window begins, so
+    # 3 x sqrt of those, 43, would hide a rise of some 33; 59 arrive in the window, and 3 x sqrt(59) is 23.
+    load = offered([request(i / 2000, 0.12 + i / 300) for i in range(300)])
+    assert load.mean_in_flight_by_third[0] > 200
+    assert load.queue_grew
+
+
 def test_a_burst_that_drains_is_no_growing_queue():
     burst = [request(5, 6 + i / 10) for i in range(8)]
     assert not offered([*(request(i, i + 0.5) for i in range(30)), *burst]).queue_grew
