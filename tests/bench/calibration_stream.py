@@ -98,9 +98,9 @@ def _write_model(folder: Path, options: argparse.Namespace) -> Path:
     from tests.toys import VOCAB_SIZE, toy_architecture, write_toy_checkpoint
 
     blocks = [(options.experts, 128 if i % 2 == 0 else None) for i in range(options.layers)]
-    sizes = {"hidden_size": options.hidden, "intermediate_size": options.hidden}
-    heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "experts_per_token": 4}
-    write_toy_checkpoint(folder, toy_architecture(blocks, **sizes, **heads))
+    dims: dict[str, Any] = {"hidden_size": options.hidden, "intermediate_size": options.hidden}
+    dims |= {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "experts_per_token": 4}
+    write_toy_checkpoint(folder, toy_architecture(blocks, **dims))
     rng = np.random.default_rng(0)
     rows = [rng.integers(7, VOCAB_SIZE, options.tokens).tolist() for _ in range(options.sequences)]
     (folder / "calibration.jsonl").write_text("\n".join(json.dumps({"input_ids": row}) for row in rows))
