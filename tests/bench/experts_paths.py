@@ -3,7 +3,7 @@
     .venv/bin/python tests/bench/experts_paths.py [--rounds 7]
 
 Random layers of two shapes, both paths in turns on the same inputs, one thread, CPU microseconds, medians. The
-crossover is what `DENSE_MAX_WORK` in models/reference/experts.py says.
+crossover is what `DENSE_MAX_WORK` in models/reference/kernels/torch_experts.py says.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from puzzle_trtllm.models.reference.experts import by_expert, dense
+from puzzle_trtllm.models.reference.kernels.torch_experts import by_expert, dense
 from puzzle_trtllm.models.reference.weights import ExpertWeights
 
 SHAPES = [(128, 128, 8, 2), (256, 256, 16, 4), (512, 512, 32, 4)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.models.reference.kernels.torch_kernels import torch_kernels
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, plan_layout
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
@@ -22,8 +23,11 @@ class Driver:
     """Feeds sequences through the model in chunks, as the scheduler does, and keeps their logits."""
 
     def __init__(self, folder: Path, *, kv_dtype: torch.dtype = torch.float32, dequantize: bool = True) -> None:
-        weights = load_weights(Checkpoint.open(folder), dtype=torch.float32, device=CPU, dequantize_experts=dequantize)
-        self.model = ReferenceModel(weights, max_seq_len=512)
+        kernels = torch_kernels(dequantize_experts=dequantize)
+        weights = load_weights(
+            Checkpoint.open(folder), dtype=torch.float32, device=CPU, prepare_experts=kernels.prepare_experts
+        )
+        self.model = ReferenceModel(weights, kernels, max_seq_len=512)
         layout = plan_layout(
             weights.architecture,
             tokens_per_block=8,
@@ -47,7 +51,7 @@ class Driver:
             SequenceStep(tokens=self.tokens[i][start:end], start=start, blocks=self.blocks[i], wants_logits=True)
             for i, start, end in parts
         ]
-        return self.model.forward(plan_step(steps, self.cache, self.model.dtype), self.cache)
+        return self.model.forward(plan_step(steps, self.cache), self.cache)
 
 
 def tokens_of(length: int, seed: int, vocab_size: int = 90) -> list[int]:
@@ -118,7 +122,7 @@ def test_experts_kept_in_mxfp4_give_the_same_logits(make_checkpoint):
 
 
 def test_both_ways_to_multiply_the_experts_give_the_same_logits(make_checkpoint, monkeypatch):
-    from puzzle_trtllm.models.reference import experts
+    from puzzle_trtllm.models.reference.kernels import torch_experts as experts
 
     folder = make_checkpoint(CHILD)
     tokens = tokens_of(60, seed=6)

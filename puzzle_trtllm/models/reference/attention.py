@@ -1,9 +1,9 @@
-"""Attention with sinks over a paged cache.
+"""Attention with sinks over a paged cache: prompt chunks here, decoding rows by the kernel.
 
 Each query head has a sink: one more logit in the softmax that adds nothing to the output, so a head can attend to
 nothing. Softmax runs in float32. Query heads that share a KV head are folded into the rows of one matrix product.
 
-Legend: S sequences, H query heads, K KV heads, G = H / K, Dh head dim, L keys, Q queries of a tile.
+Legend: T rows, P chunks, C longest chunk, H query heads, K KV heads, Dh head dim, L keys, Q queries of a tile.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from puzzle_trtllm.models.reference.kernels import DecodeAttention
+from puzzle_trtllm.models.reference.kernels.torch_attention import softmax_with_sink
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.step import GroupStep, Step
 
@@ -19,7 +21,15 @@ MAX_SCORES = 1 << 24
 
 
 def attend(
-    layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, step: Step, group: GroupStep, cache: PagedKvCache
+    decode_attention: DecodeAttention,
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor,
+    step: Step,
+    group: GroupStep,
+    cache: PagedKvCache,
 ) -> Tensor:
     """Store the new K and V `[T, K, Dh]` and attend with q `[T, H, Dh]`; gives `[T, H * Dh]`."""
     stored = cache.store(torch.stack([k, v]))
@@ -32,28 +42,8 @@ def attend(
     if group.decode is None:
         assert prefill is not None
         return prefill
-    keys, values = cache.read(layer, group.decode.rows, q.dtype)
-    decoded = _attend_one(q[: step.num_decodes], keys, values, group.decode.mask, sinks)
+    decoded = decode_attention(q[: step.num_decodes], sinks, cache.storage(layer), group.decode)
     return decoded if prefill is None else torch.cat([decoded, prefill])
-
-
-def _attend_one(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sinks: Tensor) -> Tensor:
-    """One query a sequence: q `[S, H, Dh]`, keys and values `[S, K, L, Dh]`, mask `[S * K, 1, L]`; gives `[S, H * Dh]`.
-
-    One batched product over (sequence, KV head), the queries of a group as its rows; the mask is the addend.
-    """
-    sequences, num_heads, head_dim = q.shape
-    kv_heads, num_keys = keys.shape[1], keys.shape[2]
-    group = num_heads // kv_heads
-    scores = torch.baddbmm(
-        mask,
-        q.reshape(-1, group, head_dim),
-        keys.view(-1, num_keys, head_dim).transpose(1, 2),
-        alpha=head_dim**-0.5,
-    )
-    weights = _softmax_with_sink(scores.view(sequences, num_heads, num_keys), sinks[:, None])
-    output = torch.bmm(weights.to(values.dtype).reshape(-1, group, num_keys), values.view(-1, num_keys, head_dim))
-    return output.view(sequences, num_heads * head_dim)
 
 
 def _attend_chunks(
@@ -103,15 +93,9 @@ def _attend_tile(
     grouped = q.view(chunks, num_queries, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
     scores = torch.matmul(grouped, keys[:, :, None].transpose(-1, -2)) * head_dim**-0.5
     scores = scores.masked_fill_(hidden[:, None, None], float("-inf"))
-    weights = _softmax_with_sink(scores, sinks.view(kv_heads, -1, 1, 1)).to(values.dtype)
+    weights = softmax_with_sink(scores, sinks.view(kv_heads, -1, 1, 1)).to(values.dtype)
     output = torch.matmul(weights, values[:, :, None])
     return output.permute(0, 3, 1, 2, 4).reshape(chunks, num_queries, num_heads, head_dim)
-
-
-def _softmax_with_sink(scores: Tensor, sinks: Tensor) -> Tensor:
-    """float32 softmax over the last axis with one more logit (`sinks`, broadcast) whose share is dropped."""
-    sink = sinks.expand(*scores.shape[:-1], 1)
-    return torch.cat([scores.float(), sink], dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def _take(kv: Tensor, index: Tensor) -> Tensor:

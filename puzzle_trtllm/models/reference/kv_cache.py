@@ -188,6 +188,11 @@ class PagedKvCache:
             self.pools[window].release(blocks[window])
             self.pools[window].unreserve(need)
 
+    def storage(self, layer: int) -> Tensor:
+        """Of one layer, `[2, N * K, B, Dh]`."""
+        pool, index = self._of_layer[layer]
+        return pool.storage[index]
+
     def store(self, values: Tensor) -> Tensor:
         """`values` as the cache stores them (saturating cast)."""
         dtype = self.layout.dtype
@@ -197,28 +202,33 @@ class PagedKvCache:
 
     def write(self, layer: int, rows: Tensor, offsets: Tensor, kv: Tensor) -> None:
         """Write stored K and V `[2, W, K, Dh]` at pool rows `[W, K]` and offsets in their blocks `[W, 1]`."""
-        pool, index = self._of_layer[layer]
         halves = torch.arange(2, device=self.device)[:, None, None]
-        _bits(pool.storage[index])[halves, rows, offsets] = _bits(kv)
+        _bits(self.storage(layer))[halves, rows, offsets] = _bits(kv)
 
     def read(self, layer: int, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """K and V of the pool rows `[2, S, K, M]` (`pool_rows`), each as `[S, K, M * B, Dh]` in `dtype`."""
-        pool, index = self._of_layer[layer]
-        _, sequences, heads, _ = rows.shape
-        picked = _bits(pool.storage[index]).flatten(0, 1).index_select(0, rows.flatten())
-        wide = expand_e4m3(picked, dtype) if picked.dtype == torch.uint8 else picked.to(dtype)
-        keys, values = wide.view(2, sequences, heads, -1, wide.shape[-1])
-        return keys, values
+        return read_rows(self.storage(layer), rows, dtype)
 
 
-def pool_rows(blocks: Sequence[Sequence[int]], pool: WindowPool, num_heads: int) -> Tensor:
-    """Block lists of several sequences as rows of K and of V, int64 `[2, S, K, M]`, padded with block 0."""
+def read_rows(storage: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """K and V at `rows` `[2, S, K, M]` of one layer's storage `[2, N * K, B, Dh]`, each as `[S, K, M * B, Dh]`."""
+    _, sequences, heads, _ = rows.shape
+    picked = _bits(storage).flatten(0, 1).index_select(0, rows.flatten())
+    wide = expand_e4m3(picked, dtype) if picked.dtype == torch.uint8 else picked.to(dtype)
+    keys, values = wide.view(2, sequences, heads, -1, wide.shape[-1])
+    return keys, values
+
+
+def block_table(blocks: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Block lists of several sequences, int64 `[S, M]`, padded with block 0."""
     longest = max((len(own) for own in blocks), default=1)
-    device = pool.storage.device
-    table = torch.tensor([[*own, *[0] * (longest - len(own))] for own in blocks], dtype=torch.int64, device=device)
-    heads = torch.arange(num_heads, device=device)
-    keys = table[:, None, :] * num_heads + heads[None, :, None]
-    return torch.stack([keys, keys + pool.num_blocks * num_heads])
+    return torch.tensor([[*own, *[0] * (longest - len(own))] for own in blocks], dtype=torch.int64, device=device)
+
+
+def pool_rows(table: Tensor, num_heads: int, rows_of_keys: int) -> Tensor:
+    """A block table as rows of K and of V, `[2, S, K, M]`; V's follow the `rows_of_keys` = N * K rows of K."""
+    keys = table[:, None, :] * num_heads + torch.arange(num_heads, device=table.device)[None, :, None]
+    return torch.stack([keys, keys + rows_of_keys])
 
 
 def expand_e4m3(codes: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812 (the customary name)
 from torch import Tensor
 
 from puzzle_trtllm.models.reference.attention import attend
-from puzzle_trtllm.models.reference.experts import mixture
+from puzzle_trtllm.models.reference.kernels import Kernels
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.step import Step
 from puzzle_trtllm.models.reference.weights import LayerWeights, ModelWeights
@@ -23,8 +23,9 @@ from puzzle_trtllm.models.reference.weights import LayerWeights, ModelWeights
 class ReferenceModel:
     """Weights and rotary tables; `forward` runs one step."""
 
-    def __init__(self, weights: ModelWeights, *, max_seq_len: int) -> None:
+    def __init__(self, weights: ModelWeights, kernels: Kernels, *, max_seq_len: int) -> None:
         self.weights = weights
+        self.kernels = kernels
         self.architecture = weights.architecture
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
@@ -42,12 +43,7 @@ class ReferenceModel:
         cos, sin = self._cos[step.positions][:, None, :], self._sin[step.positions][:, None, :]
         for index, layer in enumerate(weights.layers):
             x = x + self._attention(index, layer, _rms_norm(x, layer.input_norm, eps), cos, sin, step, cache)
-            x = x + mixture(
-                _rms_norm(x, layer.post_norm, eps),
-                layer,
-                self.architecture.experts_per_token,
-                self.architecture.swiglu_limit,
-            )
+            x = x + self._experts(layer, _rms_norm(x, layer.post_norm, eps))
         return F.linear(_rms_norm(x[step.logit_rows], weights.final_norm, eps), weights.head).float()
 
     def _attention(
@@ -59,7 +55,13 @@ class ReferenceModel:
         q, k = rotated[:, : a.num_attention_heads], rotated[:, a.num_attention_heads :]
         v = qkv[:, a.num_attention_heads + a.num_key_value_heads :]
         group = step.groups[layer.block.sliding_window]
-        return F.linear(attend(index, q, k, v, layer.sinks, step, group, cache), layer.out, layer.out_bias)
+        attended = attend(self.kernels.decode_attention, index, q, k, v, layer.sinks, step, group, cache)
+        return F.linear(attended, layer.out, layer.out_bias)
+
+    def _experts(self, layer: LayerWeights, x: Tensor) -> Tensor:
+        """Each token to the top k of its layer's router logits, weighted by a softmax over those k."""
+        top, chosen = F.linear(x, layer.router, layer.router_bias).topk(self.architecture.experts_per_token, dim=-1)
+        return layer.experts(x, top.softmax(dim=-1), chosen)
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -14,14 +14,20 @@ Legend: T rows, S decoding sequences, P prompt chunks, C longest chunk, K KV hea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, SequenceBlocks, WindowPool, pool_rows
+from puzzle_trtllm.models.reference.kv_cache import (
+    PagedKvCache,
+    SequenceBlocks,
+    WindowPool,
+    block_table,
+    pool_rows,
+)
 
 NEVER_VISIBLE = np.iinfo(np.int64).max
 """Position of a padding key: after every query."""
@@ -40,12 +46,18 @@ class SequenceStep:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeGroup:
-    """How decoding rows read one group."""
+    """How decoding rows read one group: keys from `first_keys` on, those in (position - window, position] visible."""
 
-    rows: Tensor
-    """int64 [2, S, K, M]: of K and of V"""
-    mask: Tensor
-    """compute dtype [S * K, 1, L]: 0 where visible, -inf elsewhere"""
+    window: int | None
+    num_kv_heads: int
+    blocks: Tensor
+    """int64 [S, M], padded with block 0"""
+    first_keys: Tensor
+    """int64 [S]: position of the first key in the first block"""
+    positions: Tensor
+    """int64 [S]: of the query"""
+    derived: dict[str, Tensor] = field(default_factory=dict)
+    """What a kernel computes from the above once a step, for all layers of the group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +105,7 @@ class Step:
     groups: dict[int | None, GroupStep]
 
 
-def plan_step(sequences: Sequence[SequenceStep], cache: PagedKvCache, dtype: torch.dtype) -> Step:
+def plan_step(sequences: Sequence[SequenceStep], cache: PagedKvCache) -> Step:
     """Claim blocks for the new tokens and lay the step out. Decoding sequences (one token, a past) must come first."""
     device = cache.device
     num_decodes = sum(len(s.tokens) == 1 and s.start > 0 for s in sequences)
@@ -111,8 +123,7 @@ def plan_step(sequences: Sequence[SequenceStep], cache: PagedKvCache, dtype: tor
         chunk_valid=_to(chunks[2], device) if chunks else None,
         logit_rows=torch.tensor([end - 1 for s, end in zip(sequences, ends, strict=True) if s.wants_logits]).to(device),
         groups={
-            window: _plan_group(pool, sequences, num_decodes, chunks, cache, dtype)
-            for window, pool in cache.pools.items()
+            window: _plan_group(pool, sequences, num_decodes, chunks, cache) for window, pool in cache.pools.items()
         },
     )
 
@@ -142,7 +153,6 @@ def _plan_group(
     num_decodes: int,
     chunks: _Chunks | None,
     cache: PagedKvCache,
-    dtype: torch.dtype,
 ) -> GroupStep:
     num_heads = cache.layout.architecture.num_key_value_heads
     past = [list(s.blocks[pool.window].blocks) for s in sequences[num_decodes:]]
@@ -158,7 +168,7 @@ def _plan_group(
         write_tokens=None if len(tokens) == num_rows else _to(tokens, cache.device),
         write_rows=_to(blocks[:, None] * num_heads + heads[None, :], cache.device),
         write_offsets=_to(offsets[:, None], cache.device),
-        decode=_plan_decode(pool, sequences[:num_decodes], num_heads, cache.device, dtype) if num_decodes else None,
+        decode=_plan_decode(pool, sequences[:num_decodes], num_heads, cache.device) if num_decodes else None,
         prefill=prefill,
     )
 
@@ -184,18 +194,16 @@ def _claim(
 
 
 def _plan_decode(
-    pool: WindowPool, sequences: Sequence[SequenceStep], num_heads: int, device: torch.device, dtype: torch.dtype
+    pool: WindowPool, sequences: Sequence[SequenceStep], num_heads: int, device: torch.device
 ) -> DecodeGroup:
     own = [s.blocks[pool.window] for s in sequences]
-    rows = pool_rows([o.blocks for o in own], pool, num_heads)
-    first = torch.tensor([o.first_block * pool.tokens_per_block for o in own], device=device)
-    keys = first[:, None] + torch.arange(rows.shape[-1] * pool.tokens_per_block, device=device)[None, :]
-    queries = torch.tensor([s.start for s in sequences], device=device)[:, None]
-    hidden = keys > queries
-    if pool.window is not None:
-        hidden |= keys <= queries - pool.window
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-    return DecodeGroup(rows=rows, mask=mask.repeat_interleave(num_heads, dim=0)[:, None, :])
+    return DecodeGroup(
+        window=pool.window,
+        num_kv_heads=num_heads,
+        blocks=block_table([o.blocks for o in own], device),
+        first_keys=torch.tensor([o.first_block * pool.tokens_per_block for o in own], device=device),
+        positions=torch.tensor([s.start for s in sequences], device=device),
+    )
 
 
 def _plan_prefill(
@@ -215,7 +223,8 @@ def _plan_prefill(
     keys = np.asarray(past_first)[:, None] * size + np.arange(longest * size)[None, :]
     keys[keys >= np.asarray([s.start for s in sequences])[:, None]] = NEVER_VISIBLE
     key_positions = np.concatenate([keys, chunk_keys], axis=1)
-    return PrefillGroup(past_rows=pool_rows(past, pool, num_heads), key_positions=_to(key_positions, device))
+    rows = pool_rows(block_table(past, device), num_heads, pool.num_blocks * num_heads)
+    return PrefillGroup(past_rows=rows, key_positions=_to(key_positions, device))
 
 
 def _to(array: NDArray[np.int64], device: torch.device) -> Tensor:

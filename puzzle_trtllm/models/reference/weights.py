@@ -2,8 +2,8 @@
 
 Legend: D hidden, F expert intermediate, E experts of the layer, H query heads, K KV heads, Dh head dim, V vocabulary.
 Query, key and value projections are fused into one. Gate and up rows, interleaved on disk, are separated, so that a
-plain chunk splits them. Experts are held in one of two ways: dequantized (`E2FD` and `EDF` in the compute dtype), or as
-their MXFP4 bytes, expanded layer by layer when they are used; the choice is the caller's.
+plain chunk splits them. Experts come in the form that they have on disk (BF16 or MXFP4); each layer's are handed to
+the kernels, which hold them as they like.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from puzzle_trtllm.architecture import BlockConfig, PuzzleArchitecture
 from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.models.reference.kernels import ExpertMixture, PrepareExperts
 from puzzle_trtllm.mxfp4 import E2M1_VALUES, SCALE_BIAS
 
 
@@ -42,14 +43,14 @@ class Mxfp4Matrix:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertWeights:
-    """The experts of one layer."""
+    """The experts of one layer, as loaded."""
 
     gate_up: Tensor | Mxfp4Matrix
     """`[E, 2F, D]`, gate rows first, then up rows."""
     gate_up_bias: Tensor
     """`[E, 2F]`"""
     down: Tensor | Mxfp4Matrix
-    """Dequantized: `[D, E, F]`, so that all experts together are one matrix of a linear layer; MXFP4: `[E, D, F]`."""
+    """`[E, D, F]`"""
     down_bias: Tensor
     """`[E, D]`"""
 
@@ -71,7 +72,7 @@ class LayerWeights:
     post_norm: Tensor
     router: Tensor
     router_bias: Tensor
-    experts: ExpertWeights
+    experts: ExpertMixture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +92,12 @@ class ModelWeights:
 
 
 def load_weights(
-    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, dequantize_experts: bool
+    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, prepare_experts: PrepareExperts
 ) -> ModelWeights:
     """Load a validated checkpoint. Raises CheckpointError for a missing or misshapen tensor."""
     checkpoint.validate()
     architecture = checkpoint.architecture
-    loader = _Loader(checkpoint, dtype, device, dequantize_experts)
+    loader = _Loader(checkpoint, dtype, device, prepare_experts)
     embedding = loader.tensor("model.embed_tokens.weight")
     tied = architecture.tie_word_embeddings
     return ModelWeights(
@@ -110,12 +111,12 @@ def load_weights(
 
 class _Loader:
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, dequantize_experts: bool
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, prepare_experts: PrepareExperts
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
-        self.dequantize_experts = dequantize_experts
+        self.prepare_experts = prepare_experts
 
     def tensor(self, name: str) -> Tensor:
         return self.checkpoint.torch(name).to(device=self.device, dtype=self.dtype)
@@ -136,14 +137,16 @@ class _Loader:
             post_norm=self.tensor(f"{prefix}.post_attention_layernorm.weight").float(),
             router=self.tensor(f"{prefix}.mlp.router.weight"),
             router_bias=self.tensor(f"{prefix}.mlp.router.bias"),
-            experts=self._experts(f"{prefix}.mlp.experts"),
+            experts=self.prepare_experts(
+                self._experts(f"{prefix}.mlp.experts"), limit=self.checkpoint.architecture.swiglu_limit
+            ),
         )
 
     def _experts(self, prefix: str) -> ExpertWeights:
         return ExpertWeights(
             gate_up=self._matrix(f"{prefix}.gate_up_proj", interleaved=True),
             gate_up_bias=_separate(self.tensor(f"{prefix}.gate_up_proj_bias")),
-            down=_experts_inside(self._matrix(f"{prefix}.down_proj", interleaved=False)),
+            down=self._matrix(f"{prefix}.down_proj", interleaved=False),
             down_bias=self.tensor(f"{prefix}.down_proj_bias"),
         )
 
@@ -152,15 +155,10 @@ class _Loader:
         arrange = _separate if interleaved else (lambda tensor: tensor)
         if self.checkpoint.architecture.experts_format == "bf16":
             return arrange(self.tensor(name).transpose(1, 2)).contiguous()
-        matrix = Mxfp4Matrix(
+        return Mxfp4Matrix(
             blocks=arrange(self.checkpoint.torch(f"{name}_blocks")).to(self.device),
             scales=arrange(self.checkpoint.torch(f"{name}_scales")).to(self.device),
         )
-        return matrix.dequantize(self.dtype) if self.dequantize_experts else matrix
-
-
-def _experts_inside(matrix: Tensor | Mxfp4Matrix) -> Tensor | Mxfp4Matrix:
-    return matrix.transpose(0, 1).contiguous() if isinstance(matrix, Tensor) else matrix
 
 
 def _separate(rows: Tensor) -> Tensor:

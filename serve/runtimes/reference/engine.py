@@ -85,7 +85,7 @@ class ReferenceEngine:
             )
             for s, count in scheduled
         ]
-        logits = self.model.forward(plan_step(steps, self.cache, self.model.dtype), self.cache)
+        logits = self.model.forward(plan_step(steps, self.cache), self.cache)
         ready = [s for s, count in scheduled if count == s.num_pending]
         for s, count in scheduled:
             s.num_computed += count

@@ -16,6 +16,7 @@ import torch
 from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.errors import EngineError
+from puzzle_trtllm.models.reference.kernels.torch_kernels import torch_kernels
 from puzzle_trtllm.models.reference.kv_cache import KvLayout, PagedKvCache, plan_layout
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.weights import load_weights
@@ -50,13 +51,14 @@ def load_engine(arguments: EngineArguments) -> LoadedEngine:
     dtype = compute_dtype(arguments.dtype, device)
     max_seq_len = arguments.max_seq_len or architecture.max_position_embeddings
     dequantize = _dequantized_bytes(architecture, dtype) <= MAX_DEQUANTIZED_BYTES
-    weights = load_weights(checkpoint, dtype=dtype, device=device, dequantize_experts=dequantize)
+    kernels = torch_kernels(dequantize_experts=dequantize)
+    weights = load_weights(checkpoint, dtype=dtype, device=device, prepare_experts=kernels.prepare_experts)
     if device.type == "cpu" and weights.num_bytes < SINGLE_THREAD_BYTES:
         torch.set_num_threads(1)
     layout = _plan_cache(arguments, architecture, max_seq_len, device)
     cache = PagedKvCache(layout, device)
     engine = ReferenceEngine(
-        ReferenceModel(weights, max_seq_len=max_seq_len),
+        ReferenceModel(weights, kernels, max_seq_len=max_seq_len),
         cache,
         max_batch_size=arguments.max_batch_size,
         max_num_tokens=arguments.max_num_tokens,

@@ -1,7 +1,7 @@
-"""The mixture of experts: router, clamped SwiGLU, and three ways to multiply.
+"""The mixture of experts in plain PyTorch: clamped SwiGLU, and two ways to multiply.
 
-gpt-oss routes each token to the top k of its layer's router logits and softmaxes over those k. An expert computes
-`down((up + 1) * gate * sigmoid(1.702 gate))` with gate clamped from above and up on both sides at `swiglu_limit`.
+An expert computes `down((up + 1) * gate * sigmoid(1.702 gate))` with gate clamped from above and up on both sides at
+`swiglu_limit`.
 
 - *dense*: every expert on every token, as two linear layers E times as wide, with the hidden values of unrouted experts
   weighted by zero in between (the second layer then sums over experts by itself). More arithmetic, least overhead:
@@ -9,16 +9,18 @@ gpt-oss routes each token to the top k of its layer's router logits and softmaxe
 - *by expert*: each active expert on its own tokens, one after another. Right when experts are large, and the only way
   for experts that stay in MXFP4, which are expanded while they are used.
 
-Legend: T tokens, D hidden, F expert intermediate, E experts of the layer, k experts a token.
+Legend: T tokens, D hidden, F expert intermediate, E experts held here, k experts a token.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the customary name)
 from torch import Tensor
 
-from puzzle_trtllm.models.reference.weights import ExpertWeights, LayerWeights, Mxfp4Matrix
+from puzzle_trtllm.models.reference.weights import ExpertWeights, Mxfp4Matrix
 
 SWIGLU_ALPHA = 1.702
 DENSE_MAX_WORK = {torch.bfloat16: 3_000_000, torch.float32: 600_000}
@@ -26,15 +28,35 @@ DENSE_MAX_WORK = {torch.bfloat16: 3_000_000, torch.float32: 600_000}
 (tests/bench/experts_paths.py measures the crossover)."""
 
 
-def mixture(x: Tensor, layer: LayerWeights, experts_per_token: int, limit: float) -> Tensor:
-    """The layer's MoE output for x `[T, D]`."""
-    logits = F.linear(x, layer.router, layer.router_bias)
-    top, chosen = logits.topk(experts_per_token, dim=-1)
-    weights = top.softmax(dim=-1)
-    experts = layer.experts
-    if isinstance(experts.down, Tensor) and x.numel() * experts.down.shape[-1] <= DENSE_MAX_WORK.get(x.dtype, 0):
-        return dense(x, experts, weights, chosen, limit)
-    return by_expert(x, experts, weights, chosen, limit)
+@dataclass(frozen=True, kw_only=True)
+class TorchExperts:
+    """Experts dequantized in the compute dtype, or as MXFP4."""
+
+    weights: ExpertWeights
+    """Dequantized `down` lies as `[D, E, F]`, so that all experts together are one matrix of a linear layer."""
+    limit: float
+
+    def __call__(self, x: Tensor, shares: Tensor, chosen: Tensor) -> Tensor:
+        down = self.weights.down
+        small = isinstance(down, Tensor) and x.numel() * down.shape[-1] <= DENSE_MAX_WORK.get(x.dtype, 0)
+        multiply = dense if small else by_expert
+        return multiply(x, self.weights, shares, chosen, self.limit)
+
+
+def hold_dequantized(experts: ExpertWeights, *, limit: float) -> TorchExperts:
+    """Experts in the dtype of their biases, which is the compute dtype."""
+    gate_up, down = (
+        matrix if isinstance(matrix, Tensor) else matrix.dequantize(experts.down_bias.dtype)
+        for matrix in (experts.gate_up, experts.down)
+    )
+    return TorchExperts(weights=replace(experts, gate_up=gate_up, down=down.transpose(0, 1).contiguous()), limit=limit)
+
+
+def hold_as_loaded(experts: ExpertWeights, *, limit: float) -> TorchExperts:
+    """MXFP4 stays MXFP4."""
+    if isinstance(experts.down, Tensor):
+        return hold_dequantized(experts, limit=limit)
+    return TorchExperts(weights=experts, limit=limit)
 
 
 def dense(x: Tensor, experts: ExpertWeights, weights: Tensor, chosen: Tensor, limit: float) -> Tensor:
