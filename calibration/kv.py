@@ -155,11 +155,11 @@ def observe(model: Any, run: Callable[[Any], None], num_tokens: int, *, first_la
         finally:
             observers[0].close()
 
-    calibrated = calibrate_max(model, forward_loop)
-    quant_config = torch.tensor(list(json.dumps(hf_quant_config(calibrated), indent=4).encode()), dtype=torch.uint8)
+    calibrate_max(model, forward_loop)
+    quant_config = torch.tensor(list(json.dumps(hf_quant_config(model), indent=4).encode()), dtype=torch.uint8)
     seen = []
-    for i in range(len(calibrated.model.layers)):
-        k_amax, v_amax = layer_amax(calibrated, i)
+    for i in range(len(model.model.layers)):
+        k_amax, v_amax = layer_amax(model, i)
         layer = {"k_amax": torch.tensor(k_amax), "v_amax": torch.tensor(v_amax), "hf_quant_config": quant_config}
         layer |= {kind: observers[0].amax(first_layer + i, kind) for kind in KINDS}
         layer |= {f"{kind}_sample": observers[0].sample(first_layer + i, kind) for kind in ("k", "v")}
