@@ -23,18 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puzzle_trtllm.build.powers_of_two import InexactFoldError, times_power_of_two
-from puzzle_trtllm.build.scales import (
-    CALIBRATION_NAME,
-    E4M3_MAX,
-    LayerScales,
-    channel_scales,
-    read_amax,
-    tensor_scales,
-)
+from puzzle_trtllm.build.scales import LayerScales, channel_scales, read_amax, tensor_scales
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import PlannedTensor
 from puzzle_trtllm.engine import FoldName, KvFold
 from puzzle_trtllm.errors import CheckpointError
+from puzzle_trtllm.kv_scales import E4M3_MAX, KV_CALIBRATION_NAME
 from puzzle_trtllm.tensors import TensorSpec
 
 
@@ -101,7 +95,7 @@ def _scaled(checkpoint: Checkpoint, name: str, exponents: NDArray[np.int32]) -> 
 
 def _query_warnings(checkpoint: Checkpoint, scales: list[LayerScales]) -> Iterator[str]:
     """Folding enlarges Q by s_k; an engine that quantizes Q to FP8 as well would saturate it at 448."""
-    file = checkpoint.path / CALIBRATION_NAME
+    file = checkpoint.path / KV_CALIBRATION_NAME
     amax = read_amax(file, checkpoint) if file.is_file() else {}
     group = checkpoint.architecture.num_attention_heads // checkpoint.architecture.num_key_value_heads
     for layer in scales:

@@ -8,8 +8,6 @@ and then the product is not what the model computed), NaN and infinity.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,12 +18,6 @@ _MAGNITUDE_MASK = 0x7FFF
 
 class InexactFoldError(ValueError):
     """A product that BF16 cannot hold exactly."""
-
-
-def ceil_log2(scale: float) -> int:
-    """The smallest e with 2^e >= scale, exactly (no logarithm is taken). Scale must be positive and finite."""
-    mantissa, exponent = math.frexp(scale)  # scale = mantissa * 2^exponent, 0.5 <= mantissa < 1
-    return exponent - 1 if mantissa == 0.5 else exponent
 
 
 def times_power_of_two(bits: NDArray[np.uint16], exponents: NDArray[np.int32]) -> NDArray[np.uint16]:

@@ -21,14 +21,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from puzzle_trtllm.build.powers_of_two import ceil_log2
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.engine import LayerFold
 from puzzle_trtllm.errors import CheckpointError
+from puzzle_trtllm.kv_scales import (
+    KV_CALIBRATION_NAME,
+    channel_exponents,
+    fold_exponent,
+    k_channel_exponents,
+)
 from puzzle_trtllm.safetensors_file import TensorEntry, read_header
-
-E4M3_MAX = 448.0
-CALIBRATION_NAME = "kv_calibration.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +63,8 @@ def tensor_scales(checkpoint: Checkpoint) -> list[LayerScales]:
             layer=layer,
             k_scale=k_scale,
             v_scale=v_scale,
-            k_exponents=np.full(shape, _exponent(k_scale), dtype=np.int32),
-            v_exponents=np.full(shape, _exponent(v_scale), dtype=np.int32),
+            k_exponents=np.full(shape, fold_exponent(k_scale), dtype=np.int32),
+            v_exponents=np.full(shape, fold_exponent(v_scale), dtype=np.int32),
         )
         for layer, (k_scale, v_scale) in enumerate(read_scales(checkpoint))
     ]
@@ -73,22 +75,19 @@ def channel_scales(checkpoint: Checkpoint) -> list[LayerScales]:
 
     Raises CheckpointError when the scales or the KV calibration file are missing or do not fit the model.
     """
-    file = checkpoint.path / CALIBRATION_NAME
+    file = checkpoint.path / KV_CALIBRATION_NAME
     if not file.is_file():
         raise CheckpointError("missing, and --fold channel needs it", file=file, expected="made by `calibrate kv`")
     amax = read_amax(file, checkpoint)
-    half = checkpoint.architecture.head_dim // 2
     result = []
     for layer, (k_scale, v_scale) in enumerate(read_scales(checkpoint)):
-        k_amax_KDh, v_amax_KDh = amax[layer, "k"], amax[layer, "v"]
-        pair_amax = np.maximum(k_amax_KDh[:, :half], k_amax_KDh[:, half:])
         result.append(
             LayerScales(
                 layer=layer,
                 k_scale=k_scale,
                 v_scale=v_scale,
-                k_exponents=_channel_exponents(np.concatenate([pair_amax, pair_amax], axis=1), k_scale),
-                v_exponents=_channel_exponents(v_amax_KDh, v_scale),
+                k_exponents=k_channel_exponents(amax[layer, "k"], k_scale),
+                v_exponents=channel_exponents(amax[layer, "v"], v_scale),
             )
         )
     return result
@@ -152,16 +151,3 @@ def _read_scalar(checkpoint: Checkpoint, entry: TensorEntry) -> float:
             "no usable scale", file=entry.file, key=entry.name, found=scale, expected="a finite number, not negative"
         )
     return scale
-
-
-def _exponent(scale: float) -> int:
-    return ceil_log2(scale) if scale > 0 else 0
-
-
-def _channel_exponents(amax_KDh: NDArray[np.float32], tensor_scale: float) -> NDArray[np.int32]:
-    """ceil(log2(amax / 448)) of every channel, plus the spare bits that the whole tensor's scale has."""
-    exponents = np.array([_exponent(float(a) / E4M3_MAX) for a in amax_KDh.reshape(-1)], dtype=np.int32)
-    whole = float(amax_KDh.max())
-    spare = max(_exponent(tensor_scale) - _exponent(whole / E4M3_MAX), 0) if whole > 0 and tensor_scale > 0 else 0
-    exponents[amax_KDh.reshape(-1) > 0] += spare
-    return exponents.reshape(amax_KDh.shape)

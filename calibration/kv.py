@@ -32,9 +32,9 @@ from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import rewrite_checkpoint, tensor_of
 from puzzle_trtllm.errors import CalibrationError
 from puzzle_trtllm.folders import atomic_folder, write_atomically
+from puzzle_trtllm.kv_scales import KV_CALIBRATION_NAME
 from puzzle_trtllm.models.huggingface.loading import load_causal_lm
 
-CALIBRATION_NAME = "kv_calibration.safetensors"
 REPORT_NAME = "kv_report.json"
 WHAT = "KV calibration"
 
@@ -229,4 +229,4 @@ def _write_maxima(folder: Path, seen: list[Observation], report: KvCalibration) 
         "checkpoint_fingerprint": report.checkpoint_fingerprint,
         "dtype": report.dtype,
     }
-    write_tensors(folder / CALIBRATION_NAME, maxima, metadata)
+    write_tensors(folder / KV_CALIBRATION_NAME, maxima, metadata)

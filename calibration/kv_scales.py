@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-E4M3_MAX = 448.0
+from puzzle_trtllm.kv_scales import E4M3_MAX
 
 
 def modelopt_scale(amax: float) -> float:

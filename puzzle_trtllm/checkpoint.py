@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from puzzle_trtllm.architecture import PuzzleArchitecture, read_json_object
 from puzzle_trtllm.errors import ArchitectureError, CheckpointError
+from puzzle_trtllm.kv_scales import KV_CALIBRATION_NAME
 from puzzle_trtllm.safetensors_file import TensorEntry, read_header
 from puzzle_trtllm.tensors import TensorSpec, kv_scale_of, tensor_table
 
@@ -177,7 +178,7 @@ def resolve_folder(path: str | Path, *, weights: bool = True) -> Path:
 
 
 def _shard_files(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.glob("*.safetensors") if file.name != "kv_calibration.safetensors")
+    files = sorted(file for file in folder.glob("*.safetensors") if file.name != KV_CALIBRATION_NAME)
     if not files:
         raise CheckpointError("no *.safetensors files", file=folder)
     return files

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puzzle_trtllm.build.powers_of_two import InexactFoldError, ceil_log2, times_power_of_two
+from puzzle_trtllm.build.powers_of_two import InexactFoldError, times_power_of_two
+from puzzle_trtllm.kv_scales import ceil_log2
 
 SMALLEST_NORMAL = 2.0**-126
 LARGEST = (2 - 2.0**-7) * 2.0**127

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from puzzle_trtllm.axes import Axis, round_step
 from puzzle_trtllm.serve.metrics.units import show_bytes, show_number
-from puzzle_trtllm.serve.report.charts.axes import Axis, round_step
 from puzzle_trtllm.serve.report.charts.layer_map import layer_map
 from puzzle_trtllm.serve.report.charts.memory import MOST_SEGMENTS, memory_chart
 from tests.serve.measurements import family, measurement

@@ -3,8 +3,6 @@
 Colours are CSS classes, defined on the page for light and for dark, so one drawing serves both. `s0`, `s1`, ... are the
 baselines in their order and `child` is the child, in every picture. Hovering shows exact numbers (SVG's own <title>).
 
-    svg.py          the few shapes that are needed, escaped
-    axes.py         linear and logarithmic scales with round ticks
     throughput.py   tokens per second, rounds and range, without the memory cap beside it
     memory.py       what the given memory holds: weights, then sequences
     frontier.py     accuracy against request rate over reasoning efforts

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from puzzle_trtllm.axes import Axis
 from puzzle_trtllm.serve.metrics.units import show_number
-from puzzle_trtllm.serve.report.charts.axes import Axis
-from puzzle_trtllm.serve.report.charts.svg import Drawing, text_width
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
+from puzzle_trtllm.svg import Drawing, text_width
 
 WIDTH, HEIGHT = 960.0, 430.0
 LEFT, RIGHT, TOP, BOTTOM = 74.0, 30.0, 44.0, 62.0

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from puzzle_trtllm.serve.report.charts.axes import Axis
-from puzzle_trtllm.serve.report.charts.svg import Drawing
+from puzzle_trtllm.axes import Axis
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement, LayerBlock
+from puzzle_trtllm.svg import Drawing
 
 WIDTH, LEFT, RIGHT = 960.0, 120.0, 10.0
 TOP, EXPERTS, MIDDLE, WINDOWS = 10.0, 130.0, 30.0, 110.0

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from puzzle_trtllm.axes import Axis
 from puzzle_trtllm.serve.metrics.units import show_bytes
-from puzzle_trtllm.serve.report.charts.axes import Axis
-from puzzle_trtllm.serve.report.charts.svg import Drawing
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
+from puzzle_trtllm.svg import Drawing
 
 WIDTH, LEFT, RIGHT = 960.0, 190.0, 20.0
 BAR, ROW = 34.0, 74.0

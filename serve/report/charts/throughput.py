@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from puzzle_trtllm.axes import Axis
 from puzzle_trtllm.serve.metrics.statistics import Spread
 from puzzle_trtllm.serve.metrics.units import show_number, show_ratio
-from puzzle_trtllm.serve.report.charts.axes import Axis
-from puzzle_trtllm.serve.report.charts.svg import Drawing
 from puzzle_trtllm.serve.report.compare import Comparison
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
+from puzzle_trtllm.svg import Drawing
 
 WIDTH, LEFT, RIGHT = 960.0, 190.0, 175.0
 BAR, THIN_BAR, GAP = 30.0, 16.0, 26.0
