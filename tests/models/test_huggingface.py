@@ -73,6 +73,52 @@ def test_equal_layers_generate_the_same(equal_pair, tokens):
     assert torch.equal(parent, child)
 
 
+@pytest.mark.parametrize("attribute", ["_experts_implementation", "_attn_implementation"])
+def test_equal_layers_compute_in_the_same_way(equal_pair, attribute):
+    """transformers decides by a look at a model's source file, and ours is not gpt-oss's."""
+    parent, child = (getattr(model.config, attribute, None) for model in equal_pair)
+    assert child == parent
+
+
+def test_experts_implementation_can_be_chosen(model, tokens):
+    if not hasattr(model, "set_experts_implementation"):
+        pytest.skip("transformers before 5 has one implementation of experts")
+    with torch.no_grad():
+        grouped = model(tokens).logits
+        model.set_experts_implementation("eager")
+        one_by_one = model(tokens).logits
+    model.set_experts_implementation("grouped_mm")
+    torch.testing.assert_close(grouped, one_by_one, atol=1e-4, rtol=1e-4)
+
+
+# -- devices -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_no_tensor_is_made_on_a_device_of_its_own(child):
+    """Operations on the meta device refuse tensors of any other, as they do on a GPU."""
+    config = load_causal_lm(child).config
+    with torch.device("meta"):
+        model = GptOssPuzzleForCausalLM(config).eval().to(torch.bfloat16)  # grouped products have no other dtype there
+    tokens, cache = torch.zeros((2, 30), dtype=torch.long, device="meta"), puzzle_cache(config)
+    prefill = model(tokens, past_key_values=cache, use_cache=True).logits
+    decode = model(tokens[:, :1], past_key_values=cache, use_cache=True).logits
+    assert {prefill.device.type, decode.device.type, *(c.keys.device.type for c in cache.layers)} == {"meta"}
+    assert decode.shape == (2, 1, config.vocab_size)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_on_a_gpu_as_on_the_cpu(child, tokens):
+    on_cpu = load_causal_lm(child, dtype=torch.float32)
+    on_gpu = load_causal_lm(child, dtype=torch.bfloat16).to("cuda")
+    expected, found = on_cpu(tokens).logits, on_gpu(tokens.cuda()).logits.cpu().float()
+    assert (found - expected).norm() / expected.norm() < 0.05  # bfloat16 keeps 8 bits
+    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cached, plain = (on_gpu.generate(tokens.cuda(), use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, plain)
+
+
 # -- layers that differ ------------------------------------------------------------------------------------------------
 
 

@@ -55,6 +55,15 @@ class GptOssPuzzlePreTrainedModel(GptOssPreTrainedModel):  # type: ignore[misc]
     _no_split_modules = ["GptOssPuzzleDecoderLayer"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"self_attn\.([qkv]_proj\.)?[qkv]_scale$"]  # noqa: RUF012 - for FP8 KV caches
 
+    # transformers reads a model's source file to learn what can be set; the code that answers is in gpt-oss's.
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return bool(GptOssPreTrainedModel._can_set_experts_implementation())
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return bool(GptOssPreTrainedModel._can_set_attn_implementation())
+
 
 class GptOssPuzzleModel(GptOssPuzzlePreTrainedModel, GptOssModel):  # type: ignore[misc]
     """The decoder stack, without the output head."""
