@@ -24,8 +24,8 @@ from typing import Any, Literal
 import puzzle_trtllm
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import PuzzleError
-from puzzle_trtllm.models.trtllm.symbols import check
-from puzzle_trtllm.models.trtllm.upstream import REQUIREMENTS, Line
+from puzzle_trtllm.models.trtllm.symbols import Finding, check
+from puzzle_trtllm.models.trtllm.upstream import COMMAND_LINES, REQUIREMENTS, Line
 
 Outcome = Literal["ok", "note", "missing", "wrong"]
 
@@ -145,18 +145,25 @@ def _tensorrt_llm() -> Iterator[Check]:
     else:
         advice = f'build engines with `target: "{line}"`'
         yield Check(group="TensorRT-LLM", name="package", outcome="ok", found=f"{version} (line {line})", advice=advice)
-    for row in REQUIREMENTS:
+    for row in (*REQUIREMENTS, *COMMAND_LINES):
         if line in row.lines or line is None:
-            finding = check(row)
-            broken: Outcome = "note" if row.optional else "wrong"
-            yield Check(
-                group="TensorRT-LLM",
-                name=row.key,
-                outcome="ok" if finding.holds else broken,
-                found=f"{finding.module}.{row.path}" if finding.holds else "; ".join(finding.problems),
-                advice="" if finding.holds else f"needed for: {row.needed_for}. Read in {row.source}",
-            )
+            yield check_of_row(check(row), group="TensorRT-LLM")
     yield from _nccl()
+
+
+def check_of_row(finding: Finding, *, group: str) -> Check:
+    """One row of the plugin's table as a line of the report."""
+    row = finding.requirement
+    # What the plugin replaces may be missing; there and called in another way, it would fail at the first step.
+    harmless = row.optional and (row.may_have is None or finding.module is None)
+    broken: Outcome = "note" if harmless else "wrong"
+    return Check(
+        group=group,
+        name=row.key,
+        outcome="ok" if finding.holds else broken,
+        found=f"{finding.module}.{row.path}".rstrip(".") if finding.holds else "; ".join(finding.problems),
+        advice="" if finding.holds else f"needed for: {row.needed_for}. Read in {row.source}",
+    )
 
 
 def _nccl() -> Iterator[Check]:

@@ -34,6 +34,11 @@ def fields_of(class_name: str, target: str) -> Mapping[str, str]:
     return {name: entry["type"] for name, entry in {**own, **newest}.items()}
 
 
+def argument_classes() -> tuple[str, ...]:
+    """Names of the recorded classes, the root class first."""
+    return tuple(name for name in _schema() if not name.startswith("_"))
+
+
 def section_class(key: str) -> str | None:
     """The class of a nested section such as kv_cache_config, or None for a plain field."""
     name = _strip_optional(_schema()[ROOT_CLASS].get(key, {}).get("type", ""))

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from puzzle_trtllm.commands.output import JsonOption, print_json, print_table
+from puzzle_trtllm.errors import PuzzleError
+
+if TYPE_CHECKING:
+    from puzzle_trtllm.doctor import Diagnosis
 
 NOT_READY = 1
 
 
 def doctor_command(
     engine: Annotated[Path | None, typer.Option("--engine", help="Also check what this engine asks for.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--source", help="Check a checkout of TensorRT-LLM instead of this machine; no GPU needed."),
+    ] = None,
+    line: Annotated[
+        Literal["1.2", "1.3", "late"] | None,
+        typer.Option("--line", help="With --source: the release line to check it as (default: by its version)."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check this machine for TensorRT-LLM.
@@ -23,10 +35,27 @@ def doctor_command(
     """
     from puzzle_trtllm.doctor import diagnose
 
-    diagnosis = diagnose(engine)
+    if source is None and line is not None:
+        raise PuzzleError("goes with --source", key="--line", found=line)
+    if source is not None:
+        if engine is not None:
+            raise PuzzleError("an engine is checked against an installed TensorRT-LLM only", key="--engine, --source")
+        from puzzle_trtllm.doctor_source import diagnose_source
+
+        diagnosis = diagnose_source(source, line=line)
+        good, bad = "This TensorRT-LLM fits.", "This TensorRT-LLM does not fit: {}."
+    else:
+        diagnosis = diagnose(engine)
+        good = "Ready for TensorRT-LLM."
+        bad = "Not ready for TensorRT-LLM: {}. The reference runtime needs none of it."
     if as_json:
         print_json(diagnosis.to_json())
-        raise typer.Exit(0 if diagnosis.ready else NOT_READY)
+    else:
+        _print(diagnosis, good=good, bad=bad)
+    raise typer.Exit(0 if diagnosis.ready else NOT_READY)
+
+
+def _print(diagnosis: Diagnosis, *, good: str, bad: str) -> None:
     from rich.table import Table
 
     table = Table(title="doctor", title_justify="left")
@@ -35,10 +64,5 @@ def doctor_command(
     for item in diagnosis.checks:
         table.add_row(item.outcome, f"{item.group}: {item.name}", item.found, item.advice)
     print_table(table)
-    obstacles = [item for item in diagnosis.checks if item.outcome in ("missing", "wrong")]
-    if obstacles:
-        names = ", ".join(f"{item.group} {item.name}" for item in obstacles)
-        print(f"Not ready for TensorRT-LLM: {names}. The reference runtime needs none of it.")
-    else:
-        print("Ready for TensorRT-LLM.")
-    raise typer.Exit(0 if diagnosis.ready else NOT_READY)
+    obstacles = [f"{item.group} {item.name}" for item in diagnosis.checks if item.outcome in ("missing", "wrong")]
+    print(bad.format(", ".join(obstacles)) if obstacles else good)

@@ -14,7 +14,7 @@ from puzzle_trtllm.build.engine_build import build_engine
 from puzzle_trtllm.cli import app
 from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import EngineError
-from puzzle_trtllm.models.trtllm.upstream import REQUIREMENTS
+from puzzle_trtllm.models.trtllm.upstream import COMMAND_LINES, REQUIREMENTS
 from tests.models import trtllm_standin
 
 GPUS = "NVIDIA H100 80GB HBM3, 81559 MiB, 550.54.15, 9.0\n" * 2
@@ -26,8 +26,12 @@ def gpu_host(monkeypatch, tmp_path):
     trtllm_standin.install(monkeypatch, "1.2")
     versions = {"tensorrt-llm": "1.2.1", "puzzle-trtllm": "0.1"}
     monkeypatch.setattr(doctor, "_version", versions.get)
-    found = {"tensorrt_llm"}
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: found & {name} or None)
+    commands = tmp_path / "commands.py"
+    commands.write_text(" ".join(sorted({flag for row in COMMAND_LINES for flag in row.mentions})))
+    found = {"tensorrt_llm": True}
+    for row in COMMAND_LINES:
+        found[row.modules[0]] = SimpleNamespace(origin=str(commands))
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", found.get)
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '%s' '{GPUS}'\n")
@@ -77,7 +81,7 @@ def test_a_fitting_gpu_host_is_ready(gpu_host):
     assert checks["GPU: GPU 1"].found == "NVIDIA H100 80GB HBM3, 81559 MiB, compute capability 9.0"
     assert checks["GPU: NCCL"].found == "2.27.3; torch sees 2 GPUs"
     assert checks["TensorRT-LLM: package"].found == "1.2.1 (line 1.2)"
-    assert {f"TensorRT-LLM: {row.key}" for row in REQUIREMENTS} <= set(checks)
+    assert {f"TensorRT-LLM: {row.key}" for row in (*REQUIREMENTS, *COMMAND_LINES)} <= set(checks)
     assert checks["Triton: tritonserver"].outcome == "ok"
 
 
@@ -94,6 +98,15 @@ def test_a_missing_optional_row_is_a_note(gpu_host, monkeypatch):
     monkeypatch.delattr(trtllm_standin.MLPBlock, "compute_gate_output")
     diagnosis = doctor.diagnose()
     assert by_name(diagnosis)["TensorRT-LLM: router-kernel"].outcome == "note" and diagnosis.ready
+
+
+def test_a_router_that_takes_more_than_ours_is_wrong(gpu_host, monkeypatch):
+    """Upstream once added `lora_params`, by name at every step: a replacement that does not take it fails there."""
+    monkeypatch.setattr(trtllm_standin.MLPBlock, "compute_gate_output", lambda self, x, lora_params, tokens: x)
+    router = by_name(doctor.diagnose())["TensorRT-LLM: router-kernel"]
+    assert router.outcome == "wrong" and router.found.startswith(
+        "has a parameter that the plugin's own does not take: tokens"
+    )
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,15 @@ class TestModel:
             plain = torch.nn.functional.linear(x, block.mlp.gate.weight, block.mlp.gate.bias)
             expected = plain if count != 4 else torch.ones_like(plain)
             assert torch.equal(block.mlp.compute_gate_output(x), expected)
+            assert torch.equal(block.mlp.compute_gate_output(x, lora_params=None), expected)
         assert not any(name.endswith("compute_gate_output") for name, _ in model.named_modules())
+
+    def test_the_plain_router_hands_lora_on(self, plugin, make_checkpoint, monkeypatch):
+        monkeypatch.setattr("puzzle_trtllm.models.trtllm.layers.UPSTREAM_NUM_EXPERTS", frozenset())
+        mlp = build(plugin, make_checkpoint(BLOCKS)).model.block[3].mlp
+        x = torch.randn(3, 64, dtype=torch.bfloat16)
+        found = mlp.compute_gate_output(x, lora_params={"delta": 2.0})
+        assert torch.equal(found, mlp.gate(x) + 2.0 + 3)
 
     @pytest.mark.parametrize(
         ("mapping", "match"),

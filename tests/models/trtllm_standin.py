@@ -121,8 +121,9 @@ class Linear(Counted):
         rows = tensor.shape[0] // self.mapping.tp_size
         return tensor[rows * self.mapping.tp_rank : rows * (self.mapping.tp_rank + 1)]
 
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight, self.bias)
+    def forward(self, x, lora_params=None, layer_idx=None):
+        y = nn.functional.linear(x, self.weight, self.bias)
+        return y if lora_params is None else y + lora_params["delta"] + layer_idx
 
 
 class MoE(Counted):
@@ -187,6 +188,7 @@ class MLPBlock(nn.Module):
         super().__init__()
         c = config.pretrained_config
         per_rank = c.num_local_experts // config.mapping.moe_ep_size
+        self.layer_idx = layer_idx
         self.norm = RMSNorm(c.hidden_size)
         self.gate = Linear(c.hidden_size, c.num_local_experts)
         self.swiglu_alpha = torch.full((per_rank,), 1.702)
@@ -195,7 +197,7 @@ class MLPBlock(nn.Module):
         moe = ConfigurableMoE if LINE == "late" else MoE
         self.experts = moe(c.num_local_experts, config.mapping, config.quant_config.quant_algo)
 
-    def compute_gate_output(self, x):
+    def compute_gate_output(self, x, lora_params=None):
         return self.gate(x) * 0 + 1  # the kernel for few tokens, told apart from the plain linear
 
     def forward_attn_dp(self, x, all_rank_num_tokens):

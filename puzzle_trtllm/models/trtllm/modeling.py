@@ -57,8 +57,10 @@ class PuzzleTransformer(_gpt_oss.Transformer):  # type: ignore[misc]
 
 def _plain_router(mlp: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     # A function, not the module itself: assigned to a module, `mlp.gate` would be registered a second time.
-    def compute_gate_output(x: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = mlp.gate(x)
+    def compute_gate_output(x: torch.Tensor, lora_params: Mapping[str, Any] | None = None) -> torch.Tensor:
+        # Lines with LoRA in gpt-oss pass it by name at every step, mostly as None.
+        options = {"lora_params": lora_params, "layer_idx": mlp.layer_idx} if lora_params else {}
+        logits: torch.Tensor = mlp.gate(x, **options)
         return logits
 
     return compute_gate_output

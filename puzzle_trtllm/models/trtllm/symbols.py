@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from puzzle_trtllm.errors import EngineError
@@ -44,6 +45,8 @@ def resolve(requirement: Requirement) -> Any:
 
 def check(requirement: Requirement) -> Finding:
     """Check one row against what is installed; never raises."""
+    if not requirement.path:
+        return _check_file(requirement)
     module, symbol, problems = _find(requirement)
     if not problems:
         problems = [*_signature_problems(symbol, requirement), *_source_problems(symbol, requirement)]
@@ -69,6 +72,19 @@ def _find(requirement: Requirement) -> tuple[str | None, Any, list[str]]:
     return None, None, problems
 
 
+def _check_file(requirement: Requirement) -> Finding:
+    problems = []
+    for name in requirement.modules:
+        try:
+            spec = importlib.util.find_spec(name)
+            text = Path(str(spec and spec.origin)).read_text(encoding="utf-8")
+        except Exception as error:  # finding a module imports its packages
+            problems.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        else:
+            return Finding(requirement=requirement, module=name, problems=tuple(mention_problems(requirement, text)))
+    return Finding(requirement=requirement, module=None, problems=tuple(problems))
+
+
 def _signature_problems(symbol: Any, requirement: Requirement) -> list[str]:
     if not requirement.parameters:
         return []
@@ -76,11 +92,26 @@ def _signature_problems(symbol: Any, requirement: Requirement) -> list[str]:
         names = list(inspect.signature(symbol).parameters)
     except (TypeError, ValueError) as error:
         return [f"its signature cannot be read: {error}"]
+    return parameter_problems(requirement, names)
+
+
+def parameter_problems(requirement: Requirement, names: list[str]) -> list[str]:
+    """What a row says against a function with these parameters."""
     missing = [name for name in requirement.parameters if name not in names]
     if missing:
         return [f"has no parameter {', '.join(missing)}; it has {', '.join(names)}"]
     order = [names.index(name) for name in requirement.parameters]
-    return [] if order == sorted(order) else [f"parameters in another order: {', '.join(names)}"]
+    if order != sorted(order):
+        return [f"parameters in another order: {', '.join(names)}"]
+    known = {"self", *requirement.parameters, *(requirement.may_have or names)}
+    unknown = [name for name in names if name not in known]
+    return [f"has a parameter that the plugin's own does not take: {', '.join(unknown)}"] if unknown else []
+
+
+def mention_problems(requirement: Requirement, text: str) -> list[str]:
+    """What a row says against this source text."""
+    missing = [mention for mention in requirement.mentions if mention not in text]
+    return [f"its source no longer mentions {', '.join(missing)}"] if missing else []
 
 
 def _source_problems(symbol: Any, requirement: Requirement) -> list[str]:
@@ -90,8 +121,7 @@ def _source_problems(symbol: Any, requirement: Requirement) -> list[str]:
         text = _source(symbol)
     except (OSError, TypeError) as error:
         return [f"its source cannot be read: {error}"]
-    missing = [text_ for text_ in requirement.mentions if text_ not in text]
-    return [f"its source no longer mentions {', '.join(missing)}"] if missing else []
+    return mention_problems(requirement, text)
 
 
 def _source(symbol: Any) -> str:

@@ -2,8 +2,8 @@
 
 TensorRT-LLM cannot run where this project is developed. Its source was read instead, in several versions, and what the
 plugin takes for granted is written down here as data: `puzzle-trtllm doctor` checks every row against the installed
-TensorRT-LLM, and the tests build a stand-in from exactly these rows. A row that no longer holds is a line in the
-doctor's report instead of a crash in a worker.
+TensorRT-LLM, `doctor --source` against a checkout of it, and the tests build a stand-in from exactly these rows. A row
+that no longer holds is a line in the doctor's report instead of a crash in a worker.
 
 Lines: "1.2" (files of October 2025 to February 2026), "1.3" (release candidates up to mid-2026), "late" (autumn 2026).
 `modules` are tried in order, because import paths moved between lines.
@@ -31,9 +31,11 @@ class Requirement:
     modules: tuple[str, ...]
     """Import paths, tried in order."""
     path: str
-    """Dotted path inside the module: a class, a function, or Class.method."""
+    """Dotted path inside the module: a class, a function, or Class.method; "" is the whole file, never imported."""
     parameters: tuple[str, ...] = ()
     """Parameters it must accept, in this order; others may follow or stand between."""
+    may_have: tuple[str, ...] | None = None
+    """What else it may have as parameters, where the plugin replaces it: callers pass what upstream's own takes."""
     mentions: tuple[str, ...] = ()
     """Texts that must occur in its source: attributes and globals that cannot be seen without running it."""
     lines: tuple[Line, ...] = ALL_LINES
@@ -131,6 +133,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         modules=_GPT_OSS,
         path="MLPBlock.compute_gate_output",
         parameters=("x",),
+        may_have=("lora_params",),
         mentions=("self.gate",),
         optional=True,
         needed_for="replaced by the plain linear where the width is new; without it there is nothing to replace",
@@ -215,17 +218,59 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     ),
     Requirement(
         key="llm-api",
-        modules=("tensorrt_llm.llmapi", "tensorrt_llm"),
+        modules=("tensorrt_llm.llmapi", "tensorrt_llm", "tensorrt_llm.llmapi.llm"),
         path="LLM",
         needed_for="what the Triton model and `create_llm` start",
         source="tensorrt_llm/llmapi/llm.py",
     ),
     Requirement(
         key="sampling-params",
-        modules=("tensorrt_llm.llmapi", "tensorrt_llm"),
+        modules=("tensorrt_llm.llmapi", "tensorrt_llm", "tensorrt_llm.sampling_params"),
         path="SamplingParams",
         mentions=("max_tokens", "top_k", "top_p", "ignore_eos", "min_tokens"),
         needed_for="requests of the Triton model",
         source="tensorrt_llm/sampling_params.py",
     ),
 )
+
+_SERVE = "tensorrt_llm.commands.serve"
+_BENCH = "tensorrt_llm.bench.benchmark.throughput"
+COMMAND_LINES: tuple[Requirement, ...] = (
+    Requirement(
+        key="serve-flags",
+        modules=(_SERVE,),
+        path="",
+        mentions=('"--backend"', '"--custom_module_dirs"', '"--extra_llm_api_options"'),
+        lines=("1.2",),
+        needed_for="launch/trtllm-serve.sh",
+        source="tensorrt_llm/commands/serve.py",
+    ),
+    Requirement(
+        key="serve-flags",
+        modules=(_SERVE,),
+        path="",
+        mentions=('"--backend"', '"--custom_module_dirs"', '"--config"'),
+        lines=("1.3", "late"),
+        needed_for="launch/trtllm-serve.sh",
+        source="tensorrt_llm/commands/serve.py",
+    ),
+    Requirement(
+        key="bench-flags",
+        modules=(_BENCH,),
+        path="",
+        mentions=('"--custom_module_dirs"', '"--extra_llm_api_options"', '"--dataset"', '"--concurrency"', '"--tp"'),
+        lines=("1.2",),
+        needed_for="launch/trtllm-bench.sh",
+        source="tensorrt_llm/bench/benchmark/throughput.py",
+    ),
+    Requirement(
+        key="bench-flags",
+        modules=(_BENCH,),
+        path="",
+        mentions=('"--custom_module_dirs"', '"--config"', '"--dataset"', '"--concurrency"', '"--tp"'),
+        lines=("1.3", "late"),
+        needed_for="launch/trtllm-bench.sh",
+        source="tensorrt_llm/bench/benchmark/throughput.py",
+    ),
+)
+"""What the launch scripts rely on; the plugin does not."""
