@@ -162,9 +162,8 @@ def _kv_cache(values: Values, a: PuzzleArchitecture, config: EngineConfig) -> No
     )
     size, reason = _tokens_per_block(a, config)
     values.put("kv_cache_config.tokens_per_block", size, reason)
-    shares = config.runtime == "tensorrt_llm"
-    reason = "requests with a common prefix share blocks" if shares else "the reference runtime shares no blocks"
-    values.put("kv_cache_config.enable_block_reuse", shares, reason)
+    reason = "requests with a common prefix share blocks"
+    values.put("kv_cache_config.enable_block_reuse", True, reason)
     if config.memory_bytes is not None:
         weight_bytes = count_weight_bytes(a)
         left = config.memory_bytes - weight_bytes

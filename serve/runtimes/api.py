@@ -74,19 +74,22 @@ class KvCacheConfig:
     free_gpu_memory_fraction: float = 0.9
     tokens_per_block: int = 32
     enable_block_reuse: bool = True
+    """Keep the blocks of ended requests while there is room, for prompts that begin alike."""
 
 
 @dataclass(kw_only=True)
 class RequestPerfMetrics:
-    """Times of one request, nanoseconds of CLOCK_MONOTONIC, and its KV blocks."""
+    """Times of one request, nanoseconds of CLOCK_MONOTONIC, and its KV blocks over all window groups."""
 
     arrival_time_ns: int
     first_scheduled_time_ns: int
     first_token_time_ns: int
     last_token_time_ns: int
     num_total_allocated_blocks: int = 0
+    """Held at any time: shared with others and new ones."""
     num_new_allocated_blocks: int = 0
     num_reused_blocks: int = 0
+    """Blocks of the prompt that were in the cache, so that nothing of them was computed; `missed` are its others."""
     num_missed_blocks: int = 0
 
 

@@ -9,6 +9,8 @@ noticed.
     puzzle_requests_waiting         open, no token yet
     puzzle_requests_running         open, generating
     puzzle_kv_blocks_used, _total   as the runtime counts them (absent until it says)
+    puzzle_kv_blocks_reused_total, puzzle_kv_blocks_missed_total
+                                    prompt blocks found in the cache and not, if the runtime counts them
     puzzle_prompt_tokens_total, puzzle_output_tokens_total, puzzle_responses_total
     puzzle_requests_total{end="ok"|"cancelled"|...}
 
@@ -20,6 +22,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from puzzle_trtllm.serve.runtimes.api import EngineDeadError
@@ -38,18 +41,35 @@ _COUNTERS = {
     "puzzle_prompt_tokens_total": "prompt tokens of requests that got a token",
     "puzzle_output_tokens_total": "tokens generated",
     "puzzle_responses_total": "responses sent",
+    "puzzle_kv_blocks_reused_total": "blocks of prompts found in the KV cache",
+    "puzzle_kv_blocks_missed_total": "blocks of prompts that had to be computed",
 }
 
 
-def kv_blocks(stats: Any) -> tuple[int, int] | None:
-    """(used, total) from what `LLM.get_stats` gave: dicts, or JSON texts of them, the newest last."""
+@dataclass(frozen=True, kw_only=True)
+class KvBlocks:
+    """A runtime's count of its KV blocks; what it does not count is None."""
+
+    used: int
+    total: int
+    reused: int | None = None
+    missed: int | None = None
+
+
+def kv_blocks(stats: Any) -> KvBlocks | None:
+    """From what `LLM.get_stats` gave: dicts, or JSON texts of them, the newest last."""
     if not stats:
         return None
     newest = json.loads(stats[-1]) if isinstance(stats[-1], str) else stats[-1]
     blocks = newest.get("kvCacheStats") or {}
     if not blocks.get("maxNumBlocks"):
         return None  # a runtime that has not made a step yet may say 0
-    return int(blocks.get("usedNumBlocks", 0)), int(blocks["maxNumBlocks"])
+    return KvBlocks(
+        used=int(blocks.get("usedNumBlocks", 0)),
+        total=int(blocks["maxNumBlocks"]),
+        reused=blocks.get("reusedBlocks"),
+        missed=blocks.get("missedBlocks"),
+    )
 
 
 class MetricsThread:
@@ -131,8 +151,11 @@ class MetricsThread:
             self._log(f"the runtime gives no statistics: {type(error).__name__}: {error}")
         else:
             if blocks is not None:
-                self._set("puzzle_kv_blocks_used", blocks[0])
-                self._set("puzzle_kv_blocks_total", blocks[1])
+                self._set("puzzle_kv_blocks_used", blocks.used)
+                self._set("puzzle_kv_blocks_total", blocks.total)
+                for name, count in (("reused", blocks.reused), ("missed", blocks.missed)):
+                    if count is not None:
+                        self._count_to(f"puzzle_kv_blocks_{name}_total", count)
 
     def _set(self, name: str, value: float) -> None:
         if name not in self._metrics:

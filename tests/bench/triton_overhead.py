@@ -96,13 +96,17 @@ def main() -> None:
     options = parser.parse_args()
     scenario = load_scenario("cpu-demo")
     config = load_engine_config("cpu-demo").model_copy(update={"memory_bytes": None, "kv_dtype": "bf16"})
+    # Rounds repeat their prompts, which no cache may answer.
+    no_reuse = {"kv_cache_config": {"enable_block_reuse": False}}
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         runs: dict[str, tuple[Connect, str, bool]] = {}
         for interval in (10, 1):
             folder = scratch / f"interval-{interval}"
             build_engine(
-                options.checkpoint, folder, config=config.model_copy(update={"llm_args": {"stream_interval": interval}})
+                options.checkpoint,
+                folder,
+                config=config.model_copy(update={"llm_args": {"stream_interval": interval, **no_reuse}}),
             )
             engine = Engine.open(folder)
             llm = stack.enter_context(create_llm(engine))

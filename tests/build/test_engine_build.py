@@ -34,7 +34,7 @@ kv_cache_config:
   dtype: fp8
   max_attention_window: [16, 256, 40]
   tokens_per_block: 16
-  enable_block_reuse: false
+  enable_block_reuse: true
 """
 
 

@@ -52,7 +52,7 @@ class TestDerived:
                 "dtype": "fp8",
                 "max_attention_window": [16, 100, 40, 100],
                 "tokens_per_block": 16,
-                "enable_block_reuse": False,
+                "enable_block_reuse": True,
             },
         }
 

@@ -34,6 +34,16 @@ def test_equal_seeds_give_equal_prompts_and_other_seeds_others():
     assert first == again != other
 
 
+def test_no_two_prompts_begin_alike_so_that_a_prefix_cache_finds_nothing(tokenizer):
+    """Neither within a load nor from round to round, whose seeds follow each other."""
+    rounds = [
+        load_requests(tokenizer, num_requests=128, input_tokens=128, output_tokens=1, seed=seed, exact=True)
+        for seed in range(5)
+    ]
+    begins = {tuple(request.input_ids[:8]) for load in rounds for request in load}
+    assert len(begins) == 5 * 128
+
+
 def test_a_stock_server_gets_text_and_no_extras(tokenizer):
     (request,) = load_requests(tokenizer, num_requests=1, input_tokens=5, output_tokens=9, seed=0, exact=False)
     assert len(tokenizer.encode(request.prompt)) == 5

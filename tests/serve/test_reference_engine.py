@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import zlib
 from collections import Counter
 
 import pytest
@@ -14,6 +15,7 @@ from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, plan_layout
 from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
 from puzzle_trtllm.serve.runtimes.reference.messages import DecodingRule, Submit, TokenUpdate
 from puzzle_trtllm.serve.runtimes.reference.sampling import SamplingInput, choose_tokens, uniform
+from puzzle_trtllm.serve.runtimes.reference.scheduler import Sequence
 from tests.toys import toy_architecture
 
 VOCABULARY = 50
@@ -34,24 +36,27 @@ class RandomModel:
         return torch.randn(len(step.logit_rows), VOCABULARY, generator=self.generator)
 
 
-def make_engine(*, max_batch_size: int = 16, max_num_tokens: int = 64, budget: int = 400_000) -> ReferenceEngine:
+def make_engine(
+    *, max_batch_size: int = 16, max_num_tokens: int = 64, budget: int = 1 << 20, dtype: torch.dtype = torch.bfloat16
+) -> ReferenceEngine:
     layout = plan_layout(
         toy_architecture([(4, 24), (4, None), (4, 7)]),
         tokens_per_block=8,
-        dtype=torch.bfloat16,
+        dtype=dtype,
         budget_bytes=budget,
         sequence_tokens=120,
         max_sequences=max_batch_size,
+        reuse=True,
     )
     cache = PagedKvCache(layout, torch.device("cpu"))
     model = RandomModel(max_num_tokens)
     return ReferenceEngine(model, cache, max_batch_size=max_batch_size, max_num_tokens=max_num_tokens)  # type: ignore[arg-type]
 
 
-def submit(engine: ReferenceEngine, request_id: int, prompt_tokens: int, **rule: object) -> None:
+def submit(engine: ReferenceEngine, request_id: int, prompt: int | list[int], **rule: object) -> None:
     message = Submit(
         request_id=request_id,
-        prompt_token_ids=[5] * prompt_tokens,
+        prompt_token_ids=prompt if isinstance(prompt, list) else [5] * prompt,
         rule=DecodingRule(**rule),  # type: ignore[arg-type]
         arrival_ns=0,
     )
@@ -71,7 +76,8 @@ def test_ten_thousand_requests_with_random_aborts_lose_no_block():
                 open_ids.discard(update.request_id)
 
     for request_id in range(10_000):
-        submit(engine, request_id, rng.randint(1, 60), max_tokens=rng.randint(1, 12), end_ids=frozenset({END}))
+        prompt = family_prompt(rng, rng.randint(1, 60))
+        submit(engine, request_id, prompt, max_tokens=rng.randint(1, 12), end_ids=frozenset({END}))
         open_ids.add(request_id)
         if rng.random() < 0.3:
             victim = rng.choice(sorted(open_ids))
@@ -83,8 +89,81 @@ def test_ten_thousand_requests_with_random_aborts_lose_no_block():
         take(engine.step())
     assert sum(ends.values()) == 10_000
     assert min(ends["stop"], ends["length"], ends["cancelled"]) > 100, ends
-    assert engine.stats.num_free_blocks == engine.stats.num_blocks
-    assert engine.cache.can_admit(120)
+    stats = engine.stats
+    assert stats.num_free_blocks == stats.num_blocks, "blocks that only remember a prefix count as free"
+    assert 0.15 < stats.num_reused_blocks / (stats.num_reused_blocks + stats.num_missed_blocks) < 0.35
+    for pool in engine.cache.pools.values():
+        assert (pool.num_free, pool.num_unreserved, pool.table.num_shares) == (pool.num_blocks, pool.num_blocks, 0)
+
+
+@pytest.mark.parametrize(("budget", "reused"), [(200_000, 20), (2_000_000, 300)], ids=["tight", "roomy"])
+def test_what_a_sequence_sees_in_the_cache_is_its_own_whatever_was_shared_evicted_and_aborted(
+    monkeypatch, budget, reused
+):
+    """K is written as a checksum of all tokens up to its position; after every step each open sequence is checked."""
+    engine, rng = make_engine(max_batch_size=6, budget=budget, max_num_tokens=40, dtype=torch.float32), random.Random(1)
+    scheduled: list[Sequence] = []
+
+    def write_checksums(step, cache) -> torch.Tensor:
+        values = torch.tensor([checksum for s in scheduled for checksum in checksums(s)], dtype=torch.float32)
+        for pool in cache.pools.values():
+            group = step.groups[pool.window]
+            own = values if group.write_tokens is None else values[group.write_tokens]
+            for layer in pool.layers:
+                cache.write(layer, group.write_rows, group.write_offsets, own[None, :, None, None].expand(2, -1, 2, 16))
+        return torch.randn(len(step.logit_rows), VOCABULARY, generator=engine.model.generator)
+
+    def checksums(s: Sequence) -> list[int]:
+        return [prefix_checksum(s.tokens[: p + 1]) for p in range(s.num_computed, s.num_computed + counts[s])]
+
+    counts: dict[Sequence, int] = {}
+    schedule = engine.scheduler.schedule
+
+    def remember_schedule(now_ns: int) -> list[tuple[Sequence, int]]:
+        rows = schedule(now_ns)
+        counts.clear()
+        counts.update(rows)
+        scheduled[:] = [s for s, _ in rows]
+        return rows
+
+    monkeypatch.setattr(engine.model, "forward", write_checksums)
+    monkeypatch.setattr(engine.scheduler, "schedule", remember_schedule)
+    checked = 0
+    for request_id in range(400):
+        submit(engine, request_id, family_prompt(rng, rng.randint(1, 90)), max_tokens=rng.randint(1, 25))
+        if rng.random() < 0.2:
+            engine.abort(rng.randint(0, request_id))
+        for _ in range(rng.randint(0, 3)):
+            assert not any(u.error for u in engine.step())
+            for s in engine.scheduler.running.values():
+                checked += check_cache(engine.cache, s)
+    assert checked > 10_000 and engine.stats.num_reused_blocks > reused
+
+
+def check_cache(cache: PagedKvCache, s: Sequence) -> int:
+    """Compare what the next query of `s` sees in every group; how many keys that were."""
+    checked = 0
+    for window, pool in cache.pools.items():
+        own = s.blocks[window]
+        first = 0 if window is None else max(0, s.num_computed - window + 1)
+        for position in range(first, s.num_computed):
+            block = own.blocks[position // 8 - own.first_block]
+            stored = pool.storage[0, 0, block * 2, position % 8, 0]
+            assert int(stored) == prefix_checksum(s.tokens[: position + 1]), (window, position)
+            checked += 1
+    return checked
+
+
+def prefix_checksum(tokens: list[int]) -> int:
+    """Small enough for a float32 to hold."""
+    return zlib.crc32(bytes(tokens)) >> 8
+
+
+def family_prompt(rng: random.Random, length: int) -> list[int]:
+    """A prompt of one of eight families, alike to a random point."""
+    family = random.Random(rng.randint(0, 7))
+    common = rng.randint(0, length)
+    return [family.randint(5, 20) for _ in range(common)] + [rng.randint(5, 20) for _ in range(length - common)]
 
 
 def test_first_come_first_served_and_nobody_starves():

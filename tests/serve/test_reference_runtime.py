@@ -66,6 +66,25 @@ def test_a_full_batch_of_mixed_lengths_gives_each_request_what_it_gets_alone(llm
     assert together == alone
 
 
+def test_reuse_on_and_off_generate_the_same_and_say_what_was_reused(llm, child):
+    """Prompts that begin alike, in waves, greedy and sampled; the second wave finds the first one's blocks."""
+    shared = prompt(20, 60)
+    prompts = [shared[: 20 + 10 * (i % 5)] + prompt(21 + i, 1 + 7 * i) for i in range(8)]
+    params = [
+        SamplingParams(max_tokens=30, ignore_eos=True, return_perf_metrics=True),
+        SamplingParams(max_tokens=30, ignore_eos=True, return_perf_metrics=True, top_p=0.9, seed=5),
+    ]
+    with LLM(child, **{**ARGS, "kv_cache_config": {"tokens_per_block": 8, "enable_block_reuse": False}}) as plain:
+        expected = [[r.outputs[0].token_ids for r in plain.generate(prompts, p)] for p in params]
+        assert plain.get_stats()[0]["kvCacheStats"]["reusedBlocks"] == 0
+    before = llm.get_stats()[0]["kvCacheStats"]["reusedBlocks"]
+    waves = [llm.generate(prompts, p) for p in (*params, params[0])]
+    assert [[r.outputs[0].token_ids for r in wave] for wave in waves] == [*expected, expected[0]]
+    for r in waves[-1]:
+        assert r.metrics.num_reused_blocks == (len(r.prompt_token_ids) - 1) // 8 * 3
+    assert llm.get_stats()[0]["kvCacheStats"]["reusedBlocks"] > before
+
+
 def test_sampling_depends_on_seed_and_position_only(llm):
     params = SamplingParams(max_tokens=30, ignore_eos=True, top_k=20, temperature=1.5, seed=7)
     alone = llm.generate(prompt(2), params).outputs[0].token_ids

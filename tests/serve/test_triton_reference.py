@@ -6,8 +6,10 @@ The oracle is the same engine in this process, without Triton.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import urllib.request
 
 import pytest
 
@@ -82,6 +84,26 @@ def test_a_stop_string_over_two_tokens_never_shows(server, expected, streaming: 
     stop = text[3:5]
     found = generate(PROMPTS[1], url=server.grpc_url, max_tokens=24, ignore_eos=True, stop=[stop], streaming=streaming)
     assert (found.text, found.finish_reason) == (text[: text.index(stop)], "stop")
+
+
+def test_a_prompt_that_begins_like_an_earlier_one_says_what_it_found(server) -> None:
+    names = ("kv_cache_reused_block", "kv_cache_missed_block", "kv_cache_hit_rate", "kv_cache_alloc_total_blocks")
+    url = f"{server.http_url}/v2/models/tensorrt_llm/generate"
+    body = {"text_input": "b" * 80, "sampling_param_max_tokens": 4, "sampling_param_return_perf_metrics": True}
+    first, again = (post_json(url, body) for _ in range(2))
+    # 80 tokens in blocks of 16, three window groups; the last token is always computed.
+    assert [first[name] for name in names[:3]] == [0, 15, 0]
+    assert [again[name] for name in names[:3]] == [12, 3, pytest.approx(0.8)]
+    assert again["text_output"] == first["text_output"]
+    assert again["kv_cache_alloc_total_blocks"] == again["kv_cache_alloc_new_blocks"] + 4 + 1 + 2
+    assert "kv_cache_hit_rate" not in post_json(url, {"text_input": "b", "sampling_param_max_tokens": 1})
+    wait_until(lambda: (metric(server, "puzzle_kv_blocks_reused_total") or 0) >= 12, what="the metric counts reuse")
+
+
+def post_json(url: str, body: dict) -> dict:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.loads(response.read())
 
 
 def test_a_prompt_that_does_not_fit_is_the_clients_error(server) -> None:

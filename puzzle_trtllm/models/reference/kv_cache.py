@@ -4,6 +4,11 @@ Layers with the same window form a group and share block tables; a block holds `
 of its group. A full-attention sequence keeps all its blocks; a sequence in a window group gives a block back as soon as
 no future query can see it, so it holds at most ceil(w / block) + 1.
 
+Sequences that begin alike share blocks (prefix_cache.py). A prompt may start at token R, the end of a block, when every
+group still has what the query at R sees: the whole prefix without a window, the blocks of the last w - 1 tokens with
+one. So that a window group has them at every R, and not only where some sequence ended, a prompt chunk also writes what
+no later chunk will see, as long as blocks are free.
+
 K and V are stored in one dtype for all layers: the compute dtype, or `float8_e4m3fn` at unit scale. An E4M3 store
 saturates at +-448 (torch's own cast would give NaN). Attention always reads K and V as stored.
 
@@ -21,8 +26,13 @@ import torch
 from torch import Tensor
 
 from puzzle_trtllm.architecture import PuzzleArchitecture
+from puzzle_trtllm.models.reference.prefix_cache import BlockTable, extend_keys, first_visible_block
 
 E4M3_MAX = 448.0
+
+PREFIX_ROOM = 4
+"""Times what running sequences hold, in window pools that are to remember prefixes. On random prompts of which a third
+could be reused (tests/bench/prefix_reuse.py), 1 found a sixth of that, 2 almost a half, 4 two thirds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +76,14 @@ def plan_layout(
     budget_bytes: int,
     sequence_tokens: int,
     max_sequences: int,
+    reuse: bool = False,
 ) -> KvLayout:
     """Split `budget_bytes` among the pools so that as many sequences of `sequence_tokens` as possible fit.
 
     Every pool gets blocks for the same number of sequences (at most `max_sequences`). What is left would not hold
     another one of full length, but a shorter one: the smallest windows are served first, the full-attention pool takes
-    the rest.
+    the rest. If nothing is short and prompts are to find prefixes (`reuse`), window pools get up to PREFIX_ROOM times
+    that much: running sequences would leave them nothing to remember.
     """
     per_block = block_bytes_per_layer(architecture, tokens_per_block, dtype)
     sizes = {w: sum(b.sliding_window == w for b in architecture.blocks) * per_block for w in architecture.windows}
@@ -85,6 +97,12 @@ def plan_layout(
             extra = min(left // sizes[window], needs[window])
             num_blocks[window] += extra
             left -= extra * sizes[window]
+    elif reuse:
+        for window in architecture.windows:
+            most = min(PREFIX_ROOM * num_blocks[window], sequences * math.ceil(sequence_tokens / tokens_per_block))
+            extra = min(left // sizes[window], most - num_blocks[window])
+            num_blocks[window] += extra
+            left -= extra * sizes[window]
     return KvLayout(architecture=architecture, tokens_per_block=tokens_per_block, num_blocks=num_blocks, dtype=dtype)
 
 
@@ -94,10 +112,26 @@ class SequenceBlocks:
 
     first_block: int = 0
     blocks: list[int] = field(default_factory=list)
+    num_shared: int = 0
+    """Blocks found in the cache when the sequence was admitted."""
+    num_taken: int = 0
+    """Blocks taken since, for K and V of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """The beginning of a prompt whose K and V are in the cache."""
+
+    num_tokens: int = 0
+    blocks: dict[int | None, SequenceBlocks] = field(default_factory=dict)
+    """By window; nobody's yet."""
+
+
+NO_PREFIX = Prefix()
 
 
 class WindowPool:
-    """The blocks of one group: storage, the free list, and what admitted sequences may still claim."""
+    """The blocks of one group: storage, who uses them, and what admitted sequences may still claim."""
 
     def __init__(self, layout: KvLayout, window: int | None, device: torch.device) -> None:
         a = layout.architecture
@@ -107,17 +141,26 @@ class WindowPool:
         self.layers = [i for i, block in enumerate(a.blocks) if block.sliding_window == window]
         shape = (len(self.layers), 2, self.num_blocks * a.num_key_value_heads, layout.tokens_per_block, a.head_dim)
         self.storage = torch.zeros(shape, dtype=layout.dtype, device=device)
-        self._free = list(range(self.num_blocks - 1, -1, -1))
+        self.table = BlockTable(self.num_blocks)
         self._reserved = 0
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return self.table.num_free
 
     @property
     def num_unreserved(self) -> int:
-        """Blocks that no admitted sequence can claim."""
-        return self.num_blocks - self._reserved
+        """Blocks that no admitted sequence can claim.
+
+        Sharing saves blocks only without a window: there a sequence keeps what it shares to its end. With one it drops
+        shared blocks, which frees nothing, and takes new ones.
+        """
+        return self.num_blocks - self._reserved + (self.table.num_shares if self.window is None else 0)
+
+    def has_room(self, count: int, prefix: Sequence[int] = ()) -> bool:
+        """Whether a sequence that claims up to `count` blocks, among them those of `prefix`, can be admitted."""
+        saved = sum(self.table.is_in_use(block) for block in prefix) if self.window is None else 0
+        return count - saved <= self.num_unreserved
 
     def reserve(self, count: int) -> None:
         self._reserved += count
@@ -128,32 +171,35 @@ class WindowPool:
     def extend(self, sequence: SequenceBlocks, start: int, end: int) -> None:
         """Make `sequence` hold tokens `start..end`; blocks before the one of `start` are given back.
 
-        The caller has reserved enough blocks, so the free list cannot run dry.
+        The caller has reserved enough blocks, so they cannot run out.
         """
-        self._drop_before(sequence, start // self.tokens_per_block)
-        last = (end - 1) // self.tokens_per_block
-        while sequence.first_block + len(sequence.blocks) <= last:
-            sequence.blocks.append(self._free.pop())
+        self.drop_before(sequence, start)
+        missing = (end - 1) // self.tokens_per_block + 1 - sequence.first_block - len(sequence.blocks)
+        sequence.blocks += [self.table.take() for _ in range(missing)]
+        sequence.num_taken += max(missing, 0)
 
     def release(self, sequence: SequenceBlocks) -> None:
-        self._free.extend(sequence.blocks)
+        self.table.give_back(sequence.blocks)
         sequence.blocks.clear()
 
-    def _drop_before(self, sequence: SequenceBlocks, block: int) -> None:
-        stale = block - sequence.first_block
+    def drop_before(self, sequence: SequenceBlocks, start: int) -> None:
+        """Give back the blocks before the one of token `start`."""
+        stale = start // self.tokens_per_block - sequence.first_block
         if stale <= 0:
             return
-        self._free.extend(sequence.blocks[:stale])
+        self.table.give_back(sequence.blocks[:stale])
         del sequence.blocks[:stale]
-        sequence.first_block = block
+        sequence.first_block += stale
 
 
 class PagedKvCache:
     """All pools of a model."""
 
-    def __init__(self, layout: KvLayout, device: torch.device) -> None:
+    def __init__(self, layout: KvLayout, device: torch.device, *, reuse: bool = True) -> None:
         self.layout = layout
         self.device = device
+        self.reuse = reuse
+        """Whether prompts look for their beginning here."""
         self.pools = {window: WindowPool(layout, window, device) for window in layout.num_blocks}
         self._of_layer = {layer: (pool, i) for pool in self.pools.values() for i, layer in enumerate(pool.layers)}
 
@@ -173,14 +219,68 @@ class PagedKvCache:
     def can_ever_hold(self, num_tokens: int) -> bool:
         return all(self.pools[w].num_blocks >= need for w, need in self.demand(num_tokens).items())
 
-    def can_admit(self, num_tokens: int) -> bool:
-        return all(self.pools[w].num_unreserved >= need for w, need in self.demand(num_tokens).items())
+    def keys(self, tokens: Sequence[int]) -> list[bytes]:
+        """The keys of a prompt's full blocks; none without reuse."""
+        keys: list[bytes] = []
+        if self.reuse:
+            extend_keys(keys, tokens, len(tokens), self.layout.tokens_per_block)
+        return keys
 
-    def admit(self, num_tokens: int) -> dict[int | None, SequenceBlocks]:
-        """Reserve for a sequence that may grow to `num_tokens`; give its (empty) block lists."""
+    def find_prefix(self, keys: Sequence[bytes], num_tokens: int) -> Prefix:
+        """The longest reusable beginning of a prompt of `num_tokens`. One token at least is left to compute."""
+        size = self.layout.tokens_per_block
+        whole = min(len(keys), (num_tokens - 1) // size)
+        if None in self.pools:
+            whole = self.pools[None].table.count_leading(keys[:whole])
+        for count in range(whole, 0, -1):
+            blocks = {}
+            for window, pool in self.pools.items():
+                first = first_visible_block(window, count * size, size)
+                found = pool.table.find(keys[first:count])
+                if found is None:
+                    break
+                blocks[window] = SequenceBlocks(first_block=first, blocks=found, num_shared=len(found))
+            else:
+                return Prefix(num_tokens=count * size, blocks=blocks)
+        return NO_PREFIX
+
+    def count_reuse(self, num_prompt_tokens: int, num_reused: int) -> tuple[int, int]:
+        """(reused, missed): a prompt's blocks that need not be computed, and that must be, of all groups.
+
+        A group counts whole prompts, whatever its window lets it hold, so that the shares are those of the work.
+        """
+        size = self.layout.tokens_per_block
+        reused = num_reused // size * len(self.pools)
+        return reused, math.ceil(num_prompt_tokens / size) * len(self.pools) - reused
+
+    def can_admit(self, num_tokens: int, prefix: Prefix = NO_PREFIX) -> bool:
+        own = {window: found.blocks for window, found in prefix.blocks.items()}
+        return all(self.pools[w].has_room(need, own.get(w, ())) for w, need in self.demand(num_tokens).items())
+
+    def admit(self, num_tokens: int, prefix: Prefix = NO_PREFIX) -> dict[int | None, SequenceBlocks]:
+        """Reserve for a sequence that may grow to `num_tokens`; give its block lists, which hold the prefix."""
         for window, need in self.demand(num_tokens).items():
             self.pools[window].reserve(need)
-        return {window: SequenceBlocks() for window in self.pools}
+        for window, found in prefix.blocks.items():
+            self.pools[window].table.share(found.blocks)
+        return {window: prefix.blocks.get(window) or SequenceBlocks() for window in self.pools}
+
+    def commit(
+        self, blocks: dict[int | None, SequenceBlocks], keys: list[bytes], tokens: Sequence[int], start: int, end: int
+    ) -> None:
+        """After a step that wrote K and V of `tokens[start:end]`: blocks that are full now can be found, under their
+        keys (appended to `keys`), and what a window group wrote for others alone is given back."""
+        size = self.layout.tokens_per_block
+        first, last = start // size, end // size
+        if not self.reuse or first == last:
+            return
+        extend_keys(keys, tokens, end, size)
+        for window, own in blocks.items():
+            pool = self.pools[window]
+            for block in range(max(first, own.first_block), last):
+                pool.table.remember(own.blocks[block - own.first_block], keys[block])
+            if window is not None:
+                pool.drop_before(own, max(0, end - window))
 
     def release(self, blocks: dict[int | None, SequenceBlocks], num_tokens: int) -> None:
         """Give back all blocks and the reservation of a sequence admitted with `num_tokens`."""

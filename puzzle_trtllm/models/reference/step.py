@@ -160,7 +160,7 @@ def _plan_group(
     prefill = None
     if chunks is not None:
         prefill = _plan_prefill(pool, sequences[num_decodes:], past, past_first, chunks[1], num_heads, cache.device)
-    tokens, blocks, offsets = _claim(pool, sequences)
+    tokens, blocks, offsets = _claim(pool, sequences, cache.reuse)
     heads = np.arange(num_heads)
     num_rows = sum(len(s.tokens) for s in sequences)
     return GroupStep(
@@ -174,15 +174,23 @@ def _plan_group(
 
 
 def _claim(
-    pool: WindowPool, sequences: Sequence[SequenceStep]
+    pool: WindowPool, sequences: Sequence[SequenceStep], reuse: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Claim blocks for what outlives this step; give (row, block, offset in the block) of each token to be written."""
+    """Claim blocks for what outlives this step; give (row, block, offset in the block) of each token to be written.
+
+    With `reuse`, chunks also claim blocks for what only another prompt could read, as far as the step leaves some. They
+    are given back when it is committed, so it does not matter whether they are promised to somebody.
+    """
     size = pool.tokens_per_block
     rows, blocks, offsets = [], [], []
     row = 0
-    for s in sequences:
-        end = s.start + len(s.tokens)
-        keep_from = 0 if pool.window is None else max(0, end - pool.window)
+    ends = [s.start + len(s.tokens) for s in sequences]
+    firsts = [0 if pool.window is None else max(0, end - pool.window) // size for end in ends]
+    spare = _spare_blocks(pool, sequences, firsts, ends) if reuse and pool.window is not None else 0
+    for s, first, end in zip(sequences, firsts, ends, strict=True):
+        extra = min(max(0, first - s.start // size), spare)
+        spare -= extra
+        keep_from = (first - extra) * size
         own = s.blocks[pool.window]
         pool.extend(own, keep_from, end)
         kept = np.arange(max(s.start, keep_from), end)
@@ -191,6 +199,18 @@ def _claim(
         offsets.append(kept % size)
         row += len(s.tokens)
     return np.concatenate(rows), np.concatenate(blocks), np.concatenate(offsets)
+
+
+def _spare_blocks(
+    pool: WindowPool, sequences: Sequence[SequenceStep], firsts: Sequence[int], ends: Sequence[int]
+) -> int:
+    """Free blocks that the step does not need, if each sequence claims the blocks from its `firsts` to its `ends`."""
+    spare = pool.num_free
+    for s, first, end in zip(sequences, firsts, ends, strict=True):
+        own = s.blocks[pool.window]
+        held_to = own.first_block + len(own.blocks)
+        spare -= max(0, (end - 1) // pool.tokens_per_block + 1 - max(held_to, first))
+    return max(0, spare)
 
 
 def _plan_decode(

@@ -40,6 +40,8 @@ class ReferenceEngine:
             num_free_blocks=self.cache.num_free,
             num_steps=self._num_steps,
             num_generated_tokens=self._num_generated_tokens,
+            num_reused_blocks=self.scheduler.num_reused_blocks,
+            num_missed_blocks=self.scheduler.num_missed_blocks,
         )
 
     def submit(self, message: Submit) -> TokenUpdate | None:
@@ -88,7 +90,8 @@ class ReferenceEngine:
         logits = self.model.forward(plan_step(steps, self.cache), self.cache)
         ready = [s for s, count in scheduled if count == s.num_pending]
         for s, count in scheduled:
-            s.num_computed += count
+            start, s.num_computed = s.num_computed, s.num_computed + count
+            self.cache.commit(s.blocks, s.block_keys, s.tokens, start, s.num_computed)
         rows = [SamplingInput(rule=s.rule, tokens=s.tokens, num_generated=s.num_generated) for s in ready]
         tokens, logprobs = choose_tokens(logits, rows)
         now_ns = time.monotonic_ns()
@@ -124,15 +127,17 @@ class ReferenceEngine:
         )
 
     def _metrics(self, s: Sequence) -> RequestPerfMetrics:
-        blocks = sum(self.cache.demand(s.num_computed).values()) if s.num_computed else 0
+        reused, missed = self.cache.count_reuse(s.num_prompt_tokens, s.num_reused) if s.blocks else (0, 0)
+        taken = sum(own.num_taken for own in s.blocks.values())
         return RequestPerfMetrics(
             arrival_time_ns=s.arrival_ns,
             first_scheduled_time_ns=s.first_scheduled_ns,
             first_token_time_ns=s.first_token_ns,
             last_token_time_ns=time.monotonic_ns(),
-            num_total_allocated_blocks=blocks,
-            num_new_allocated_blocks=blocks,
-            num_missed_blocks=blocks,
+            num_total_allocated_blocks=taken + sum(own.num_shared for own in s.blocks.values()),
+            num_new_allocated_blocks=taken,
+            num_reused_blocks=reused,
+            num_missed_blocks=missed,
         )
 
 

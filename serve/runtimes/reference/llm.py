@@ -117,6 +117,9 @@ class LLM:
             "freeNumBlocks": s.num_free_blocks,
             "usedNumBlocks": s.num_blocks - s.num_free_blocks,
             "tokensPerBlock": self.args.kv_cache_config.tokens_per_block,
+            "reusedBlocks": s.num_reused_blocks,
+            "missedBlocks": s.num_missed_blocks,
+            "cacheHitRate": s.num_reused_blocks / max(1, s.num_reused_blocks + s.num_missed_blocks),
         }
         return [
             {

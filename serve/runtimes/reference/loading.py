@@ -56,7 +56,7 @@ def load_engine(arguments: EngineArguments) -> LoadedEngine:
     if device.type == "cpu" and weights.num_bytes < SINGLE_THREAD_BYTES:
         torch.set_num_threads(1)
     layout = _plan_cache(arguments, architecture, max_seq_len, device)
-    cache = PagedKvCache(layout, device)
+    cache = PagedKvCache(layout, device, reuse=arguments.kv_cache_config.enable_block_reuse)
     engine = ReferenceEngine(
         ReferenceModel(weights, kernels, max_seq_len=max_seq_len),
         cache,
@@ -71,6 +71,7 @@ def load_engine(arguments: EngineArguments) -> LoadedEngine:
         "max_seq_len": max_seq_len,
         "num_blocks": {str(window): count for window, count in layout.num_blocks.items()},
         "kv_cache_bytes": layout.num_bytes,
+        "block_reuse": cache.reuse,
         "checkpoint_weight_bytes": checkpoint.weight_bytes,
         "held_weight_bytes": weights.num_bytes,
         "experts_held_as": "compute dtype" if dequantize else "mxfp4",
@@ -135,6 +136,7 @@ def _plan_cache(
         budget_bytes=budget,
         sequence_tokens=max_seq_len,
         max_sequences=arguments.max_batch_size,
+        reuse=kv.enable_block_reuse,
     )
     if min(layout.num_blocks.values()) == 0:
         raise EngineError(

@@ -89,6 +89,9 @@ class EngineStats:
     num_free_blocks: int = 0
     num_steps: int = 0
     num_generated_tokens: int = 0
+    num_reused_blocks: int = 0
+    """Prompt blocks found in the cache since the start, and those that had to be computed."""
+    num_missed_blocks: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

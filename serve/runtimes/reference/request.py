@@ -132,7 +132,7 @@ class ReferenceRequestOutput:
         output.cumulative_logprob = update.cumulative_logprob
         if update.finish_reason is not None and not self._finished:
             output.finish_reason, output.stop_reason = update.finish_reason, update.stop_reason
-            self.metrics = update.metrics
+            self.metrics = update.metrics if self._params.return_perf_metrics else None
             if self._detokenizer is not None:
                 self._detokenizer.flush(output)
             self._finished = True

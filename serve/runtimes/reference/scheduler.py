@@ -3,7 +3,7 @@
 A request is admitted, in order of arrival, when every pool can hold it up to its last possible token (TensorRT-LLM's
 GUARANTEED_NO_EVICT): once running it is never thrown out. Each step first gives every decoding sequence its one token;
 what is left of `max_num_tokens` goes to prompt chunks, oldest first. Nobody overtakes the head of the queue, so nobody
-starves.
+starves. What the cache holds of a prompt's beginning is not computed again.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ class Sequence:
     num_computed: int = 0
     """Tokens whose K and V are in the cache."""
     blocks: dict[int | None, SequenceBlocks] = field(default_factory=dict)
+    block_keys: list[bytes] = field(default_factory=list)
+    """Under which others find its full blocks: those of the prompt, then those it filled itself."""
+    num_reused: int = 0
+    """Prompt tokens found in the cache."""
     num_reported: int = 0
     cumulative_logprob: float = 0.0
     first_scheduled_ns: int = 0
@@ -58,6 +62,8 @@ class Scheduler:
         self.max_num_tokens = max_num_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}
+        self.num_reused_blocks = 0
+        self.num_missed_blocks = 0
 
     @property
     def has_work(self) -> bool:
@@ -69,6 +75,7 @@ class Scheduler:
             raise ValueError(
                 f"the request needs KV cache for {sequence.max_tokens} tokens, more than the whole cache can hold"
             )
+        sequence.block_keys = self.cache.keys(sequence.tokens)
         self.waiting.append(sequence)
 
     def schedule(self, now_ns: int) -> list[tuple[Sequence, int]]:
@@ -104,10 +111,15 @@ class Scheduler:
         yield from prefilling
         while self.waiting and len(self.running) < self.max_batch_size:
             sequence = self.waiting[0]
-            if not self.cache.can_admit(sequence.max_tokens):
+            prefix = self.cache.find_prefix(sequence.block_keys, sequence.num_prompt_tokens)
+            if not self.cache.can_admit(sequence.max_tokens, prefix):
                 return
             self.waiting.popleft()
-            sequence.blocks = self.cache.admit(sequence.max_tokens)
+            sequence.blocks = self.cache.admit(sequence.max_tokens, prefix)
+            sequence.num_computed = sequence.num_reused = prefix.num_tokens
+            reused, missed = self.cache.count_reuse(sequence.num_prompt_tokens, sequence.num_reused)
+            self.num_reused_blocks += reused
+            self.num_missed_blocks += missed
             sequence.first_scheduled_ns = now_ns
             self.running[sequence.request_id] = sequence
             yield sequence
