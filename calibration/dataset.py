@@ -1,8 +1,8 @@
-"""Calibration data: files of conversations, texts or token ids, turned into token sequences.
+"""Calibration data: conversations, texts or token ids, turned into token sequences.
 
-A JSONL file holds one record a line: `{"messages": [...], "reasoning_effort": "high"}` (rendered by the checkpoint's
-own chat template), `{"text": "..."}` or `{"input_ids": [...]}`. A .txt file holds paragraphs, separated by blank lines.
-Which records are taken is decided by a seed alone, so that the same command gives the same scales anywhere; what was
+A record is `{"messages": [...], "reasoning_effort": "high"}` (rendered by the checkpoint's own chat template),
+`{"text": "..."}` or `{"input_ids": [...]}`; `records` says where they may come from, `record_encoder` what becomes of
+them. Which are taken is decided by a seed alone, so that the same command gives the same scales anywhere; what was
 taken is named by a fingerprint over the token ids.
 
 The trap is padding: the K of a pad token is in no real cache, yet a maximum over the batch would count it. So nothing
@@ -14,36 +14,68 @@ it never occurs.
 from __future__ import annotations
 
 import hashlib
-import json
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from puzzle_trtllm.chat import ChatTokenizer
+from puzzle_trtllm.calibration.record_encoder import RecordEncoder
+from puzzle_trtllm.calibration.records import draw_records
+from puzzle_trtllm.chat import REASONING_EFFORTS
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.errors import CalibrationError
 
-DEFAULT_NAME = "calibration.jsonl"
+OWN_NAME = "calibration.jsonl"
 """Taken from the checkpoint's own folder when no dataset is named."""
 
-_RECORD_KEYS = ("messages", "text", "input_ids")
+BUNDLED = Path(__file__).parent / "default_conversations.jsonl"
+"""Taken when the checkpoint brings none: a few conversations of many kinds. Enough to run, too little to rely on."""
+
+
+class DataOptions(TypedDict, total=False):
+    """What to calibrate on; the keywords of `load_dataset`, and of every function that calls it."""
+
+    dataset: str | Path | None
+    """A .jsonl, .txt or .parquet file, a folder of data files, or a dataset's name on the hub; None: the checkpoint's
+    own calibration.jsonl, or else the bundled conversations."""
+    dataset_config: str | None
+    """Of a dataset on the hub or in a folder."""
+    split: str
+    """Of a dataset on the hub or in a folder; "train" if not given."""
+    column: str | None
+    """The column with the messages, text or token ids; None: whichever of those names there is."""
+    efforts: Sequence[str]
+    """Reasoning efforts, in turn, for conversations that name none."""
+    max_samples: int
+    """Records at most (512)."""
+    max_tokens: int
+    """No further record is taken once there are this many tokens."""
+    sequence_length: int | None
+    """Cut sequences at this many tokens; None: one above the model's limit is an error."""
+    pack: bool
+    """Fill rows of `sequence_length` with several records."""
+    seed: int
+    """Which records are drawn, and in which order (0)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationDataset:
     """Token sequences, each int64 `[T]`, in sampled order."""
 
-    source: Path
+    source: str | Path
     sequences: tuple[NDArray[np.int64], ...]
 
     @property
     def num_tokens(self) -> int:
         return sum(len(sequence) for sequence in self.sequences)
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether these are the conversations that come with this package."""
+        return self.source == BUNDLED
 
     @property
     def fingerprint(self) -> str:
@@ -68,124 +100,73 @@ class CalibrationDataset:
 
 
 def load_dataset(
-    path: str | Path | None,
+    dataset: str | Path | None,
     checkpoint: Checkpoint,
     *,
+    dataset_config: str | None = None,
+    split: str = "train",
+    column: str | None = None,
+    efforts: Sequence[str] = (),
     max_samples: int = 512,
     max_tokens: int = 262_144,
     sequence_length: int | None = None,
     pack: bool = False,
     seed: int = 0,
 ) -> CalibrationDataset:
-    """Read, sample and tokenize `path` (None: the checkpoint's own calibration.jsonl) for this checkpoint.
+    """Draw, render and tokenize `dataset` for this checkpoint; DataOptions says what each keyword means.
 
-    At most `max_samples` records, fewer when they reach `max_tokens`. Sequences above `sequence_length` are cut;
-    without it, one above the model's limit is an error. Raises CalibrationError naming file and line.
+    Raises CalibrationError naming file and line.
     """
-    file = Path(path) if path is not None else checkpoint.path / DEFAULT_NAME
-    if not file.is_file():
-        expected = "a .jsonl or .txt file" if path is not None else "a dataset (--dataset): the checkpoint brings none"
-        raise CalibrationError("missing", file=file, expected=expected)
     limit = checkpoint.architecture.max_position_embeddings
-    if sequence_length is not None and not 1 <= sequence_length <= limit:
-        expected = f"1 to {limit} (the model's limit)"
-        raise CalibrationError("impossible", key="sequence_length", found=sequence_length, expected=expected)
-    if pack and sequence_length is None:
-        raise CalibrationError("packing needs a row length", key="sequence_length")
-    encoder = _Encoder(checkpoint)
+    _check_options(efforts, sequence_length, limit, pack)
+    source = _named_or_default(dataset, checkpoint)
+    bundled = source == BUNDLED
+    encoder = RecordEncoder(checkpoint, column=column, efforts=efforts, plain_without_template=bundled)
+    if bundled and sequence_length is None:
+        sequence_length = limit
     sequences: list[NDArray[np.int64]] = []
-    for place, record in _sample(_read_records(file), max_samples, seed):
+    num_tokens = 0
+    records = draw_records(source, max_samples=max_samples, seed=seed, config=dataset_config, split=split)
+    for place, record in records:
         ids = encoder.encode(record, place)
         if sequence_length is None and len(ids) > limit:
             expected = f"at most {limit} tokens, or a sequence_length to cut at"
             raise CalibrationError("longer than the model's limit", file=place, found=len(ids), expected=expected)
         sequences.append(ids if pack else ids[:sequence_length])
-        if sum(map(len, sequences)) >= max_tokens:
+        num_tokens += len(sequences[-1])
+        if num_tokens >= max_tokens:
             break
     if pack:
         sequences = _pack(sequences, sequence_length or limit)
     sequences = [sequence for sequence in sequences if len(sequence)]
     if not sequences:
-        raise CalibrationError("no tokens", file=file, expected="at least one record with text")
-    return CalibrationDataset(source=file, sequences=tuple(sequences))
+        raise CalibrationError("no tokens", file=source, expected="at least one record with text")
+    return CalibrationDataset(source=source, sequences=tuple(sequences))
 
 
-Record = tuple[str, dict[str, Any]]
-"""Where it stands (`file:line`), and what it says."""
+def load_chosen(checkpoint: Checkpoint, options: DataOptions, *, max_tokens: int) -> CalibrationDataset:
+    """`load_dataset` with the keywords of `options`; `max_tokens` holds when they do not say."""
+    named: dict[str, Any] = {"max_tokens": max_tokens, "dataset": None, **options}
+    return load_dataset(named.pop("dataset"), checkpoint, **named)
 
 
-def _read_records(file: Path) -> list[Record]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"cannot be read: {error}", file=file) from None
-    if file.suffix == ".txt":
-        paragraphs = [part.strip("\n") for part in text.replace("\r\n", "\n").split("\n\n")]
-        records = [(f"{file}: paragraph {i}", {"text": part}) for i, part in enumerate(paragraphs, 1) if part]
-    elif file.suffix == ".jsonl":
-        lines = text.split("\n")
-        records = [_parse(line, f"{file}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
-    else:
-        raise CalibrationError("unknown kind of dataset", file=file, found=file.suffix, expected=".jsonl or .txt")
-    if not records:
-        raise CalibrationError("empty", file=file, expected="at least one record")
-    return records
+def _check_options(efforts: Sequence[str], sequence_length: int | None, limit: int, pack: bool) -> None:
+    if sequence_length is not None and not 1 <= sequence_length <= limit:
+        expected = f"1 to {limit} (the model's limit)"
+        raise CalibrationError("impossible", key="sequence_length", found=sequence_length, expected=expected)
+    if pack and sequence_length is None:
+        raise CalibrationError("packing needs a row length", key="sequence_length")
+    for effort in efforts:
+        if effort not in REASONING_EFFORTS:
+            expected = ", ".join(REASONING_EFFORTS)
+            raise CalibrationError("unknown reasoning effort", key="efforts", found=effort, expected=expected)
 
 
-def _parse(line: str, place: str) -> Record:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise CalibrationError(f"not valid JSON: {error}", file=place) from None
-    found = [key for key in _RECORD_KEYS if isinstance(record, dict) and key in record]
-    if len(found) != 1:
-        keys = list(record) if isinstance(record, dict) else type(record).__name__
-        raise CalibrationError("unknown record", file=place, found=keys, expected=f"one of {', '.join(_RECORD_KEYS)}")
-    return place, record
-
-
-def _sample(records: Sequence[Record], max_samples: int, seed: int) -> list[Record]:
-    """A seeded choice without repetition, in a seeded order (so that a token budget cuts no particular part)."""
-    return random.Random(seed).sample(list(records), min(max_samples, len(records)))
-
-
-class _Encoder:
-    """Records to token ids; the tokenizer is read when a record first needs it."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._tokenizer: ChatTokenizer | None = None
-
-    def encode(self, record: dict[str, Any], place: str) -> NDArray[np.int64]:
-        ids = record["input_ids"] if "input_ids" in record else self._tokenize(record, place)
-        valid = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
-        if not valid:
-            raise CalibrationError("must be a list of token ids", file=place, key="input_ids")
-        vocab_size = self._checkpoint.architecture.vocab_size
-        if ids and max(ids) >= vocab_size:
-            raise CalibrationError(
-                "a token id outside the model's vocabulary (another model's tokenizer?)",
-                file=place,
-                found=max(ids),
-                expected=f"below {vocab_size}",
-            )
-        return np.array(ids, dtype=np.int64)
-
-    def _tokenize(self, record: dict[str, Any], place: str) -> list[int]:
-        self._tokenizer = self._tokenizer or ChatTokenizer.from_folder(self._checkpoint.path)
-        if "text" in record:
-            if not isinstance(record["text"], str):
-                raise CalibrationError("must be a string", file=place, key="text")
-            return self._tokenizer.encode(record["text"])
-        messages = record["messages"]
-        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-            raise CalibrationError("must be a list of messages", file=place, key="messages")
-        text = self._tokenizer.render_chat(
-            messages,
-            reasoning_effort=record.get("reasoning_effort"),
-            add_generation_prompt=messages[-1].get("role") != "assistant",
-        )
-        return self._tokenizer.encode(text)
+def _named_or_default(dataset: str | Path | None, checkpoint: Checkpoint) -> str | Path:
+    if dataset is not None:
+        return dataset
+    own = checkpoint.path / OWN_NAME
+    return own if own.is_file() else BUNDLED
 
 
 def _pack(sequences: Sequence[NDArray[np.int64]], length: int) -> list[NDArray[np.int64]]:

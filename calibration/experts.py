@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from puzzle_trtllm.calibration.dataset import CalibrationDataset, load_dataset
+from puzzle_trtllm.calibration.dataset import CalibrationDataset, DataOptions, load_chosen
 from puzzle_trtllm.calibration.forward import require_finite, run_dataset
 from puzzle_trtllm.calibration.layer_stream import Observation, stream_layers
 from puzzle_trtllm.calibration.memory import should_stream
@@ -28,6 +28,10 @@ from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.errors import CalibrationError
 from puzzle_trtllm.models.huggingface.loading import load_causal_lm
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+MAX_TOKENS = 65_536
 METHOD = "ranked-choice-votes"
 WHAT = "routing"
 
@@ -41,6 +45,7 @@ class ExpertCalibration:
     num_sequences: int
     num_tokens: int
     dataset_fingerprint: str
+    dataset_is_bundled: bool
     parent_fingerprint: str
     votes: tuple[tuple[int, ...], ...]
     """By layer and expert: tokens that are routed to it."""
@@ -55,19 +60,15 @@ def calibrate_experts(
     checkpoint: str | Path,
     out: str | Path,
     *,
-    dataset: str | Path | None = None,
-    max_samples: int = 512,
-    max_tokens: int = 65_536,
-    sequence_length: int | None = None,
-    pack: bool = False,
-    seed: int = 0,
     dtype: torch.dtype = torch.float32,
     stream: bool | None = None,
     overwrite: bool = False,
     quiet: bool = True,
+    **data_options: Unpack[DataOptions],
 ) -> ExpertCalibration:
-    """Score the experts of `checkpoint` on `dataset` and write the importance file `out`.
+    """Score the experts of `checkpoint` and write the importance file `out`.
 
+    What to calibrate on: `dataset` and the other keywords of DataOptions; at most 65,536 tokens unless they say so.
     `stream` holds one layer in memory at a time; None decides by the memory that is free. The result is the same.
     Raises CalibrationError (data, activations), CheckpointError, or PuzzleError when `out` exists without `overwrite`.
     """
@@ -75,15 +76,7 @@ def calibrate_experts(
     if out.exists() and not overwrite:
         raise CalibrationError("exists (--overwrite replaces it)", file=out)
     source = Checkpoint.open(checkpoint)
-    data = load_dataset(
-        dataset,
-        source,
-        max_samples=max_samples,
-        max_tokens=max_tokens,
-        sequence_length=sequence_length,
-        pack=pack,
-        seed=seed,
-    )
+    data = load_chosen(source, data_options, max_tokens=MAX_TOKENS)
     if should_stream(source, dtype, wanted=stream):
         rankings = stream_rankings(source, data, out=out, dtype=dtype, quiet=quiet)
     else:
@@ -103,6 +96,7 @@ def calibrate_experts(
         num_sequences=len(data.sequences),
         num_tokens=data.num_tokens,
         dataset_fingerprint=metadata["dataset_fingerprint"],
+        dataset_is_bundled=data.is_bundled,
         parent_fingerprint=metadata["parent_fingerprint"],
         votes=tuple(_first_votes(layer, top_k) for layer in rankings),
     )

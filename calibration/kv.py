@@ -15,12 +15,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from puzzle_trtllm.calibration.dataset import CalibrationDataset, load_dataset
+from puzzle_trtllm.calibration.dataset import CalibrationDataset, DataOptions, load_chosen
 from puzzle_trtllm.calibration.forward import run_dataset
 from puzzle_trtllm.calibration.kv_observer import KINDS, KvObserver
 from puzzle_trtllm.calibration.kv_quantizers import calibrate_max, hf_quant_config, layer_amax
@@ -35,8 +35,12 @@ from puzzle_trtllm.folders import atomic_folder, write_atomically
 from puzzle_trtllm.kv_scales import KV_CALIBRATION_NAME
 from puzzle_trtllm.models.huggingface.loading import load_causal_lm
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 REPORT_NAME = "kv_report.json"
 WHAT = "KV calibration"
+MAX_TOKENS = 262_144
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,7 @@ class KvCalibration:
     num_tokens: int
     dtype: str
     dataset_fingerprint: str
+    dataset_is_bundled: bool
     checkpoint_fingerprint: str
     """Of the source, before it had scales."""
     versions: dict[str, str]
@@ -81,20 +86,16 @@ def calibrate_kv(
     checkpoint: str | Path,
     out: str | Path,
     *,
-    dataset: str | Path | None = None,
     exact: bool = False,
-    max_samples: int = 512,
-    max_tokens: int = 262_144,
-    sequence_length: int | None = None,
-    pack: bool = False,
-    seed: int = 0,
     dtype: torch.dtype = torch.float32,
     stream: bool | None = None,
     overwrite: bool = False,
     quiet: bool = True,
+    **data_options: Unpack[DataOptions],
 ) -> KvCalibration:
     """Write the calibrated checkpoint `out`; scales are powers of two, or amax / 448 if `exact`.
 
+    What to calibrate on: `dataset` and the other keywords of DataOptions; at most 262,144 tokens unless they say so.
     `stream` holds one layer in memory at a time; None decides by the memory that is free. The result is the same.
     Raises CalibrationError (data, activations, a source that has scales without `overwrite`), CheckpointError, or
     PuzzleError when `out` holds something and `overwrite` is not given.
@@ -104,15 +105,7 @@ def calibrate_kv(
         _, entry = next(iter(source.kv_scales.items()))
         raise CalibrationError("already has KV scales (--overwrite replaces them)", file=entry.file, key=entry.name)
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
-        data = load_dataset(
-            dataset,
-            source,
-            max_samples=max_samples,
-            max_tokens=max_tokens,
-            sequence_length=sequence_length,
-            pack=pack,
-            seed=seed,
-        )
+        data = load_chosen(source, data_options, max_tokens=MAX_TOKENS)
         streamed = should_stream(source, dtype, wanted=stream)
         seen = (
             _stream(source, data, Path(out), dtype, quiet) if streamed else _observe_whole(source, data, dtype, quiet)
@@ -196,6 +189,7 @@ def _report(
         num_tokens=data.num_tokens,
         dtype=str(dtype).removeprefix("torch."),
         dataset_fingerprint=data.fingerprint,
+        dataset_is_bundled=data.is_bundled,
         checkpoint_fingerprint=source.fingerprint(),
         versions={name: version(name) for name in ("nvidia-modelopt", "torch", "transformers")},
         layers=tuple(layers),

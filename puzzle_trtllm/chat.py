@@ -53,6 +53,15 @@ class ChatTokenizer:
     def vocab_size(self) -> int:
         return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
 
+    @property
+    def largest_id(self) -> int:
+        """Ids may have gaps, so it says more than `vocab_size` about the embedding that is needed; -1 if empty."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @property
+    def has_template(self) -> bool:
+        return (self.folder / "chat_template.jinja").is_file() or isinstance(self.config.get("chat_template"), str)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` as it stands: special tokens in it are recognised, none are added."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
@@ -66,9 +75,15 @@ class ChatTokenizer:
         *,
         reasoning_effort: str | None = None,
         add_generation_prompt: bool = True,
+        now: datetime | None = None,
     ) -> str:
-        """The prompt text of a conversation. Raises CheckpointError when there is no template or it refuses."""
+        """The prompt text of a conversation; templates that print the date print that of `now` (None: today).
+
+        Raises CheckpointError when there is no template or it refuses.
+        """
         arguments: dict[str, Any] = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        if now is not None:
+            arguments["strftime_now"] = now.strftime
         if reasoning_effort is not None:
             arguments["reasoning_effort"] = reasoning_effort
         for name in ("bos_token", "eos_token", "pad_token"):

@@ -7,24 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from puzzle_trtllm.commands.dataset_options import takes_dataset, warn_if_bundled
 from puzzle_trtllm.commands.output import JsonOption, OverwriteOption, facts_table, print_json, print_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from puzzle_trtllm.calibration.dataset import DataOptions
     from puzzle_trtllm.calibration.experts import ExpertCalibration
     from puzzle_trtllm.calibration.kv import KvCalibration
 
 CheckpointArgument = Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")]
-DatasetOption = Annotated[
-    Path | None,
-    typer.Option("--dataset", help=".jsonl (messages, text or input_ids) or .txt; default: the checkpoint's own."),
-]
-MaxSamplesOption = Annotated[int, typer.Option("--max-samples", min=1, help="Records of the dataset at most.")]
-SequenceLengthOption = Annotated[
-    int | None, typer.Option("--sequence-length", min=1, help="Cut sequences at this many tokens.")
-]
-PackOption = Annotated[bool, typer.Option("--pack", help="Fill rows of --sequence-length with several records.")]
 StreamOption = Annotated[
     bool | None,
     typer.Option(
@@ -34,18 +27,13 @@ StreamOption = Annotated[
         show_default=False,
     ),
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Which records are drawn.")]
 
 
+@takes_dataset(max_tokens=65_536)
 def experts_command(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(help="Importance file to write, *.safetensors.")],
-    dataset: DatasetOption = None,
-    max_samples: MaxSamplesOption = 512,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens at most.")] = 65_536,
-    sequence_length: SequenceLengthOption = None,
-    pack: PackOption = False,
-    seed: SeedOption = 0,
+    data: DataOptions,
     stream: StreamOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -56,16 +44,12 @@ def experts_command(
     report = calibrate_experts(
         checkpoint,
         out,
-        dataset=dataset,
-        max_samples=max_samples,
-        max_tokens=max_tokens,
-        sequence_length=sequence_length,
-        pack=pack,
-        seed=seed,
         stream=stream,
         overwrite=overwrite,
         quiet=False,
+        **data,
     )
+    warn_if_bundled(report.dataset_is_bundled)
     if as_json:
         print_json(
             {
@@ -105,16 +89,12 @@ def votes_table(report: ExpertCalibration) -> Table:
     return table
 
 
+@takes_dataset(max_tokens=262_144)
 def kv_command(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(help="Folder of the calibrated checkpoint, to be made.")],
-    dataset: DatasetOption = None,
+    data: DataOptions,
     exact: Annotated[bool, typer.Option("--exact", help="Scales amax / 448 instead of powers of two.")] = False,
-    max_samples: MaxSamplesOption = 512,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens at most.")] = 262_144,
-    sequence_length: SequenceLengthOption = None,
-    pack: PackOption = False,
-    seed: SeedOption = 0,
     stream: StreamOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -128,17 +108,13 @@ def kv_command(
     report = calibrate_kv(
         checkpoint,
         out,
-        dataset=dataset,
         exact=exact,
-        max_samples=max_samples,
-        max_tokens=max_tokens,
-        sequence_length=sequence_length,
-        pack=pack,
-        seed=seed,
         stream=stream,
         overwrite=overwrite,
         quiet=False,
+        **data,
     )
+    warn_if_bundled(report.dataset_is_bundled)
     if as_json:
         from dataclasses import asdict
 

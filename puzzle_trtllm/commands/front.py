@@ -27,6 +27,7 @@ EXTRA_OF_PACKAGE: Mapping[str, str] = {
     "safetensors": "reference",
     "modelopt": "calibrate",
     "datasets": "calibrate",
+    "pyarrow": "calibrate",
     "accelerate": "calibrate",
     "tritonclient": "serve",
     "grpc": "serve",

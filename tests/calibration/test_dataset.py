@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puzzle_trtllm.calibration.dataset import CalibrationDataset, load_dataset
+from puzzle_trtllm.calibration.dataset import BUNDLED, CalibrationDataset, load_dataset
 from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.errors import CalibrationError
@@ -63,8 +69,140 @@ def test_the_checkpoint_may_bring_its_own(checkpoint, make_checkpoint):
     folder = make_checkpoint([(4, 8)])
     write_jsonl(folder / "calibration.jsonl", {"input_ids": [1, 2]})
     assert ids_of(load_dataset(None, Checkpoint.open(folder))) == [[1, 2]]
-    with pytest.raises(CalibrationError, match=r"calibration\.jsonl: missing .*--dataset"):
-        load_dataset(None, checkpoint)
+
+
+def test_the_bundled_conversations_work_with_any_tokenizer(checkpoint, make_checkpoint):
+    bundled = load_dataset(None, checkpoint)
+    assert bundled.is_bundled
+    assert len(bundled.sequences) == len(BUNDLED.read_text(encoding="utf-8").splitlines())
+    rendered = [ChatTokenizer.from_folder(checkpoint.path).decode(ids) for ids in ids_of(bundled)]
+    assert all(text.startswith("<|start|>system<|message|>effort: ") for text in rendered)
+    assert {text[34:37] for text in rendered} == {"low", "med", "hig"}
+    assert max(map(len, bundled.sequences)) <= 512  # cut at the model's limit, unasked
+    plain = Checkpoint.open(make_checkpoint([(4, 8)]))
+    (plain.path / "chat_template.jinja").unlink()
+    texts = [ChatTokenizer.from_folder(plain.path).decode(ids) for ids in ids_of(load_dataset(None, plain))]
+    assert not any("<|start|>" in text for text in texts)
+
+
+def test_conversations_take_the_given_efforts_in_turn(checkpoint, tmp_path):
+    messages = [{"role": "user", "content": "1"}]
+    records = [{"messages": messages} for _ in range(4)] + [{"messages": messages, "reasoning_effort": "medium"}]
+    file = write_jsonl(tmp_path / "d.jsonl", *records)
+    decode = ChatTokenizer.from_folder(checkpoint.path).decode
+
+    def efforts(dataset: CalibrationDataset) -> list[str]:
+        return sorted(decode(ids).split("effort: ")[1].split("<")[0] for ids in ids_of(dataset))
+
+    assert efforts(load_dataset(file, checkpoint)) == ["medium"] * 5
+    assert efforts(load_dataset(file, checkpoint, efforts=["low", "high"])) == ["high"] * 2 + ["low"] * 2 + ["medium"]
+    with pytest.raises(CalibrationError, match=r"efforts: unknown reasoning effort \(found max, expected low, medium"):
+        load_dataset(file, checkpoint, efforts=["max"])
+
+
+def test_a_template_that_prints_the_date_gives_the_same_tokens_every_day(make_checkpoint, tmp_path):
+    folder = make_checkpoint([(4, 8)])
+    template = folder / "chat_template.jinja"
+    template.write_text('{{ strftime_now("%Y-%m-%d") }}' + template.read_text())
+    file = write_jsonl(tmp_path / "d.jsonl", {"messages": [{"role": "user", "content": "1"}]})
+    (ids,) = ids_of(load_dataset(file, Checkpoint.open(folder)))
+    assert ChatTokenizer.from_folder(folder).decode(ids).startswith("2025-08-05<|start|>")
+
+
+# -- sources -----------------------------------------------------------------------------------------------------------
+
+
+RECORDS = [{"text": f"text {i}", "id": i} for i in range(30)]
+
+
+def write_parquet(file: Path, records: list[dict[str, object]], **options: object) -> Path:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), file, **options)
+    return file
+
+
+def test_parquet_gives_what_jsonl_gives(checkpoint, tmp_path):
+    lines = write_jsonl(tmp_path / "d.jsonl", *RECORDS)
+    rows = write_parquet(tmp_path / "d.parquet", RECORDS, row_group_size=7)
+    for options in ({}, {"max_samples": 9, "seed": 3}):
+        expected = load_dataset(lines, checkpoint, **options)
+        assert load_dataset(rows, checkpoint, **options).fingerprint == expected.fingerprint
+    question = [{"role": "user", "content": "1", "thinking": None}]  # Arrow fills absent keys with null
+    chats = [{"messages": question, "input_ids": None}, {"messages": None, "input_ids": [5, 6]}]
+    found = load_dataset(write_parquet(tmp_path / "c.parquet", chats), checkpoint)
+    assert sorted(map(len, found.sequences))[0] == 2
+    with pytest.raises(CalibrationError, match=r"e\.parquet: cannot be read as Parquet"):
+        load_dataset(write_jsonl(tmp_path / "e.parquet", *RECORDS), checkpoint)
+
+
+def test_a_folder_goes_through_the_datasets_library(checkpoint, tmp_path):
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    write_jsonl(folder / "train-0.jsonl", *RECORDS[:20])
+    write_jsonl(folder / "train-1.jsonl", *RECORDS[20:])
+    write_jsonl(folder / "validation-0.jsonl", {"text": "other", "id": 1})
+    whole = load_dataset(folder, checkpoint)
+    encode = ChatTokenizer.from_folder(checkpoint.path).encode
+    assert sorted(ids_of(whole)) == sorted(encode(str(record["text"])) for record in RECORDS)
+    few = load_dataset(folder, checkpoint, max_samples=5, seed=1)
+    assert ids_of(few) == ids_of(load_dataset(folder, checkpoint, max_samples=5, seed=1))
+    assert ids_of(few) != ids_of(load_dataset(folder, checkpoint, max_samples=5, seed=2))
+    assert ids_of(load_dataset(folder, checkpoint, split="validation")) == [encode("other")]
+    with pytest.raises(CalibrationError, match=r"chats \(test\): the dataset cannot be loaded: .*test"):
+        load_dataset(folder, checkpoint, split="test")
+
+
+def test_a_folder_of_parquet_files(checkpoint, tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", RECORDS)
+    assert len(load_dataset(tmp_path, checkpoint).sequences) == 30
+
+
+def test_a_name_goes_to_the_hub_with_its_config_and_split(checkpoint, monkeypatch):
+    asked = []
+
+    def deliver(name, config, *, split, streaming):
+        asked.append((name, config, split, streaming))
+        return datasets.IterableDataset.from_generator(lambda: iter(RECORDS))
+
+    monkeypatch.setattr(datasets, "load_dataset", deliver)
+    found = load_dataset("abisee/cnn_dailymail", checkpoint, dataset_config="3.0.0", split="test", max_samples=4)
+    assert asked == [("abisee/cnn_dailymail", "3.0.0", "test", True)]
+    assert len(found.sequences) == 4
+    assert found.source == "abisee/cnn_dailymail"
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(make_checkpoint, tmp_path):
+    """The library's own failure, not an imitation: offline it refuses before it looks for a network."""
+    command = [sys.executable, "-m", "puzzle_trtllm", "calibrate", "experts", str(make_checkpoint([(4, 8)]))]
+    command += [str(tmp_path / "out.safetensors"), "--dataset", "nobody/nothing-of-this-name"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: nobody/nothing-of-this-name (train): the dataset cannot be loaded: ")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_another_column(checkpoint, tmp_path):
+    records = [{"article": "abc"}, {"article": [{"from": "human", "value": "1+1="}, {"from": "gpt", "value": "2"}]}]
+    found = ids_of(load_dataset(write_jsonl(tmp_path / "d.jsonl", *records), checkpoint, column="article"))
+    tokenizer = ChatTokenizer.from_folder(checkpoint.path)
+    chat = "<|start|>system<|message|>effort: medium<|end|><|start|>user<|message|>1+1=<|end|>"
+    assert sorted(found) == sorted(
+        [tokenizer.encode("abc"), tokenizer.encode(f"{chat}<|start|>assistant<|message|>2<|end|>")]
+    )
+    both = write_jsonl(tmp_path / "b.jsonl", {"text": "a", "messages": [{"role": "user", "content": "b"}]})
+    with pytest.raises(CalibrationError, match=r"unknown record .*--column names another"):
+        load_dataset(both, checkpoint)
+    assert ids_of(load_dataset(both, checkpoint, column="text")) == [tokenizer.encode("a")]
+
+
+def test_another_models_tokenizer_is_refused_before_any_text(make_checkpoint, tmp_path):
+    folder = make_checkpoint([(4, 8)], vocab_size=40)
+    file = write_jsonl(tmp_path / "d.jsonl", {"text": ""}, {"text": "a"})
+    with pytest.raises(
+        CalibrationError, match=r"tokenizer\.json: has tokens outside .* \(found token id \d+, expected below 40\)"
+    ):
+        load_dataset(file, Checkpoint.open(folder))
 
 
 def test_sampling_is_decided_by_the_seed(checkpoint, tmp_path):
@@ -150,7 +288,7 @@ def test_bad_data_is_one_line_that_says_where(checkpoint, tmp_path, content, mes
 
 def test_unknown_kinds_and_missing_files(checkpoint, tmp_path):
     (tmp_path / "d.csv").write_text("a,b")
-    with pytest.raises(CalibrationError, match=r"found \.csv, expected \.jsonl or \.txt"):
+    with pytest.raises(CalibrationError, match=r"found \.csv, expected \.jsonl, \.txt or \.parquet"):
         load_dataset(tmp_path / "d.csv", checkpoint)
     with pytest.raises(CalibrationError, match=r"none\.jsonl: missing"):
         load_dataset(tmp_path / "none.jsonl", checkpoint)

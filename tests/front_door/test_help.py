@@ -57,7 +57,10 @@ def test_the_flags_are_frozen() -> None:
         for inner_name, inner in getattr(command, "commands", {"": command}).items():
             flags = {option for parameter in inner.params for option in parameter.opts if option.startswith("--")}
             found[f"{name} {inner_name}".strip()] = " ".join(sorted(flags))
-    data = "--dataset --json --max-samples --max-tokens --overwrite --pack --seed --sequence-length --stream"
+    data = (
+        "--column --dataset --dataset-config --effort --json --max-samples --max-tokens --overwrite --pack --seed "
+        "--sequence-length --split --stream"
+    )
     assert found == {
         "inspect": "--gpu --gpus --json --kv --seq-len",
         "plan": "--allocator --batch --compare --explain --gpu --gpus --isl --json --kv --memory-rule --osl --out "

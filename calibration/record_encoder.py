@@ -1,0 +1,136 @@
+"""Records to token ids: text as it stands, conversations through the checkpoint's own chat template.
+
+Templates may print today's date (gpt-oss's does), which would give other scales tomorrow; here it is always
+TEMPLATE_DATE. The tokenizer is read when a record first needs it, and held to the model: a token that the embedding
+has no row for means that it belongs to another model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from puzzle_trtllm.chat import ChatTokenizer
+from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.errors import CalibrationError, CheckpointError
+
+TEMPLATE_DATE = datetime(2025, 8, 5)
+"""The day of gpt-oss's release."""
+
+COLUMNS = ("messages", "text", "input_ids")
+"""What a record says, in whichever of these columns it has."""
+
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+class RecordEncoder:
+    """Encodes the records of one dataset for one checkpoint.
+
+    `column` is where a record says what it says; None takes whichever of COLUMNS it has. `efforts` are taken in turn by
+    conversations that name no `reasoning_effort` of their own; empty leaves the template's default. With
+    `plain_without_template` a checkpoint that has no chat template gets a conversation's texts, one below the other.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        column: str | None = None,
+        efforts: Sequence[str] = (),
+        plain_without_template: bool = False,
+    ) -> None:
+        self._checkpoint, self._column, self._efforts = checkpoint, column, tuple(efforts)
+        self._plain_without_template = plain_without_template
+        self._num_conversations = 0
+        self._tokenizer: ChatTokenizer | None = None
+
+    def encode(self, record: Mapping[str, Any], place: str) -> NDArray[np.int64]:
+        """int64 `[T]`. Raises CalibrationError naming `place`, CheckpointError when the tokenizer cannot be used."""
+        column, value = self._said(record, place)
+        if isinstance(value, str) and column not in ("messages", "input_ids"):
+            return self._checked(self._read_tokenizer().encode(value), place)
+        if _is_token_ids(value) and column not in ("messages", "text"):
+            return self._checked(value, place)
+        if column == "input_ids":
+            raise CalibrationError("must be a list of token ids", file=place, key=column)
+        if column == "text":
+            raise CalibrationError("must be a string", file=place, key=column)
+        return self._checked(self._encode_chat(value, column, record.get("reasoning_effort"), place), place)
+
+    def _said(self, record: Mapping[str, Any], place: str) -> tuple[str, Any]:
+        wanted = COLUMNS if self._column is None else (self._column,)
+        found = [column for column in wanted if record.get(column) is not None]
+        if len(found) != 1:
+            expected = f"one of {', '.join(COLUMNS)} (--column names another)" if self._column is None else self._column
+            raise CalibrationError("unknown record", file=place, found=list(record), expected=expected)
+        return found[0], record[found[0]]
+
+    def _encode_chat(self, value: Any, column: str, effort: object, place: str) -> list[int]:
+        messages = _messages(value)
+        if messages is None:
+            raise CalibrationError("must be a list of messages", file=place, key=column)
+        tokenizer = self._read_tokenizer()
+        if self._plain_without_template and not tokenizer.has_template:
+            return tokenizer.encode("\n".join(str(message["content"]) for message in messages))
+        if effort is None and self._efforts:
+            effort = self._efforts[self._num_conversations % len(self._efforts)]
+            self._num_conversations += 1
+        try:
+            text = tokenizer.render_chat(
+                messages,
+                reasoning_effort=None if effort is None else str(effort),
+                add_generation_prompt=messages[-1].get("role") != "assistant",
+                now=TEMPLATE_DATE,
+            )
+        except CheckpointError as error:
+            raise CalibrationError(str(error), file=place) from None
+        return tokenizer.encode(text)
+
+    def _read_tokenizer(self) -> ChatTokenizer:
+        if self._tokenizer is None:
+            tokenizer = ChatTokenizer.from_folder(self._checkpoint.path)
+            vocab_size = self._checkpoint.architecture.vocab_size
+            if tokenizer.largest_id >= vocab_size:
+                raise CalibrationError(
+                    "has tokens outside the model's vocabulary (another model's tokenizer?)",
+                    file=self._checkpoint.path / "tokenizer.json",
+                    found=f"token id {tokenizer.largest_id}",
+                    expected=f"below {vocab_size}",
+                )
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+    def _checked(self, ids: Sequence[int], place: str) -> NDArray[np.int64]:
+        vocab_size = self._checkpoint.architecture.vocab_size
+        if len(ids) and max(ids) >= vocab_size:
+            raise CalibrationError(
+                "a token id outside the model's vocabulary (another model's tokenizer?)",
+                file=place,
+                found=max(ids),
+                expected=f"below {vocab_size}",
+            )
+        return np.array(ids, dtype=np.int64)
+
+
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
+
+
+def _messages(value: Any) -> list[dict[str, Any]] | None:
+    """Messages as templates read them, also from `{"from": "human", "value": ...}`; None if they are none."""
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        return None
+    messages = []
+    for message in value:
+        kept = {key: part for key, part in message.items() if part is not None}  # Arrow fills absent keys with null
+        if "from" in kept and "value" in kept:
+            role = str(kept["from"])
+            kept = {"role": _SHAREGPT_ROLES.get(role, role), "content": kept["value"]}
+        if "role" not in kept:
+            return None
+        messages.append(kept)
+    return messages
