@@ -118,11 +118,11 @@ class Checkpoint:
             return (values.astype(np.uint32) << 16).view(np.float32)
         return values.astype(np.float32)
 
-    def torch(self, name: str) -> torch.Tensor:
-        """The tensor as a torch tensor that owns its memory."""
+    def torch(self, name: str, part: tuple[slice, ...] = ()) -> torch.Tensor:
+        """The tensor, or only `part` of it, as a torch tensor that owns its memory; no more than that is read."""
         import torch
 
-        values = torch.from_numpy(np.array(self.numpy(name)))
+        values = torch.from_numpy(np.array(self.numpy(name)[part]))
         return values.view(torch.bfloat16) if self.entry(name).dtype == "BF16" else values
 
     def entry(self, name: str) -> TensorEntry:

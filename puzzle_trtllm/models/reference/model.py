@@ -9,6 +9,8 @@ Legend: T rows, D hidden, H query heads, K KV heads, Dh head dim, R rows with lo
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F  # noqa: N812 (the customary name)
 from torch import Tensor
@@ -19,13 +21,19 @@ from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.step import Step
 from puzzle_trtllm.models.reference.weights import LayerWeights, ModelWeights
 
+if TYPE_CHECKING:
+    from puzzle_trtllm.models.reference.rank_group import RankGroup
+
 
 class ReferenceModel:
-    """Weights and rotary tables; `forward` runs one step."""
+    """Weights and rotary tables; `forward` runs one step. `ranks` when the weights are one rank's part."""
 
-    def __init__(self, weights: ModelWeights, kernels: Kernels, *, max_seq_len: int) -> None:
+    def __init__(
+        self, weights: ModelWeights, kernels: Kernels, *, max_seq_len: int, ranks: RankGroup | None = None
+    ) -> None:
         self.weights = weights
         self.kernels = kernels
+        self.ranks = ranks
         self.architecture = weights.architecture
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
@@ -37,14 +45,17 @@ class ReferenceModel:
 
     @torch.inference_mode()
     def forward(self, step: Step, cache: PagedKvCache) -> Tensor:
-        """Logits float32 `[R, V]` of the rows that want them."""
+        """Logits float32 `[R, V]` of the rows that want them; with several ranks, on the first one only."""
         weights, eps = self.weights, self.architecture.rms_norm_eps
         x = F.embedding(step.token_ids, weights.embedding)
         cos, sin = self._cos[step.positions][:, None, :], self._sin[step.positions][:, None, :]
         for index, layer in enumerate(weights.layers):
             x = x + self._attention(index, layer, _rms_norm(x, layer.input_norm, eps), cos, sin, step, cache)
             x = x + self._experts(layer, _rms_norm(x, layer.post_norm, eps))
-        return F.linear(_rms_norm(x[step.logit_rows], weights.final_norm, eps), weights.head).float()
+        logits = F.linear(_rms_norm(x[step.logit_rows], weights.final_norm, eps), weights.head)
+        if self.ranks is not None:
+            logits = self.ranks.gather_columns(logits, self.architecture.vocab_size)
+        return logits.float()
 
     def _attention(
         self, index: int, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, step: Step, cache: PagedKvCache
@@ -56,12 +67,23 @@ class ReferenceModel:
         v = qkv[:, a.num_attention_heads + a.num_key_value_heads :]
         group = step.groups[layer.block.sliding_window]
         attended = attend(self.kernels.decode_attention, index, q, k, v, layer.sinks, step, group, cache)
-        return F.linear(attended, layer.out, layer.out_bias)
+        return self._sum(F.linear(attended, layer.out, layer.out_bias))
 
     def _experts(self, layer: LayerWeights, x: Tensor) -> Tensor:
         """Each token to the top k of its layer's router logits, weighted by a softmax over those k."""
         top, chosen = F.linear(x, layer.router, layer.router_bias).topk(self.architecture.experts_per_token, dim=-1)
-        return layer.experts(x, top.softmax(dim=-1), chosen)
+        if self.ranks is not None:
+            chosen = _count_held(chosen, layer.held_experts)
+        return self._sum(layer.experts(x, top.softmax(dim=-1), chosen))
+
+    def _sum(self, part: Tensor) -> Tensor:
+        return part if self.ranks is None else self.ranks.sum(part)
+
+
+def _count_held(chosen: Tensor, held: range) -> Tensor:
+    """The router's expert numbers as numbers of the `held` ones; `len(held)` for all others."""
+    own = chosen - held.start
+    return own.masked_fill_((own < 0) | (own >= len(held)), len(held))
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

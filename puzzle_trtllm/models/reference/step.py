@@ -105,12 +105,39 @@ class Step:
     groups: dict[int | None, GroupStep]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClaimedStep:
+    """A step whose blocks are claimed. Plain numbers: other ranks can lay the same step out from them."""
+
+    sequences: Sequence[SequenceStep]
+    """Decoding sequences first; `blocks` as claimed."""
+    num_decodes: int
+    past: Sequence[dict[int | None, SequenceBlocks]]
+    """Of each prompt chunk: the blocks that it had before."""
+
+
 def plan_step(sequences: Sequence[SequenceStep], cache: PagedKvCache) -> Step:
     """Claim blocks for the new tokens and lay the step out. Decoding sequences (one token, a past) must come first."""
-    device = cache.device
+    return lay_out_step(claim_step(sequences, cache), cache)
+
+
+def claim_step(sequences: Sequence[SequenceStep], cache: PagedKvCache) -> ClaimedStep:
+    """Claim blocks for what outlives this step."""
     num_decodes = sum(len(s.tokens) == 1 and s.start > 0 for s in sequences)
     if any(len(s.tokens) != 1 or s.start == 0 for s in sequences[:num_decodes]):
         raise ValueError("decoding sequences must come before prompt chunks")
+    past = [
+        {w: SequenceBlocks(first_block=own.first_block, blocks=list(own.blocks)) for w, own in s.blocks.items()}
+        for s in sequences[num_decodes:]
+    ]
+    for pool in cache.pools.values():
+        _claim(pool, sequences, cache.reuse)
+    return ClaimedStep(sequences=sequences, num_decodes=num_decodes, past=past)
+
+
+def lay_out_step(claimed: ClaimedStep, cache: PagedKvCache) -> Step:
+    """The tensors of a step; of `cache` only the geometry and the device matter."""
+    sequences, num_decodes, device = claimed.sequences, claimed.num_decodes, cache.device
     positions = np.concatenate([np.arange(s.start, s.start + len(s.tokens)) for s in sequences])
     ends = np.cumsum([len(s.tokens) for s in sequences])
     chunks = _lay_out_chunks(sequences[num_decodes:], num_decodes)
@@ -122,9 +149,7 @@ def plan_step(sequences: Sequence[SequenceStep], cache: PagedKvCache) -> Step:
         chunk_positions=_to(chunks[1], device) if chunks else None,
         chunk_valid=_to(chunks[2], device) if chunks else None,
         logit_rows=torch.tensor([end - 1 for s, end in zip(sequences, ends, strict=True) if s.wants_logits]).to(device),
-        groups={
-            window: _plan_group(pool, sequences, num_decodes, chunks, cache) for window, pool in cache.pools.items()
-        },
+        groups={window: _plan_group(pool, claimed, chunks, cache) for window, pool in cache.pools.items()},
     )
 
 
@@ -147,20 +172,15 @@ def _lay_out_chunks(sequences: Sequence[SequenceStep], first_row: int) -> _Chunk
     return rows, positions, np.flatnonzero(positions.reshape(-1) >= 0)
 
 
-def _plan_group(
-    pool: WindowPool,
-    sequences: Sequence[SequenceStep],
-    num_decodes: int,
-    chunks: _Chunks | None,
-    cache: PagedKvCache,
-) -> GroupStep:
+def _plan_group(pool: WindowPool, claimed: ClaimedStep, chunks: _Chunks | None, cache: PagedKvCache) -> GroupStep:
+    sequences, num_decodes = claimed.sequences, claimed.num_decodes
     num_heads = cache.layout.architecture.num_key_value_heads
-    past = [list(s.blocks[pool.window].blocks) for s in sequences[num_decodes:]]
-    past_first = [s.blocks[pool.window].first_block for s in sequences[num_decodes:]]
+    past = [own[pool.window].blocks for own in claimed.past]
+    past_first = [own[pool.window].first_block for own in claimed.past]
     prefill = None
     if chunks is not None:
         prefill = _plan_prefill(pool, sequences[num_decodes:], past, past_first, chunks[1], num_heads, cache.device)
-    tokens, blocks, offsets = _claim(pool, sequences, cache.reuse)
+    tokens, blocks, offsets = _plan_writes(pool, sequences)
     heads = np.arange(num_heads)
     num_rows = sum(len(s.tokens) for s in sequences)
     return GroupStep(
@@ -173,27 +193,33 @@ def _plan_group(
     )
 
 
-def _claim(
-    pool: WindowPool, sequences: Sequence[SequenceStep], reuse: bool
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Claim blocks for what outlives this step; give (row, block, offset in the block) of each token to be written.
+def _claim(pool: WindowPool, sequences: Sequence[SequenceStep], reuse: bool) -> None:
+    """Claim blocks for what outlives this step.
 
     With `reuse`, chunks also claim blocks for what only another prompt could read, as far as the step leaves some. They
     are given back when it is committed, so it does not matter whether they are promised to somebody.
     """
     size = pool.tokens_per_block
-    rows, blocks, offsets = [], [], []
-    row = 0
     ends = [s.start + len(s.tokens) for s in sequences]
     firsts = [0 if pool.window is None else max(0, end - pool.window) // size for end in ends]
     spare = _spare_blocks(pool, sequences, firsts, ends) if reuse and pool.window is not None else 0
     for s, first, end in zip(sequences, firsts, ends, strict=True):
         extra = min(max(0, first - s.start // size), spare)
         spare -= extra
-        keep_from = (first - extra) * size
+        pool.extend(s.blocks[pool.window], (first - extra) * size, end)
+
+
+def _plan_writes(
+    pool: WindowPool, sequences: Sequence[SequenceStep]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """(row, block, offset in the block) of each token that has a block."""
+    size = pool.tokens_per_block
+    rows, blocks, offsets = [], [], []
+    row = 0
+    for s in sequences:
+        end = s.start + len(s.tokens)
         own = s.blocks[pool.window]
-        pool.extend(own, keep_from, end)
-        kept = np.arange(max(s.start, keep_from), end)
+        kept = np.arange(max(s.start, own.first_block * size), end)
         rows.append(kept - s.start + row)
         blocks.append(np.asarray(own.blocks, dtype=np.int64)[kept // size - own.first_block])
         offsets.append(kept % size)

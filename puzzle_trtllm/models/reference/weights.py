@@ -3,7 +3,8 @@
 Legend: D hidden, F expert intermediate, E experts of the layer, H query heads, K KV heads, Dh head dim, V vocabulary.
 Query, key and value projections are fused into one. Gate and up rows, interleaved on disk, are separated, so that a
 plain chunk splits them. Experts come in the form that they have on disk (BF16 or MXFP4); each layer's are handed to
-the kernels, which hold them as they like.
+the kernels, which hold them as they like. Of several ranks each reads its own part (sharding.py): then E, F, H and K,
+and V of the head, are those of the part.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from puzzle_trtllm.architecture import BlockConfig, PuzzleArchitecture
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.models.reference.kernels import ExpertMixture, PrepareExperts
+from puzzle_trtllm.models.reference.sharding import Shard
 from puzzle_trtllm.mxfp4 import E2M1_VALUES, SCALE_BIAS
 
 
@@ -73,6 +75,8 @@ class LayerWeights:
     router: Tensor
     router_bias: Tensor
     experts: ExpertMixture
+    held_experts: range
+    """Those of the router's experts that `experts` holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,7 @@ class ModelWeights:
     """A whole model."""
 
     architecture: PuzzleArchitecture
+    """Heads and expert width as held here."""
     embedding: Tensor
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor
@@ -92,34 +97,51 @@ class ModelWeights:
 
 
 def load_weights(
-    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, prepare_experts: PrepareExperts
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    prepare_experts: PrepareExperts,
+    shard: Shard | None = None,
 ) -> ModelWeights:
-    """Load a validated checkpoint. Raises CheckpointError for a missing or misshapen tensor."""
+    """Load a checkpoint, or one rank's `shard` of it. Raises CheckpointError for a missing or misshapen tensor."""
     checkpoint.validate()
     architecture = checkpoint.architecture
-    loader = _Loader(checkpoint, dtype, device, prepare_experts)
+    shard = shard or Shard(architecture=architecture)
+    loader = _Loader(checkpoint, dtype, device, prepare_experts, shard)
     embedding = loader.tensor("model.embed_tokens.weight")
     tied = architecture.tie_word_embeddings
     return ModelWeights(
-        architecture=architecture,
+        architecture=shard.local,
         embedding=embedding,
         layers=tuple(loader.layer(index, block) for index, block in enumerate(architecture.blocks)),
         final_norm=loader.tensor("model.norm.weight").float(),
-        head=embedding if tied else loader.tensor("lm_head.weight"),
+        head=embedding[shard.vocabulary] if tied else loader.tensor("lm_head.weight"),
     )
 
 
 class _Loader:
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, prepare_experts: PrepareExperts
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        prepare_experts: PrepareExperts,
+        shard: Shard,
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
         self.prepare_experts = prepare_experts
+        self.shard = shard
 
     def tensor(self, name: str) -> Tensor:
-        return self.checkpoint.torch(name).to(device=self.device, dtype=self.dtype)
+        return self._stored(name).to(device=self.device, dtype=self.dtype)
+
+    def added_bias(self, name: str) -> Tensor:
+        """A bias behind a sum over ranks: zeros where another rank adds it."""
+        bias = self.tensor(name)
+        return bias if self.shard.adds_bias(name) else torch.zeros_like(bias)
 
     def layer(self, index: int, block: BlockConfig) -> LayerWeights:
         prefix = f"model.layers.{index}"
@@ -132,7 +154,7 @@ class _Loader:
             qkv=torch.cat([self.tensor(f"{name}.weight") for name in projections]),
             qkv_bias=torch.cat([self.tensor(f"{name}.bias") for name in projections]) if has_bias else None,
             out=self.tensor(f"{attention}.o_proj.weight"),
-            out_bias=self.tensor(f"{attention}.o_proj.bias") if has_bias else None,
+            out_bias=self.added_bias(f"{attention}.o_proj.bias") if has_bias else None,
             sinks=self.tensor(f"{attention}.sinks").float(),
             post_norm=self.tensor(f"{prefix}.post_attention_layernorm.weight").float(),
             router=self.tensor(f"{prefix}.mlp.router.weight"),
@@ -140,6 +162,7 @@ class _Loader:
             experts=self.prepare_experts(
                 self._experts(f"{prefix}.mlp.experts"), limit=self.checkpoint.architecture.swiglu_limit
             ),
+            held_experts=range(block.num_local_experts)[self.shard.experts(index)],
         )
 
     def _experts(self, prefix: str) -> ExpertWeights:
@@ -147,7 +170,7 @@ class _Loader:
             gate_up=self._matrix(f"{prefix}.gate_up_proj", interleaved=True),
             gate_up_bias=_separate(self.tensor(f"{prefix}.gate_up_proj_bias")),
             down=self._matrix(f"{prefix}.down_proj", interleaved=False),
-            down_bias=self.tensor(f"{prefix}.down_proj_bias"),
+            down_bias=self.added_bias(f"{prefix}.down_proj_bias"),
         )
 
     def _matrix(self, name: str, *, interleaved: bool) -> Tensor | Mxfp4Matrix:
@@ -156,9 +179,12 @@ class _Loader:
         if self.checkpoint.architecture.experts_format == "bf16":
             return arrange(self.tensor(name).transpose(1, 2)).contiguous()
         return Mxfp4Matrix(
-            blocks=arrange(self.checkpoint.torch(f"{name}_blocks")).to(self.device),
-            scales=arrange(self.checkpoint.torch(f"{name}_scales")).to(self.device),
+            blocks=arrange(self._stored(f"{name}_blocks")).to(self.device),
+            scales=arrange(self._stored(f"{name}_scales")).to(self.device),
         )
+
+    def _stored(self, name: str) -> Tensor:
+        return self.checkpoint.torch(name, self.shard.part(name))
 
 
 def _separate(rows: Tensor) -> Tensor:

@@ -11,10 +11,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.errors import EngineError
+from puzzle_trtllm.parallelism import ONE_RANK, Parallelism
 from puzzle_trtllm.serve.runtimes.api import KvCacheConfig
 
 _WITHOUT_MEANING_HERE = frozenset({"backend", "tokenizer", "skip_tokenizer_init", "trust_remote_code"})
+_PARALLEL = frozenset({"tensor_parallel_size", "moe_expert_parallel_size", "moe_tensor_parallel_size"})
+_NOT_PARALLEL = ("pipeline_parallel_size", "context_parallel_size", "moe_cluster_parallel_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,8 @@ class EngineArguments:
     max_seq_len: int | None = None
     stream_interval: int = 1
     kv_cache_config: KvCacheConfig = field(default_factory=KvCacheConfig)
+    """Its bytes are those of one rank, as with TensorRT-LLM."""
+    parallelism: Parallelism = ONE_RANK
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_num_tokens", "stream_interval"):
@@ -40,23 +46,18 @@ def read_arguments(model: str | Path, arguments: Mapping[str, Any]) -> tuple[Eng
 
     Raises EngineError for what the reference runtime would have to get wrong: parallelism it does not have.
     """
-    parallel = {
-        "tensor_parallel_size",
-        "pipeline_parallel_size",
-        "moe_expert_parallel_size",
-        "moe_tensor_parallel_size",
-    }
-    for name in sorted(parallel & arguments.keys()):
-        if (arguments[name] or 1) > 1:
-            raise EngineError(
-                "the reference runtime runs on one rank", key=name, found=arguments[name], expected="1 or unset"
-            )
-    honoured = {f.name for f in fields(EngineArguments)} - {"model", "kv_cache_config"}
+    parallelism = Parallelism.from_llm_args(arguments)
+    for name in _NOT_PARALLEL:
+        if (arguments.get(name) or 1) > 1:
+            raise _impossible(name, arguments[name], "1: the reference runtime has tensor and expert parallelism only")
+    if arguments.get("enable_attention_dp") and parallelism.tensor > 1:
+        raise _impossible("enable_attention_dp", True, "false: the reference runtime deals out attention heads")
+    honoured = {f.name for f in fields(EngineArguments)} - {"model", "kv_cache_config", "parallelism"}
     kv_names = {f.name for f in fields(KvCacheConfig)}
     kv = arguments.get("kv_cache_config") or {}
     kv = kv if isinstance(kv, Mapping) else vars(kv)
     ignored = [
-        name for name in arguments if name not in honoured | parallel | _WITHOUT_MEANING_HERE | {"kv_cache_config"}
+        name for name in arguments if name not in honoured | _PARALLEL | _WITHOUT_MEANING_HERE | {"kv_cache_config"}
     ]
     ignored += [f"kv_cache_config.{name}" for name in kv if name not in kv_names]
     own = {name: value for name, value in arguments.items() if name in honoured and value is not None}
@@ -64,7 +65,18 @@ def read_arguments(model: str | Path, arguments: Mapping[str, Any]) -> tuple[Eng
         EngineArguments(
             model=str(model),
             kv_cache_config=KvCacheConfig(**{name: value for name, value in kv.items() if name in kv_names}),
+            parallelism=parallelism,
             **own,
         ),
         ignored,
     )
+
+
+def check_ranks(arguments: EngineArguments, architecture: PuzzleArchitecture) -> None:
+    """Raise EngineError when this model cannot be dealt out so."""
+    for key, found, expected in arguments.parallelism.problems(architecture):
+        raise _impossible(key, found, expected)
+
+
+def _impossible(key: str, found: object, expected: str) -> EngineError:
+    return EngineError("impossible parallelism", key=key, found=found, expected=expected)

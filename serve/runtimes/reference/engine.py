@@ -7,22 +7,43 @@ exception in a step fails the sequences of that step and nobody else.
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.model import ReferenceModel
-from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
+from puzzle_trtllm.models.reference.step import SequenceStep, claim_step, lay_out_step, plan_step
+from puzzle_trtllm.models.reference.step_packet import pack_step
 from puzzle_trtllm.serve.runtimes.api import RequestPerfMetrics
 from puzzle_trtllm.serve.runtimes.reference.messages import EngineStats, Submit, TokenUpdate
 from puzzle_trtllm.serve.runtimes.reference.sampling import SamplingInput, choose_tokens
 from puzzle_trtllm.serve.runtimes.reference.scheduler import Scheduler, Sequence
 
+if TYPE_CHECKING:
+    from puzzle_trtllm.models.reference.rank_group import RankGroup
+
+
+class OutOfStepError(RuntimeError):
+    """A step that other ranks have begun failed: they can no longer be led."""
+
 
 class ReferenceEngine:
     """Runs requests to their end; see `puzzle_trtllm.serve.runtimes.reference.loading` for how one is made."""
 
-    def __init__(self, model: ReferenceModel, cache: PagedKvCache, *, max_batch_size: int, max_num_tokens: int) -> None:
+    def __init__(
+        self,
+        model: ReferenceModel,
+        cache: PagedKvCache,
+        *,
+        max_batch_size: int,
+        max_num_tokens: int,
+        ranks: RankGroup | None = None,
+    ) -> None:
         self.model = model
         self.cache = cache
+        self.ranks = ranks
+        """Those that compute every step along with this one."""
         self.scheduler = Scheduler(cache, max_batch_size=max_batch_size, max_num_tokens=max_num_tokens)
         self._num_steps = 0
         self._num_generated_tokens = 0
@@ -65,13 +86,15 @@ class ReferenceEngine:
         return None if sequence is None else self._report(sequence, "cancelled", None)
 
     def step(self) -> list[TokenUpdate]:
-        """Advance every scheduled sequence; reports of those that have something to say."""
+        """Advance every scheduled sequence; reports of those that have something to say. Raises OutOfStepError."""
         scheduled = self.scheduler.schedule(time.monotonic_ns())
         if not scheduled:
             return []
         self._num_steps += 1
         try:
             return self._run(scheduled)
+        except OutOfStepError:
+            raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             failed = [sequence for sequence, _ in scheduled if self.scheduler.remove(sequence.request_id)]
@@ -87,7 +110,7 @@ class ReferenceEngine:
             )
             for s, count in scheduled
         ]
-        logits = self.model.forward(plan_step(steps, self.cache), self.cache)
+        logits = self._forward(steps)
         ready = [s for s, count in scheduled if count == s.num_pending]
         for s, count in scheduled:
             start, s.num_computed = s.num_computed, s.num_computed + count
@@ -99,6 +122,16 @@ class ReferenceEngine:
             self._append(s, token, logprob, now_ns) for s, token, logprob in zip(ready, tokens, logprobs, strict=True)
         )
         return [report for report in reports if report is not None]
+
+    def _forward(self, steps: list[SequenceStep]) -> Tensor:
+        if self.ranks is None:
+            return self.model.forward(plan_step(steps, self.cache), self.cache)
+        claimed = claim_step(steps, self.cache)
+        try:
+            self.ranks.announce(pack_step(claimed, list(self.cache.pools)))
+            return self.model.forward(lay_out_step(claimed, self.cache), self.cache)
+        except Exception as error:
+            raise OutOfStepError(f"{type(error).__name__}: {error}") from error
 
     def _append(self, s: Sequence, token: int, logprob: float | None, now_ns: int) -> TokenUpdate | None:
         s.tokens.append(token)

@@ -2,9 +2,9 @@
 
     python -m puzzle_trtllm.serve.runtimes.reference.engine_process FD
 
-It lives and dies with its front: when the socket closes, whatever the reason, it exits. While there is work it takes
-messages between steps without waiting; when idle it blocks. Reports go out once a step, so the loop's own cost does not
-grow with the number of readers.
+It lives and dies with its front: when the socket closes, whatever the reason, it exits, and with it the other ranks
+that it leads. While there is work it takes messages between steps without waiting; when idle it blocks. Reports go out
+once a step, so the loop's own cost does not grow with the number of readers.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, NoReturn
 
 from puzzle_trtllm.errors import PuzzleError
 from puzzle_trtllm.serve.runtimes.reference.arguments import EngineArguments
-from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
+from puzzle_trtllm.serve.runtimes.reference.engine import OutOfStepError, ReferenceEngine
 from puzzle_trtllm.serve.runtimes.reference.messages import (
     Abort,
+    EngineFailed,
     LoadFailed,
     Ready,
     Shutdown,
@@ -37,6 +40,13 @@ GAUGE_SECONDS = 0.05
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _INT_MAX = -1, -3, 2**31 - 1
 """malloc.h of glibc."""
 
+_LAST_WORDS_SECONDS = 1.0
+"""How long the loop leaves it to the thread that watches the ranks to say which one was lost."""
+
+if TYPE_CHECKING:
+    from puzzle_trtllm.serve.runtimes.reference.loading import LoadedEngine
+    from puzzle_trtllm.serve.runtimes.reference.ranks import LedRanks
+
 _log = logging.getLogger(__name__)
 
 
@@ -46,23 +56,61 @@ def main(fd: int) -> int:
     # Ctrl-C reaches the whole process group; who stops the engine is its front.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _keep_freed_memory()
-    connection = Connection(fd)
+    connection = _Front(fd)
     arguments: EngineArguments = connection.recv()
     try:
-        from puzzle_trtllm.serve.runtimes.reference.loading import load_engine
-
-        loaded = load_engine(arguments)
+        loaded, ranks = _load(arguments, connection)
     except Exception as error:
         if not isinstance(error, PuzzleError):
             _log.exception("the engine could not be loaded")
+            if arguments.parallelism.tensor > 1:
+                time.sleep(_LAST_WORDS_SECONDS)
         reason = str(error) if isinstance(error, PuzzleError) else f"{type(error).__name__}: {error}"
         connection.send(LoadFailed(reason=reason))
         return 1
     _log.info("engine ready: %s", ", ".join(f"{key}={value}" for key, value in loaded.facts.items()))
     connection.send(Ready(facts=loaded.facts))
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        _serve(connection, loaded.engine)
+    try:
+        with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+            _serve(connection, loaded.engine)
+    except OutOfStepError as error:
+        _log.exception("the ranks are out of step")
+        time.sleep(_LAST_WORDS_SECONDS)
+        connection.fail(str(error))
+    if ranks is not None:
+        ranks.stop()
     return 0
+
+
+class _Front(Connection):
+    """The connection to the front, shared with the thread that watches the ranks."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self._lock = threading.Lock()
+
+    def send(self, message: object) -> None:
+        with self._lock:
+            super().send(message)
+
+    def fail(self, reason: str) -> NoReturn:
+        """Say why and exit; the other ranks notice."""
+        _log.error("%s", reason)
+        if self._lock.acquire(timeout=_LAST_WORDS_SECONDS):
+            with contextlib.suppress(OSError):
+                super().send(EngineFailed(reason=reason))
+        os._exit(1)
+
+
+def _load(arguments: EngineArguments, front: _Front) -> tuple[LoadedEngine, LedRanks | None]:
+    from puzzle_trtllm.serve.runtimes.reference.loading import load_engine
+
+    if arguments.parallelism.tensor == 1:
+        return load_engine(arguments), None
+    from puzzle_trtllm.serve.runtimes.reference.ranks import lead
+
+    ranks = lead(arguments, front_fd=front.fileno(), fail=front.fail)
+    return load_engine(arguments, ranks.group), ranks
 
 
 def _keep_freed_memory() -> None:

@@ -23,14 +23,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from puzzle_trtllm.architecture import read_json_object
+from puzzle_trtllm.architecture import PuzzleArchitecture, read_json_object
 from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.errors import EngineError
 from puzzle_trtllm.serve.runtimes.api import EngineDeadError, SamplingParams
-from puzzle_trtllm.serve.runtimes.reference.arguments import read_arguments
+from puzzle_trtllm.serve.runtimes.reference.arguments import check_ranks, read_arguments
 from puzzle_trtllm.serve.runtimes.reference.messages import (
     Abort,
     DecodingRule,
+    EngineFailed,
     EngineStats,
     LoadFailed,
     Ready,
@@ -57,6 +58,7 @@ class LLM:
         self.tokenizer = None if skip_tokenizer else ChatTokenizer.from_folder(tokenizer or model)
         self._end_ids, self._vocab_size, positions = _read_model_facts(self.model)
         self.max_seq_len = self.args.max_seq_len or positions
+        check_ranks(self.args, PuzzleArchitecture.from_path(self.model))
         self._ids = count(1)
         self._open: dict[int, ReferenceRequestOutput] = {}
         self._stats = EngineStats()
@@ -176,7 +178,11 @@ class LLM:
         reason = "the engine process closed its connection"
         try:
             while True:
-                self._take(self._connection.recv())
+                message = self._connection.recv()
+                if isinstance(message, EngineFailed):
+                    reason = message.reason
+                else:
+                    self._take(message)
         except (EOFError, OSError):
             pass
         except Exception as error:  # a report that cannot be read is as good as none

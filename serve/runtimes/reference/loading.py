@@ -7,9 +7,10 @@ explicit `dtype: float32` makes the cache float32 too (for exactness tests).
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,9 +20,13 @@ from puzzle_trtllm.errors import EngineError
 from puzzle_trtllm.models.reference.kernels.torch_kernels import torch_kernels
 from puzzle_trtllm.models.reference.kv_cache import KvLayout, PagedKvCache, plan_layout
 from puzzle_trtllm.models.reference.model import ReferenceModel
+from puzzle_trtllm.models.reference.sharding import Shard, count_shard_bytes
 from puzzle_trtllm.models.reference.weights import load_weights
 from puzzle_trtllm.serve.runtimes.reference.arguments import EngineArguments
 from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
+
+if TYPE_CHECKING:
+    from puzzle_trtllm.models.reference.rank_group import RankGroup
 
 MAX_DEQUANTIZED_BYTES = 1 << 30
 """Experts are held dequantized up to this many bytes; larger models keep MXFP4 and expand experts as they are used."""
@@ -43,25 +48,29 @@ class LoadedEngine:
     """What was chosen: device, dtypes, blocks of each pool, bytes held."""
 
 
-def load_engine(arguments: EngineArguments) -> LoadedEngine:
-    """Load the serving copy and make an engine. Raises PuzzleError in one line."""
+def load_engine(arguments: EngineArguments, ranks: RankGroup | None = None) -> LoadedEngine:
+    """Load the serving copy, or this rank's part, and make an engine. Raises PuzzleError in one line."""
     checkpoint = Checkpoint.open(Path(arguments.model))
     architecture = checkpoint.architecture
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shard = Shard(architecture=architecture, parallelism=arguments.parallelism, rank=ranks.rank if ranks else 0)
+    device = ranks.device if ranks else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype(arguments.dtype, device)
     max_seq_len = arguments.max_seq_len or architecture.max_position_embeddings
     dequantize = _dequantized_bytes(architecture, dtype) <= MAX_DEQUANTIZED_BYTES
     kernels = torch_kernels(dequantize_experts=dequantize)
-    weights = load_weights(checkpoint, dtype=dtype, device=device, prepare_experts=kernels.prepare_experts)
+    weights = load_weights(checkpoint, dtype=dtype, device=device, prepare_experts=kernels.prepare_experts, shard=shard)
     if device.type == "cpu" and weights.num_bytes < SINGLE_THREAD_BYTES:
         torch.set_num_threads(1)
-    layout = _plan_cache(arguments, architecture, max_seq_len, device)
+    elif ranks is not None:
+        torch.set_num_threads(max(1, torch.get_num_threads() // ranks.local_size))
+    layout = _plan_cache(arguments, shard.local, max_seq_len, device, ranks)
     cache = PagedKvCache(layout, device, reuse=arguments.kv_cache_config.enable_block_reuse)
     engine = ReferenceEngine(
-        ReferenceModel(weights, kernels, max_seq_len=max_seq_len),
+        ReferenceModel(weights, kernels, max_seq_len=max_seq_len, ranks=ranks),
         cache,
         max_batch_size=arguments.max_batch_size,
         max_num_tokens=arguments.max_num_tokens,
+        ranks=ranks,
     )
     facts = {
         "device": str(device),
@@ -76,6 +85,22 @@ def load_engine(arguments: EngineArguments) -> LoadedEngine:
         "held_weight_bytes": weights.num_bytes,
         "experts_held_as": "compute dtype" if dequantize else "mxfp4",
     }
+    if ranks is not None:
+        facts["ranks"] = ranks.collect(
+            {
+                "rank": ranks.rank,
+                "pid": os.getpid(),
+                "device": str(device),
+                "num_threads": torch.get_num_threads(),
+                "query_heads": shard.local.num_attention_heads,
+                "kv_heads": shard.local.num_key_value_heads,
+                "experts": [len(layer.held_experts) for layer in weights.layers],
+                "expert_width": shard.local.intermediate_size,
+                "checkpoint_weight_bytes": count_shard_bytes(shard),
+                "held_weight_bytes": weights.num_bytes,
+                "kv_cache_bytes": layout.num_bytes,
+            }
+        )
     return LoadedEngine(engine=engine, facts=facts)
 
 
@@ -110,8 +135,13 @@ def cpu_flags() -> frozenset[str]:
 
 
 def _plan_cache(
-    arguments: EngineArguments, architecture: PuzzleArchitecture, max_seq_len: int, device: torch.device
+    arguments: EngineArguments,
+    architecture: PuzzleArchitecture,
+    max_seq_len: int,
+    device: torch.device,
+    ranks: RankGroup | None,
 ) -> KvLayout:
+    """The same number of blocks on every rank, each with its own KV heads."""
     kv = arguments.kv_cache_config
     if kv.dtype not in ("auto", "fp8"):
         raise EngineError("unknown", key="kv_cache_config.dtype", found=kv.dtype, expected="auto or fp8")
@@ -128,7 +158,7 @@ def _plan_cache(
                 expected=f"at least {min(windows[short], max_seq_len)}",
             )
     uncompressed = torch.float32 if arguments.dtype == "float32" else torch.bfloat16
-    budget = kv.max_gpu_total_bytes or int(kv.free_gpu_memory_fraction * _free_bytes(device))
+    budget = kv.max_gpu_total_bytes or int(kv.free_gpu_memory_fraction * _free_bytes(device, ranks))
     layout = plan_layout(
         architecture,
         tokens_per_block=kv.tokens_per_block,
@@ -152,8 +182,14 @@ def _dequantized_bytes(architecture: PuzzleArchitecture, dtype: torch.dtype) -> 
     return experts * 3 * architecture.hidden_size * architecture.intermediate_size * dtype.itemsize
 
 
-def _free_bytes(device: torch.device) -> int:
+def _free_bytes(device: torch.device, ranks: RankGroup | None) -> int:
+    """Of a GPU, or this rank's share of the machine's memory; the least of all ranks, once all hold their weights."""
+    if ranks is not None:
+        ranks.collect(None)
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        free = int(torch.cuda.mem_get_info(device)[0])
+    else:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        free //= ranks.local_size if ranks else 1
+    return min(ranks.collect(free)) if ranks else free

@@ -67,6 +67,13 @@ class LoadFailed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineFailed:
+    """The engine's last words."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenUpdate:
     """New tokens of one request, and its end if this was it."""
 

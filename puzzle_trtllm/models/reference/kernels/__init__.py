@@ -32,7 +32,8 @@ class ExpertMixture(Protocol):
     def __call__(self, x: Tensor, shares: Tensor, chosen: Tensor) -> Tensor:
         """Sum over j of `shares[t, j] * expert chosen[t, j]` of x `[T, D]`; shares and chosen `[T, k]`.
 
-        `chosen` counts the experts held here; gives `[T, D]`.
+        `chosen` counts the experts held here, and their number stands for one that another rank holds, which adds
+        nothing; gives `[T, D]`.
         """
 
 

@@ -63,7 +63,7 @@ def dense(x: Tensor, experts: ExpertWeights, weights: Tensor, chosen: Tensor, li
     """All experts on all of x `[T, D]`; weights and chosen `[T, k]`. Needs dequantized experts."""
     assert isinstance(experts.gate_up, Tensor) and isinstance(experts.down, Tensor)
     num_experts = experts.gate_up_bias.shape[0]
-    share_TE = x.new_zeros(len(x), num_experts).scatter_(1, chosen, weights)
+    share_TE = x.new_zeros(len(x), num_experts + 1).scatter_(1, chosen, weights)[:, :num_experts]
     gate_up = F.linear(x, experts.gate_up.flatten(0, 1), experts.gate_up_bias.flatten())
     hidden_TEF = _swiglu(gate_up.view(len(x), num_experts, -1), limit) * share_TE[:, :, None]
     return torch.addmm(share_TE @ experts.down_bias, hidden_TEF.flatten(1), experts.down.flatten(1).t())
@@ -74,9 +74,10 @@ def by_expert(x: Tensor, experts: ExpertWeights, weights: Tensor, chosen: Tensor
     output = torch.zeros_like(x)
     order = chosen.flatten().argsort(stable=True)
     tokens, shares = order // chosen.shape[1], weights.flatten()[order]
-    counts = torch.bincount(chosen.flatten(), minlength=experts.gate_up_bias.shape[0]).tolist()
+    num_experts = experts.gate_up_bias.shape[0]
+    counts = torch.bincount(chosen.flatten(), minlength=num_experts).tolist()
     end = 0
-    for expert, count in enumerate(counts):
+    for expert, count in enumerate(counts[:num_experts]):
         if count == 0:
             continue
         start, end = end, end + count

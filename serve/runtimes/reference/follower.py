@@ -1,0 +1,70 @@
+"""A rank that follows: it loads its own part of the model and computes every step that the leader announces.
+
+    python -m puzzle_trtllm.serve.runtimes.reference.follower LINK_FD RANK SIZE PORT
+
+It has no scheduler, no requests and no sampling. It dies with its leader, whatever it is doing: a thread waits for the
+link to close.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from puzzle_trtllm.errors import PuzzleError
+
+if TYPE_CHECKING:
+    from puzzle_trtllm.models.reference.rank_group import RankGroup
+    from puzzle_trtllm.serve.runtimes.reference.arguments import EngineArguments
+
+_log = logging.getLogger(__name__)
+
+
+def main(link_fd: int, rank: int, size: int, port: int) -> int:
+    """Follow the leader at `port` of this machine until it is done (0), or something fails (1)."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    link = Connection(link_fd)
+    threading.Thread(target=_die_with, args=(link,), name="leader-watch", daemon=True).start()
+    try:
+        from puzzle_trtllm.serve.runtimes.reference.ranks import join_local
+
+        follow(join_local(rank=rank, size=size, port=port))
+    except Exception as error:
+        if not isinstance(error, PuzzleError):
+            _log.exception("rank %d failed", rank)
+        reason = str(error) if isinstance(error, PuzzleError) else f"{type(error).__name__}: {error}"
+        link.send(reason)
+        return 1
+    return 0
+
+
+def follow(ranks: RankGroup) -> None:
+    """Load what the leader loads, then compute its steps until it announces the end."""
+    from puzzle_trtllm.models.reference.step import lay_out_step
+    from puzzle_trtllm.models.reference.step_packet import unpack_step
+    from puzzle_trtllm.serve.runtimes.reference.loading import load_engine
+
+    arguments: EngineArguments = ranks.share(None)
+    engine = load_engine(arguments, ranks).engine
+    windows = list(engine.cache.pools)
+    while len(packet := ranks.follow()):
+        engine.model.forward(lay_out_step(unpack_step(packet, windows), engine.cache), engine.cache)
+
+
+def _die_with(link: Connection) -> None:
+    try:
+        link.recv()
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    code = main(*(int(argument) for argument in sys.argv[1:]))
+    sys.stderr.flush()
+    os._exit(code)

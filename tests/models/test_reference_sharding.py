@@ -1,0 +1,246 @@
+"""What each rank holds, and that the parts together compute the whole: ranks as threads of one process, no sockets."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.models.reference.kernels.torch_kernels import torch_kernels
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, SequenceBlocks, plan_layout
+from puzzle_trtllm.models.reference.model import ReferenceModel
+from puzzle_trtllm.models.reference.sharding import Shard, count_shard_bytes, shards_of
+from puzzle_trtllm.models.reference.step import ClaimedStep, SequenceStep, claim_step, lay_out_step
+from puzzle_trtllm.models.reference.step_packet import pack_step, unpack_step
+from puzzle_trtllm.models.reference.weights import load_weights
+from puzzle_trtllm.parallelism import Parallelism
+from puzzle_trtllm.tensors import count_weight_bytes, tensor_table
+from tests.toys import toy_architecture
+
+CPU = torch.device("cpu")
+HETEROGENEOUS = [(16, 24), (8, None), (24, 40)]
+EIGHT_KV_HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "intermediate_size": 288}
+WIDTH_2880 = {"num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 2880, "head_dim": 8}
+
+
+class ThreadRanks:
+    """Ranks that are threads: the two collectives of a step, with torch.distributed's meaning."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.parts: list[torch.Tensor] = [torch.empty(0)] * size
+        self.barrier = threading.Barrier(size, timeout=60)
+
+    def of(self, rank: int) -> _ThreadRank:
+        return _ThreadRank(self, rank)
+
+
+class _ThreadRank:
+    def __init__(self, all_ranks: ThreadRanks, rank: int) -> None:
+        self.all, self.rank = all_ranks, rank
+
+    def sum(self, part: torch.Tensor) -> torch.Tensor:
+        parts = self._exchange(part)
+        return torch.stack(parts).sum(dim=0)
+
+    def gather_columns(self, part: torch.Tensor, total: int) -> torch.Tensor:
+        whole = torch.cat(self._exchange(part), dim=1)
+        assert whole.shape[1] == total
+        return whole if self.rank == 0 else part[:, :0]
+
+    def _exchange(self, part: torch.Tensor) -> list[torch.Tensor]:
+        self.all.parts[self.rank] = part
+        self.all.barrier.wait()
+        parts = list(self.all.parts)
+        self.all.barrier.wait()
+        return parts
+
+
+def logits_of_chunks(folder: Path, tokens: list[int], sizes: Parallelism) -> list[torch.Tensor]:
+    """Logits after a prompt chunk and some decode steps, from all ranks of `sizes`."""
+    checkpoint = Checkpoint.open(folder)
+    kernels = torch_kernels(dequantize_experts=True)
+    together = ThreadRanks(sizes.tensor)
+
+    def run(shard: Shard) -> list[torch.Tensor]:
+        weights = load_weights(
+            checkpoint, dtype=torch.float32, device=CPU, prepare_experts=kernels.prepare_experts, shard=shard
+        )
+        ranks = together.of(shard.rank) if sizes.tensor > 1 else None
+        model = ReferenceModel(weights, kernels, max_seq_len=512, ranks=ranks)  # type: ignore[arg-type]
+        layout = plan_layout(
+            weights.architecture,
+            tokens_per_block=8,
+            dtype=torch.float32,
+            budget_bytes=1 << 22,
+            sequence_tokens=128,
+            max_sequences=1,
+        )
+        cache = PagedKvCache(layout, CPU)
+        blocks, logits, start = cache.admit(128), [], 0
+        for length in (len(tokens) - 4, 1, 1, 1, 1):
+            step = SequenceStep(
+                tokens=tokens[start : start + length], start=start, blocks=blocks, wants_logits=start + length > 20
+            )
+            claimed = claim_step([step], cache)
+            packet = pack_step(claimed, list(cache.pools))
+            logits.append(model.forward(lay_out_step(unpack_step(packet, list(cache.pools)), cache), cache))
+            start += length
+        return logits
+
+    with ThreadPoolExecutor(sizes.tensor) as threads:
+        logits, *_ = threads.map(run, shards_of(checkpoint.architecture, sizes))
+    return logits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_a_rank() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=["mxfp4", "bf16"])
+def eight_kv_heads(make_checkpoint, request) -> Path:
+    return make_checkpoint(HETEROGENEOUS, experts_format=request.param, **EIGHT_KV_HEADS)
+
+
+@pytest.fixture(scope="module")
+def width_2880(make_checkpoint) -> Path:
+    return make_checkpoint([(4, 24), (2, None)], **WIDTH_2880)
+
+
+@pytest.mark.parametrize(("ranks", "expert_groups"), [(2, 2), (4, 1), (4, 2), (8, 1), (8, 4), (8, 8)])
+def test_ranks_compute_what_one_rank_computes(eight_kv_heads, ranks, expert_groups):
+    _compare(eight_kv_heads, ranks, expert_groups)
+
+
+@pytest.mark.parametrize(("ranks", "expert_groups"), [(4, 1), (8, 1), (8, 2)])
+def test_ninety_blocks_of_width_are_cut_unevenly_and_kv_heads_repeated(width_2880, ranks, expert_groups):
+    _compare(width_2880, ranks, expert_groups)
+
+
+def _compare(folder: Path, ranks: int, expert_groups: int) -> None:
+    tokens = torch.randint(7, 90, (70,), generator=torch.Generator().manual_seed(1)).tolist()
+    sizes = Parallelism(tensor=ranks, moe_expert=expert_groups, moe_tensor=ranks // expert_groups)
+    alone, together = logits_of_chunks(folder, tokens, Parallelism()), logits_of_chunks(folder, tokens, sizes)
+    for one, several in zip(alone, together, strict=True):
+        assert one.shape == several.shape
+        assert (one - several).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 8), (8, 8, 1), (4, 2, 2)])
+@pytest.mark.parametrize("experts_format", ["mxfp4", "bf16"])
+def test_parts_cover_every_tensor_and_share_none_of_the_large_ones(sizes, experts_format):
+    tensor, moe_expert, moe_tensor = sizes
+    a = toy_architecture(HETEROGENEOUS, experts_format=experts_format, **EIGHT_KV_HEADS)
+    shards = shards_of(a, Parallelism(tensor=tensor, moe_expert=moe_expert, moe_tensor=moe_tensor))
+    shared = ("embed_tokens", "norm", "router", "o_proj.bias", "down_proj_bias")
+    for name, spec in tensor_table(a).items():
+        held = np.zeros(spec.shape, dtype=int)
+        for shard in shards:
+            held[shard.part(name)] += 1
+        assert held.min() >= 1, name
+        assert any(word in name for word in shared) or held.max() == 1, name
+    adding = [shard.rank for shard in shards if shard.adds_bias("model.layers.0.self_attn.o_proj.bias")]
+    assert adding == [0]
+
+
+def test_ranks_are_numbered_as_in_tensorrt_llm():
+    a = toy_architecture([(4, None)], intermediate_size=64, num_attention_heads=4, num_key_value_heads=4)
+    shards = shards_of(a, Parallelism(tensor=4, moe_expert=2, moe_tensor=2))
+    assert [shard.experts(0).start for shard in shards] == [0, 2, 0, 2]
+    assert [shard.expert_width.start for shard in shards] == [0, 0, 32, 32]
+
+
+def test_the_width_2880_on_four_and_eight_ranks():
+    a = toy_architecture([(4, None)], **WIDTH_2880)
+    for ranks, blocks in ((4, [23, 23, 22, 22]), (8, [12, 12, 11, 11, 11, 11, 11, 11])):
+        shards = shards_of(a, Parallelism(tensor=ranks, moe_tensor=ranks))
+        assert [shard.local.intermediate_size // 32 for shard in shards] == blocks
+
+
+def test_a_rank_reads_and_holds_its_part_alone(make_checkpoint):
+    folder = make_checkpoint(HETEROGENEOUS, **EIGHT_KV_HEADS)
+    checkpoint = Checkpoint.open(folder)
+    a = checkpoint.architecture
+    sizes = Parallelism(tensor=8, moe_expert=8)
+    whole, replicated = count_weight_bytes(a), 2 * a.vocab_size * a.hidden_size
+    kernels = torch_kernels(dequantize_experts=False)
+    for shard in shards_of(a, sizes):
+        weights = load_weights(
+            checkpoint, dtype=torch.bfloat16, device=CPU, prepare_experts=kernels.prepare_experts, shard=shard
+        )
+        # Norms and sinks are held in float32, twice their size on disk; they, the routers and two biases are whole.
+        assert weights.num_bytes == pytest.approx(count_shard_bytes(shard), rel=0.02)
+        assert count_shard_bytes(shard) < replicated + (whole - replicated) / 8 * 1.25
+    assert count_shard_bytes(Shard(architecture=a)) == whole
+
+
+blocks = st.builds(SequenceBlocks, first_block=st.integers(0, 9), blocks=st.lists(st.integers(0, 2**20), max_size=5))
+sequences = st.builds(
+    SequenceStep,
+    tokens=st.lists(st.integers(0, 2**18), min_size=1, max_size=4),
+    start=st.integers(0, 2**17),
+    blocks=st.fixed_dictionaries({128: blocks, None: blocks}),
+    wants_logits=st.booleans(),
+)
+
+
+@given(decodes=st.lists(sequences, max_size=4), chunks=st.lists(sequences, max_size=3), data=st.data())
+def test_a_step_survives_the_journey(decodes, chunks, data):
+    past = [data.draw(st.fixed_dictionaries({128: blocks, None: blocks})) for _ in chunks]
+    step = ClaimedStep(sequences=[*decodes, *chunks], num_decodes=len(decodes), past=past)
+    assert unpack_step(pack_step(step, [128, None]), [128, None]) == step
+
+
+@pytest.mark.parametrize(
+    ("llm_args", "expected"),
+    [
+        ({}, (1, 1, 1)),
+        ({"tensor_parallel_size": 4}, (4, 1, 4)),
+        ({"tensor_parallel_size": 4, "moe_expert_parallel_size": 2}, (4, 2, 2)),
+        ({"tensor_parallel_size": 4, "moe_tensor_parallel_size": 2}, (4, 2, 2)),
+        ({"tensor_parallel_size": 4, "moe_expert_parallel_size": 4, "moe_tensor_parallel_size": -1}, (4, 4, 1)),
+    ],
+)
+def test_sizes_follow_from_each_other_as_in_tensorrt_llm(llm_args, expected):
+    sizes = Parallelism.from_llm_args(llm_args)
+    assert (sizes.tensor, sizes.moe_expert, sizes.moe_tensor) == expected
+
+
+@pytest.mark.parametrize(
+    ("llm_args", "key", "expected"),
+    [
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size", "a divisor of the 16 attention heads"),
+        (
+            {"tensor_parallel_size": 4, "moe_expert_parallel_size": 3},
+            "moe_expert_parallel_size",
+            "a divisor of tensor_parallel_size, 4",
+        ),
+        (
+            {"tensor_parallel_size": 8, "moe_expert_parallel_size": 2, "moe_tensor_parallel_size": 2},
+            "moe_tensor_parallel_size",
+            "tensor_parallel_size / moe_expert_parallel_size, 4",
+        ),
+        (
+            {"tensor_parallel_size": 16, "moe_expert_parallel_size": 16},
+            "moe_expert_parallel_size",
+            "a divisor of the 8 experts of layer 1",
+        ),
+        ({"tensor_parallel_size": 16}, "moe_tensor_parallel_size", "at most 9: the experts' 288 in blocks of 32"),
+    ],
+)
+def test_what_a_model_cannot_have_is_named(llm_args, key, expected):
+    a = toy_architecture(HETEROGENEOUS, **EIGHT_KV_HEADS)
+    found = Parallelism.from_llm_args(llm_args)
+    assert (key, expected) in [(key, expected) for key, _, expected in found.problems(a)]

@@ -1,0 +1,203 @@
+"""Several ranks for real: processes, gloo, and what happens when one of them is killed.
+
+That the parts compute the whole is tests/models/test_reference_sharding.py's; here they do it apart from each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from puzzle_trtllm.errors import EngineError
+from puzzle_trtllm.serve.runtimes.reference import LLM, EngineDeadError, SamplingParams
+
+EIGHT_KV_HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "intermediate_size": 288}
+ARGS = {
+    "dtype": "float32",
+    "max_seq_len": 512,
+    "max_batch_size": 8,
+    "max_num_tokens": 64,
+    "kv_cache_config": {"tokens_per_block": 8, "max_gpu_total_bytes": 16_000_000},
+}
+PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
+LONG = SamplingParams(max_tokens=450, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def child(make_checkpoint) -> Path:
+    return make_checkpoint([(16, 24), (8, None), (24, 40)], seed=3, **EIGHT_KV_HEADS)
+
+
+@pytest.fixture(scope="module")
+def expected(child) -> list[list[int]]:
+    with LLM(child, **ARGS) as llm:
+        return generate(llm)
+
+
+def prompts() -> list[list[int]]:
+    """Twelve, more than a batch and longer than a chunk."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(7, 90, (5 + 8 * i,), generator=generator).tolist() for i in range(12)]
+
+
+def generate(llm: LLM) -> list[list[int]]:
+    return [request.outputs[0].token_ids for request in llm.generate(prompts(), PARAMS)]
+
+
+def pids_of(llm: LLM) -> list[int]:
+    return [rank["pid"] for rank in llm.facts["ranks"]]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def are_gone(pids: list[int]) -> bool:
+    def is_alive(pid: int) -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return False
+
+    return wait_until(lambda: not any(is_alive(pid) for pid in pids))
+
+
+def test_two_ranks_generate_what_one_generates_and_leave_no_process(child, expected):
+    with LLM(child, tensor_parallel_size=2, moe_expert_parallel_size=2, **ARGS) as llm:
+        assert generate(llm) == expected
+        ranks, pids = llm.facts["ranks"], pids_of(llm)
+        assert [rank["rank"] for rank in ranks] == [0, 1]
+        assert pids[0] == llm.engine_pid and len(set(pids)) == 2
+        assert [rank["experts"] for rank in ranks] == [[8, 4, 12]] * 2
+        assert [rank["kv_heads"] for rank in ranks] == [4, 4]
+        free = llm.get_stats()[0]["kvCacheStats"]
+        assert free["freeNumBlocks"] == free["maxNumBlocks"]
+    assert are_gone(pids)
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_killed_rank_fails_every_request_within_seconds(child, victim):
+    with LLM(child, tensor_parallel_size=2, **ARGS) as llm:
+        requests = [llm.generate_async(prompt, LONG, streaming=True) for prompt in prompts()]
+        for _ in range(3):
+            requests[0]._apply(requests[0]._updates.get(timeout=30))
+        pids = pids_of(llm)
+        killed = time.monotonic()
+        os.kill(pids[victim], signal.SIGKILL)
+        for request in requests:
+            with pytest.raises(EngineDeadError, match=r"rank 1 .*was killed by SIGKILL" if victim else "exit -9"):
+                request.result(timeout=10)
+        assert time.monotonic() - killed < 5
+        assert not llm._check_health()
+        with pytest.raises(EngineDeadError):
+            llm.generate_async([8, 9], PARAMS)
+        assert are_gone(pids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_rank_outlives_its_front(child, how):
+    code = (
+        "import sys\n"
+        "from puzzle_trtllm.serve.runtimes.reference import LLM, SamplingParams\n"
+        f"llm = LLM({str(child)!r}, tensor_parallel_size=2, **{ARGS!r})\n"
+        "params = SamplingParams(max_tokens=450, ignore_eos=True)\n"
+        "requests = [llm.generate_async([9] * 20, params) for _ in range(40)]\n"
+        "print(*[rank['pid'] for rank in llm.facts['ranks']], flush=True)\n"
+        "[request.result() for request in requests]\n"
+        "sys.stdin.read()\n"
+    )
+    front = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stdin=subprocess.PIPE)
+    assert front.stdout is not None
+    pids = [int(pid) for pid in front.stdout.readline().split()]
+    assert len(pids) == 2 and not any(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE for pid in pids)
+    front.send_signal(how)
+    front.wait(10)
+    assert are_gone(pids)
+
+
+@pytest.mark.slow
+def test_a_rank_killed_while_loading_is_an_error_not_a_wait(child):
+    import threading
+
+    def kill_the_follower() -> None:
+        me = psutil.Process()
+        found: list[psutil.Process] = []
+        while not found:
+            found = [p for p in me.children(recursive=True) if "reference.follower" in " ".join(p.cmdline())]
+        found[0].kill()
+
+    killer = threading.Thread(target=kill_the_follower)
+    killer.start()
+    with pytest.raises(EngineError, match=r"rank 1 .*was killed by SIGKILL"):
+        LLM(child, tensor_parallel_size=2, **ARGS)
+    killer.join()
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_that_wakes_up_goes_on(child, expected):
+    with LLM(child, tensor_parallel_size=2, **ARGS) as llm:
+        follower = psutil.Process(pids_of(llm)[1])
+        follower.suspend()
+        requests = [llm.generate_async(prompt, PARAMS) for prompt in prompts()]
+        time.sleep(1)
+        assert not any(request.finished for request in requests)
+        follower.resume()
+        assert [request.result(timeout=60).outputs[0].token_ids for request in requests] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"tensor_parallel_size": 4},
+        {"tensor_parallel_size": 4, "moe_expert_parallel_size": 2},
+        {"tensor_parallel_size": 8, "moe_expert_parallel_size": 8},
+        {"tensor_parallel_size": 8, "moe_tensor_parallel_size": 8},
+    ],
+    ids=str,
+)
+def test_four_and_eight_ranks_generate_what_one_generates(child, expected, sizes):
+    with LLM(child, **sizes, **ARGS) as llm:
+        assert generate(llm) == expected
+        assert len(set(pids_of(llm))) == sizes["tensor_parallel_size"]
+
+
+@pytest.mark.parametrize(
+    ("llm_args", "message"),
+    [
+        (
+            {"tensor_parallel_size": 3},
+            r"tensor_parallel_size: impossible parallelism .found 3, expected a divisor of the 16 attention heads",
+        ),
+        (
+            {"tensor_parallel_size": 16, "moe_expert_parallel_size": 16},
+            "moe_expert_parallel_size: .*a divisor of the 8 experts of layer 1",
+        ),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size: .*found 2, expected 1: the reference runtime"),
+        (
+            {"tensor_parallel_size": 2, "enable_attention_dp": True},
+            "enable_attention_dp: .*expected false: the reference runtime deals out attention heads",
+        ),
+    ],
+)
+def test_impossible_parallelism_is_one_line_before_any_process_starts(child, llm_args, message):
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    with pytest.raises(EngineError, match=message) as caught:
+        LLM(child, **llm_args, **ARGS)
+    assert "\n" not in str(caught.value)
+    assert {process.pid for process in psutil.Process().children(recursive=True)} <= before
