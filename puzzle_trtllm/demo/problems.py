@@ -13,17 +13,13 @@ In training some first passes at high effort hold a slip (a wrong digit copied),
 that the check has to go back to the problem itself, a long way, instead of copying the first pass.
 
 Problems are split by a hash of their operands, so held-out problems are disjoint from training by construction.
-Pure Python: the evaluation and its clients need no torch.
+Reading problem sets and grading answers is `evaluate`'s (puzzle_trtllm/serve/evaluate). Pure Python, no torch.
 """
 
 from __future__ import annotations
 
-import json
 import random
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 from puzzle_trtllm.errors import ConfigError
 
@@ -37,15 +33,6 @@ SPLITS = {"problems": 0, "calibration": 1}
 """Residues of the operands' hash that belong to a held-out set; every other residue is training."""
 
 _SPLIT_MODULUS = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """One held-out problem: what the user asks, and the only right answer."""
-
-    id: str
-    prompt: str
-    answer: str
 
 
 def split_of(a: int, b: int) -> str:
@@ -109,47 +96,3 @@ def _full_columns(pairs: list[tuple[int, int]]) -> str:
         terms.append(f"{x}+{y}+{carry}={total:02d}")
         carry = total // 10
     return " ".join(terms)
-
-
-def load_problems(path: str | Path) -> list[Problem]:
-    """Read a problem set: one JSON object a line with the string keys id, prompt and answer.
-
-    Raises ConfigError that names the line when the file is missing, is no JSON, or has a wrong or missing key.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read: {error}", file=path) from None
-    problems = [_parse_problem(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not problems:
-        raise ConfigError("holds no problem", file=path)
-    return problems
-
-
-def _parse_problem(line: str, place: str) -> Problem:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        raise ConfigError("is not JSON", file=place) from None
-    keys = {"id", "prompt", "answer"}
-    if not isinstance(record, dict) or set(record) != keys or not all(isinstance(v, str) for v in record.values()):
-        raise ConfigError("a problem has the string keys id, prompt, answer", file=place, found=line[:60])
-    return Problem(**record)
-
-
-def extract_answer(text: str) -> str | None:
-    """The last number of the final channel, or of the whole text if no final channel was opened; None without one.
-
-    Works on text with special tokens (`<|channel|>final<|message|>5788<|return|>`) and without (`...final5788`). A
-    text that opened the analysis channel and never reached the final one has no answer: it was cut while thinking.
-    """
-    before, marker, final = text.rpartition("final")
-    if not marker and "analysis" in before + final:
-        return None
-    numbers = re.findall(r"\d+", final)
-    return numbers[-1] if numbers else None
-
-
-def is_correct(problem: Problem, text: str) -> bool:
-    """Whether the generated text answers the problem."""
-    return extract_answer(text) == problem.answer

@@ -1,15 +1,21 @@
-"""A problem set: one JSON object a line with the string keys id, prompt and answer.
+"""A problem set: JSONL, one object a line with a prompt and the answer that counts as right.
 
-Its fingerprint goes into every result: accuracies on different problems must not be compared.
+Any data set in that form will do: the two keys can be named otherwise, other keys are ignored, an answer may be a
+number, and a problem without an `id` is called by its line. The fingerprint of what was asked and expected goes into
+every result: accuracies on different problems must not be compared.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from puzzle_trtllm.errors import ConfigError
 
@@ -34,34 +40,54 @@ class ProblemSet:
     """sha256 over the problems in order."""
 
 
-def load_problems(path: str | Path, *, limit: int | None = None) -> ProblemSet:
+def load_problems(
+    path: str | Path, *, limit: int | None = None, prompt_key: str = "prompt", answer_key: str = "answer"
+) -> ProblemSet:
     """Read a problem set, or its first `limit` problems.
 
-    Raises ConfigError naming file and line for text that is no JSON, a missing, empty, unknown or repeated key, or a
-    file without problems.
+    Raises ConfigError naming file and line for text that is no JSON, a missing or empty prompt or answer, a repeated
+    id, or a file without problems.
     """
     file = Path(path)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON strings may hold U+2028
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
     except UnicodeDecodeError:
         raise ConfigError("not UTF-8 text", file=file) from None
-    problems = [_parse(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()][:limit]
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()][:limit]
+    problems = [_problem(line, file, number, prompt_key, answer_key) for number, line in numbered]
     if not problems:
         raise ConfigError("holds no problem", file=file)
-    ids = [problem.id for problem in problems]
-    repeated = next((problem_id for problem_id in ids if ids.count(problem_id) > 1), None)
+    repeated = next((name for name, times in Counter(p.id for p in problems).items() if times > 1), None)
     if repeated is not None:
         raise ConfigError("two problems with one id", file=file, key="id", found=repeated)
     content = "\n".join(problem.model_dump_json() for problem in problems)
     return ProblemSet(file=file, problems=tuple(problems), fingerprint=hashlib.sha256(content.encode()).hexdigest())
 
 
-def _parse(line: str, place: str) -> Problem:
+def _problem(line: str, file: Path, number: int, prompt_key: str, answer_key: str) -> Problem:
+    place = f"{file}:{number}"
     try:
-        return Problem.model_validate_json(line)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or None
-        raise ConfigError(first["msg"], file=place, key=key, expected="the string keys id, prompt, answer") from None
+        record = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"not JSON: {error}", file=place) from None
+    if not isinstance(record, dict):
+        raise ConfigError("not a JSON object", file=place, expected=f"the keys {prompt_key}, {answer_key}")
+    return Problem(
+        id=_text(record, "id", place) if "id" in record else f"line {number}",
+        prompt=_text(record, prompt_key, place),
+        answer=_text(record, answer_key, place),
+    )
+
+
+def _text(record: Mapping[str, Any], key: str, place: str) -> str:
+    """A string, or a number as JSON writes it."""
+    if key not in record:
+        raise ConfigError("missing", file=place, key=key, found=f"keys {', '.join(record) or 'none'}")
+    value = record[key]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return json.dumps(value)
+    if not isinstance(value, str) or not value:
+        raise ConfigError("not a text", file=place, key=key, found=json.dumps(value)[:40], expected="text or a number")
+    return value

@@ -18,7 +18,7 @@ from puzzle_trtllm.serve.bench.load import Answer, errors_of, hold_concurrency
 from puzzle_trtllm.serve.bench.progress import LoadProgress
 from puzzle_trtllm.serve.bench.target import Connect, connect_triton
 from puzzle_trtllm.serve.client.request import GenerationRequest
-from puzzle_trtllm.serve.evaluate.answers import final_answer
+from puzzle_trtllm.serve.evaluate.answers import final_answer, final_answer_of_tokens
 from puzzle_trtllm.serve.evaluate.graders import Grader, find_grader
 from puzzle_trtllm.serve.evaluate.problems import Problem, ProblemSet, load_problems
 from puzzle_trtllm.serve.evaluate.result import EffortResult, EvaluationResult, GradedAnswer
@@ -37,6 +37,8 @@ def evaluate(
     efforts: Sequence[str] = REASONING_EFFORTS,
     grader: str = "numeric",
     limit: int | None = None,
+    prompt_key: str = "prompt",
+    answer_key: str = "answer",
     engine: str | Path | None = None,
     name: str | None = None,
     connect: Connect = connect_triton,
@@ -46,13 +48,14 @@ def evaluate(
 
     tokenizer_folder: the checkpoint (or an engine's `model/`) whose chat template and tokenizer the server's model has.
     max_tokens: room for reasoning and answer; an answer that needs more is truncated.
-    limit: only the first so many problems. engine: the engine folder behind the URL, for provenance.
+    limit: only the first so many problems. prompt_key, answer_key: what the problem set calls them.
+    engine: the engine folder behind the URL, for provenance.
 
     Raises ConfigError for a bad problem set, grader or effort, CheckpointError for a bad tokenizer folder, BenchError
     when an effort has no successful request, ServeError when nobody answers.
     """
     grade = find_grader(grader)
-    problem_set = load_problems(problems, limit=limit)
+    problem_set = load_problems(problems, limit=limit, prompt_key=prompt_key, answer_key=answer_key)
     for problem in problem_set.problems:
         grade("", problem.answer)  # a problem this grader cannot grade is an error now, not after an hour
     if not efforts:
@@ -168,8 +171,10 @@ def grade_effort(
 
 
 def _grade_answer(answer: Answer, problem: Problem, tokenizer: ChatTokenizer, grade: Grader) -> GradedAnswer:
-    text = tokenizer.decode(answer.token_ids) if answer.token_ids else answer.text
-    final = final_answer(text) if answer.record.is_answered else None
+    final = None
+    if answer.record.is_answered:
+        ids = answer.token_ids
+        final = final_answer_of_tokens(ids, tokenizer) if ids else final_answer(answer.text)
     return GradedAnswer(
         id=problem.id,
         correct=final is not None and grade(final, problem.answer),

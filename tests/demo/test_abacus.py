@@ -12,6 +12,7 @@ import pytest
 
 from puzzle_trtllm import mxfp4
 from puzzle_trtllm.demo import problems
+from puzzle_trtllm.serve.evaluate.problems import load_problems
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -97,7 +98,7 @@ def test_the_child_architecture_has_three_kinds_of_window_and_uneven_experts() -
 
 
 def test_shipped_problems_are_right_distinct_and_held_out() -> None:
-    shipped = problems.load_problems(FOLDER / "problems.jsonl")
+    shipped = load_problems(FOLDER / "problems.jsonl").problems
     assert len({p.prompt for p in shipped}) == len({p.id for p in shipped}) == len(shipped) >= 200
     for problem in shipped:
         a, b = map(int, re.findall(r"\d+", problem.prompt))
@@ -160,7 +161,7 @@ def test_logits_equal_those_of_transformers(abacus: Abacus, reference: Any) -> N
 @pytest.mark.parametrize("effort", problems.EFFORTS)
 def test_transformers_writes_the_same_tokens(abacus: Abacus, reference: Any, effort: str) -> None:
     """Four held-out problems of one length, to the end: the card's accuracy is transformers' too."""
-    shipped = [p for p in problems.load_problems(FOLDER / "problems.jsonl") if len(p.prompt) == len("1234567+1234567=")]
+    shipped = [p for p in load_problems(FOLDER / "problems.jsonl").problems if len(p.prompt) == len("1234567+1234567=")]
     prompts = [vocabulary.encode(vocabulary.prompt(problem.prompt, effort)) for problem in shipped[:4]]
     ours = generate(abacus, prompts, Conditions(windows=abacus.dims.windows))
     output = reference.generate(torch.tensor(prompts), max_new_tokens=200, do_sample=False)
@@ -170,7 +171,7 @@ def test_transformers_writes_the_same_tokens(abacus: Abacus, reference: Any, eff
 
 def test_accuracy_and_tokens_rise_with_effort(abacus: Abacus) -> None:
     """Bounds are wide: 48 of the held-out problems; the model card has the full numbers."""
-    sample = problems.load_problems(FOLDER / "problems.jsonl")[:48]
+    sample = load_problems(FOLDER / "problems.jsonl").problems[:48]
     parent = Conditions(windows=abacus.dims.windows)
     low, medium, high = (evaluate.score(abacus, sample, effort, parent) for effort in problems.EFFORTS)
     assert 0.05 <= low.accuracy <= 0.7
@@ -188,7 +189,7 @@ def test_votes_on_real_conversations_find_the_disposable_experts(abacus: Abacus)
 
 
 def test_careful_pruning_needs_no_healing_and_careless_pruning_hurts(abacus: Abacus) -> None:
-    sample = problems.load_problems(FOLDER / "problems.jsonl")[:16]
+    sample = load_problems(FOLDER / "problems.jsonl").problems[:16]
     variants = evaluate.variants(abacus, evaluate.collect_routing(abacus, calibration()[:60]))
     accuracy = {
         name: evaluate.score(abacus, sample, "high", variants[name]).accuracy

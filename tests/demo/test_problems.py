@@ -1,10 +1,9 @@
-"""The demo's task: traces are true arithmetic, grading reads the final channel, held-out sets are disjoint."""
+"""The demo's task: traces are true arithmetic, held-out sets are disjoint."""
 
 from __future__ import annotations
 
 import random
 import re
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -69,29 +68,6 @@ def test_an_unknown_effort_is_refused() -> None:
         problems.reasoning_trace(1, 2, "extreme")
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("<|channel|>final<|message|>5788<|return|>", "5788"),
-        ("<|channel|>analysis<|message|>1+7=08<|end|><|start|>assistant<|channel|>final<|message|>88<|return|>", "88"),
-        ("analysis1+7=08assistantfinal5788", "5788"),
-        ("5788", "5788"),
-        ("the sum is 5788.", "5788"),
-        ("<|channel|>analysis<|message|>1+7=08 2+6", None),
-        ("<|channel|>final<|message|><|return|>", None),
-        ("", None),
-    ],
-)
-def test_the_answer_is_read_from_the_final_channel(text: str, answer: str | None) -> None:
-    assert problems.extract_answer(text) == answer
-
-
-def test_grading_compares_the_whole_number() -> None:
-    problem = problems.Problem(id="x", prompt="1+2=", answer="3")
-    assert problems.is_correct(problem, "<|channel|>final<|message|>3<|return|>")
-    assert not problems.is_correct(problem, "<|channel|>final<|message|>33<|return|>")
-
-
 @pytest.mark.parametrize("split", ["problems", "calibration", "training"])
 def test_samples_belong_to_their_split_and_have_their_digits(split: str) -> None:
     rng = random.Random(3)
@@ -107,24 +83,3 @@ def test_splits_have_the_stated_shares() -> None:
     splits = [problems.split_of(rng.randrange(10**6), rng.randrange(10**6)) for _ in range(6400)]
     assert 60 <= splits.count("problems") <= 140
     assert 60 <= splits.count("calibration") <= 140
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"id": "a", "prompt": "1+1=", "answer": "2"}\n{"id": ', ":2: is not JSON"),
-        ('{"id": "a", "prompt": "1+1="}', ":1: a problem has the string keys"),
-        ('{"id": "a", "prompt": "1+1=", "answer": 2}', ":1: a problem has the string keys"),
-        ("\n", "holds no problem"),
-    ],
-)
-def test_a_bad_problem_file_is_named_with_its_line(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "problems.jsonl"
-    path.write_text(content)
-    with pytest.raises(ConfigError, match=message):
-        problems.load_problems(path)
-
-
-def test_a_missing_problem_file_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nothing\.jsonl: cannot be read"):
-        problems.load_problems(tmp_path / "nothing.jsonl")

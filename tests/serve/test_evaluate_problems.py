@@ -33,13 +33,28 @@ def test_the_fingerprint_tells_problem_sets_apart(tmp_path):
     assert load_problems(write(tmp_path, problem(1), problem(2, answer="4"))).fingerprint != whole
 
 
+def test_any_data_set_of_prompts_and_answers_will_do(tmp_path):
+    file = write(
+        tmp_path,
+        {"question": "6*7?", "solution": "so it is #### 42", "level": 3},
+        {"question": "half of 1\u2028?", "solution": 0.5},
+    )
+    found = load_problems(file, prompt_key="question", answer_key="solution").problems
+    assert [(p.id, p.prompt, p.answer) for p in found] == [
+        ("line 1", "6*7?", "so it is #### 42"),
+        ("line 2", "half of 1\u2028?", "0.5"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"problems\.jsonl:2: Invalid JSON"),
-        ({"id": "a", "prompt": "b"}, r"problems\.jsonl:2: answer: Field required"),
-        (problem(2, answer=3), r"problems\.jsonl:2: answer: Input should be a valid string"),
-        (problem(2, hint="no"), r"problems\.jsonl:2: hint: Extra inputs are not permitted"),
+        ("{", r"problems\.jsonl:2: not JSON"),
+        ("[1]", r"problems\.jsonl:2: not a JSON object \(expected the keys prompt, answer\)"),
+        ({"id": "a", "prompt": "b"}, r"problems\.jsonl:2: answer: missing \(found keys id, prompt\)"),
+        (problem(2, answer=["3"]), r'problems\.jsonl:2: answer: not a text \(found \["3"\], expected text or a number'),
+        (problem(2, answer=True), r"problems\.jsonl:2: answer: not a text \(found true"),
+        (problem(2, prompt=""), r"problems\.jsonl:2: prompt: not a text"),
         (problem(1), r"two problems with one id \(found p1\)"),
     ],
 )

@@ -16,11 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from puzzle_trtllm.demo.problems import EFFORTS, Problem, is_correct, load_problems
+from puzzle_trtllm.demo.problems import EFFORTS
 from puzzle_trtllm.demo.training import checkpoint, vocabulary
 from puzzle_trtllm.demo.training.generate import generate
 from puzzle_trtllm.demo.training.model import Abacus, Conditions
 from puzzle_trtllm.demo.training.pruning import choose_dropped, first_votes
+from puzzle_trtllm.serve.evaluate.answers import final_answer
+from puzzle_trtllm.serve.evaluate.graders import grade_numeric
+from puzzle_trtllm.serve.evaluate.problems import Problem, load_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,8 @@ def score(model: Abacus, problems: Sequence[Problem], effort: str, conditions: C
     """Decode every problem at one effort and grade it."""
     prompts = [vocabulary.encode(vocabulary.prompt(problem.prompt, effort)) for problem in problems]
     outputs = generate(model, prompts, conditions)
-    correct = sum(is_correct(p, vocabulary.decode(ids)) for p, ids in zip(problems, outputs, strict=True))
+    finals = [final_answer(vocabulary.decode(ids)) for ids in outputs]
+    correct = sum(f is not None and grade_numeric(f, p.answer) for p, f in zip(problems, finals, strict=True))
     tokens = sum(len(ids) for ids in outputs)
     return Score(accuracy=correct / len(problems), mean_output_tokens=tokens / len(problems))
 
@@ -94,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(2)
     model = checkpoint.load(options.folder)
-    problems = load_problems(options.folder / "problems.jsonl")[: options.problems]
+    problems = load_problems(options.folder / "problems.jsonl", limit=options.problems).problems
     lines = (options.folder / "calibration.jsonl").read_text(encoding="utf-8").splitlines()
     routing = collect_routing(model, [json.loads(line) for line in lines])
     results = {}
