@@ -6,16 +6,19 @@ not finite is named at once; later layers would only spread the damage.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from puzzle_trtllm.calibration.dataset import CalibrationDataset
+from puzzle_trtllm.calibration.ranks import ALONE, Ranks
 from puzzle_trtllm.errors import CalibrationError
+
+V = TypeVar("V")
 
 MAX_TOKENS_PER_BATCH = 4096
 ONE_THREAD_BELOW_PARAMETERS = 50_000_000
@@ -24,15 +27,56 @@ their time waiting for each other (abacus, two threads on two loaded cores: 58 s
 
 
 @torch.no_grad()
-def run_dataset(model: Any, dataset: CalibrationDataset, *, what: str, quiet: bool = True) -> None:
-    """Run every sequence through the decoder stack (no output head). Raises CalibrationError for NaN or infinity."""
+def run_dataset(
+    model: Any, dataset: CalibrationDataset, *, what: str, quiet: bool = True, ranks: Ranks = ALONE
+) -> None:
+    """Run this rank's sequences through the decoder stack (no output head).
+
+    Raises CalibrationError for NaN or infinity.
+    """
     device = next(model.parameters()).device
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    with naming_layers(model), threads(parameters), Progress(console=Console(stderr=True), disable=quiet) as bar:
-        task = bar.add_task(what, total=dataset.num_tokens)
-        for ids_BT in dataset.batches(MAX_TOKENS_PER_BATCH):
+    batches = list(ranks.share(dataset.batches(MAX_TOKENS_PER_BATCH)))
+    with naming_layers(model), threads(parameters), progress(quiet=quiet or not ranks.is_first) as bar:
+        task = bar.add_task(what, total=sum(ids_BT.size for ids_BT in batches))
+        for ids_BT in batches:
             model.model(input_ids=torch.from_numpy(ids_BT).to(device), use_cache=False)
             bar.advance(task, ids_BT.size)
+
+
+@torch.no_grad()
+def run_variants(
+    model: Any,
+    dataset: CalibrationDataset,
+    names: Sequence[V],
+    choose: Callable[[V], None],
+    *,
+    what: str,
+    quiet: bool = True,
+    ranks: Ranks = ALONE,
+) -> Iterator[dict[V, torch.Tensor]]:
+    """For each of this rank's micro-batches: by name, the final hidden states `[B, T, D]` after `choose(name)`.
+
+    Raises CalibrationError for NaN or infinity.
+    """
+    device = next(model.parameters()).device
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    batches = list(ranks.share(dataset.batches(MAX_TOKENS_PER_BATCH)))
+    with naming_layers(model), threads(parameters), progress(quiet=quiet or not ranks.is_first) as bar:
+        task = bar.add_task(what, total=len(names) * sum(ids_BT.size for ids_BT in batches))
+        for ids_BT in batches:
+            hidden = {}
+            for name in names:
+                choose(name)
+                output = model.model(input_ids=torch.from_numpy(ids_BT).to(device), use_cache=False)
+                hidden[name] = output.last_hidden_state
+                bar.advance(task, ids_BT.size)
+            yield hidden
+
+
+def progress(*, quiet: bool) -> Progress:
+    """A bar on stderr with the share that is done and the time that is left."""
+    return Progress(console=Console(stderr=True), disable=quiet)
 
 
 @contextmanager

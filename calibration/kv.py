@@ -1,18 +1,22 @@
 """`calibrate kv`: the FP8 scales of a model's KV cache, learned by ModelOpt from real prompts.
 
 One forward pass of the exact model over the data; ModelOpt's max calibrator records the largest K and V of every layer.
-A model that does not fit in memory goes layer by layer (layer_stream.py), with the same result to the bit.
+A model that does not fit in memory goes layer by layer (layer_stream.py), with the same result to the bit; several
+processes can share the data (ranks.py), with the same result again. Held-out text then goes through the model with FP8
+caches of several kinds, to say what each costs (kv_quality.py).
+
 The calibrated checkpoint is the source plus one scale for K and one for V a layer, under ModelOpt's names, with its
 hf_quant_config.json; expert shards are hard links and config.json keeps its mxfp4 entry (ModelOpt's own export would
 expand the experts to BF16 and drop it). Beside them: `kv_calibration.safetensors`, the maxima per head and channel that
-a finer fold needs, and `kv_report.json`, what each scale does to K and V.
+a finer fold needs, `kv_report.json`, what each scale does to K and V and to the output, and the same as a page.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +25,27 @@ import numpy as np
 import torch
 
 from puzzle_trtllm.calibration.dataset import CalibrationDataset, DataOptions, load_chosen
-from puzzle_trtllm.calibration.forward import run_dataset
+from puzzle_trtllm.calibration.forward import MAX_TOKENS_PER_BATCH, run_dataset, run_variants
+from puzzle_trtllm.calibration.held_out import HeldOut, set_aside
 from puzzle_trtllm.calibration.kv_observer import KINDS, KvObserver
+from puzzle_trtllm.calibration.kv_page import write_page
+from puzzle_trtllm.calibration.kv_quality import STORES, StoredKv, StoreScales, compare_outputs, scales_of_layer
 from puzzle_trtllm.calibration.kv_quantizers import calibrate_max, hf_quant_config, layer_amax
-from puzzle_trtllm.calibration.kv_scales import StorageQuality, modelopt_scale, power_of_two_scale, storage_quality
-from puzzle_trtllm.calibration.layer_stream import Observation, stream_layers
+from puzzle_trtllm.calibration.kv_report import (
+    HeldOutReport,
+    KvCalibration,
+    LayerReport,
+    saved_bytes,
+    scale_report,
+    sequence_lengths,
+    store_reports,
+)
+from puzzle_trtllm.calibration.kv_scales import modelopt_scale, power_of_two_scale
+from puzzle_trtllm.calibration.layer_stream import LayerRun, Observation, ReadHidden, SideRuns, stream_layers
 from puzzle_trtllm.calibration.memory import should_stream
+from puzzle_trtllm.calibration.one_layer import output_head
+from puzzle_trtllm.calibration.rank_processes import run_ranks
+from puzzle_trtllm.calibration.ranks import ALONE, Ranks, require_enough, torchrun_ranks
 from puzzle_trtllm.calibration.tensor_file import write_tensors
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import rewrite_checkpoint, tensor_of
@@ -38,111 +57,212 @@ from puzzle_trtllm.models.huggingface.loading import load_causal_lm
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-REPORT_NAME = "kv_report.json"
 WHAT = "KV calibration"
+QUALITY = "FP8 KV on held-out text"
 MAX_TOKENS = 262_144
+"""To calibrate on, unless the data options say otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScaleReport:
-    """One scale: where it comes from and what it does, measured on a sample of the calibration tokens."""
+class KvOptions:
+    """What `calibrate kv` can be told."""
 
-    amax: float
-    scale: float
-    calibrated: StorageQuality
-    unit: StorageQuality
-    """The same values stored at scale 1.0, so that nobody has to believe that calibration helped."""
+    checkpoint: str
+    out: Path
+    data: DataOptions
+    held_out: HeldOut
+    """Sequences of the sample that are set aside to measure on, or another file; None: an eighth, 32 at most."""
+    quality: bool
+    """Measure on the held-out text what FP8 costs; without it calibration is one forward pass."""
+    seq_lens: Sequence[int]
+    """Sequence lengths at which the report says what FP8 saves."""
+    exact: bool
+    """Scales amax / 448 instead of powers of two."""
+    dtype: torch.dtype
+    stream: bool | None
+    """One layer in memory at a time; None decides by the memory that is free. The result is the same."""
+    device: str
+    """`cpu`, or `cuda`: rank r then takes GPU r modulo their number."""
+    overwrite: bool
+    quiet: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerReport:
-    """One layer's K and V."""
+class _Work:
+    """One rank's part of the job."""
 
-    layer: int
-    sliding_window: int | None
-    k: ScaleReport
-    v: ScaleReport
-    q_amax: float
+    options: KvOptions
+    source: Checkpoint
+    data: CalibrationDataset
+    held_out: CalibrationDataset
+    """Empty when nothing is to be measured."""
+    ranks: Ranks
 
+    @property
+    def device(self) -> torch.device:
+        if self.options.device == "cuda":
+            return torch.device("cuda", self.ranks.rank % torch.cuda.device_count())
+        return torch.device(self.options.device)
 
-@dataclass(frozen=True, kw_only=True)
-class KvCalibration:
-    """What was learned, and from what; also the content of kv_report.json."""
+    @property
+    def to_scale(self) -> Callable[[float], float]:
+        return modelopt_scale if self.options.exact else power_of_two_scale
 
-    out: str
-    scale_rule: str
-    num_sequences: int
-    num_tokens: int
-    dtype: str
-    dataset_fingerprint: str
-    dataset_is_bundled: bool
-    checkpoint_fingerprint: str
-    """Of the source, before it had scales."""
-    versions: dict[str, str]
-    layers: tuple[LayerReport, ...]
+    def store_scales(self, layer: Observation) -> StoreScales:
+        k_scale, v_scale = (self.to_scale(float(layer[f"{kind}_amax"])) for kind in "kv")
+        return scales_of_layer(k_scale, v_scale, layer["k"], layer["v"])
 
 
 def calibrate_kv(
     checkpoint: str | Path,
     out: str | Path,
     *,
+    held_out: HeldOut = None,
+    quality: bool = True,
+    seq_lens: Sequence[int] = (),
     exact: bool = False,
     dtype: torch.dtype = torch.float32,
     stream: bool | None = None,
+    ranks: int = 1,
+    device: str = "cpu",
     overwrite: bool = False,
     quiet: bool = True,
     **data_options: Unpack[DataOptions],
 ) -> KvCalibration:
-    """Write the calibrated checkpoint `out`; scales are powers of two, or amax / 448 if `exact`.
+    """Write the calibrated checkpoint `out`; `KvOptions` says what each option does.
 
     What to calibrate on: `dataset` and the other keywords of DataOptions; at most 262,144 tokens unless they say so.
-    `stream` holds one layer in memory at a time; None decides by the memory that is free. The result is the same.
-    Raises CalibrationError (data, activations, a source that has scales without `overwrite`), CheckpointError, or
-    PuzzleError when `out` holds something and `overwrite` is not given.
+    `ranks` processes on this machine share the data; under torchrun its processes do. The result is the same.
+    Raises CalibrationError (data, activations, a source that has scales without `overwrite`, a rank that died),
+    CheckpointError, or PuzzleError when `out` holds something and `overwrite` is not given.
     """
-    source = Checkpoint.open(checkpoint)
-    if source.kv_scales and not overwrite:
+    options = KvOptions(
+        checkpoint=str(checkpoint),
+        out=Path(out),
+        data=data_options,
+        held_out=held_out,
+        quality=quality,
+        seq_lens=tuple(seq_lens),
+        exact=exact,
+        dtype=dtype,
+        stream=stream,
+        device=device,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    if ranks > 1:
+        result: KvCalibration = run_ranks(ranks, _calibrate, {"options": options, "num_local_ranks": ranks})
+        return result
+    with torchrun_ranks() as world:
+        return _calibrate(world, options=options, num_local_ranks=world.size)
+
+
+def _calibrate(ranks: Ranks, *, options: KvOptions, num_local_ranks: int) -> KvCalibration:
+    _require_device(options.device)
+    source = Checkpoint.open(options.checkpoint)
+    if source.kv_scales and not options.overwrite:
         _, entry = next(iter(source.kv_scales.items()))
         raise CalibrationError("already has KV scales (--overwrite replaces them)", file=entry.file, key=entry.name)
-    with atomic_folder(Path(out), overwrite=overwrite) as folder:
-        data = load_chosen(source, data_options, max_tokens=MAX_TOKENS)
-        streamed = should_stream(source, dtype, wanted=stream)
-        seen = (
-            _stream(source, data, Path(out), dtype, quiet) if streamed else _observe_whole(source, data, dtype, quiet)
-        )
-        report = _report(source, data, seen, out=str(out), exact=exact, dtype=dtype)
-        _write_checkpoint(source, folder, report)
-        _write_maxima(folder, seen, report)
-        write_atomically(folder / "hf_quant_config.json", seen[0]["hf_quant_config"].numpy().tobytes())
-        write_atomically(folder / REPORT_NAME, json.dumps(asdict(report), indent=2) + "\n")
+    with atomic_folder(options.out, overwrite=options.overwrite) if ranks.is_first else nullcontext() as folder:
+        work, missing = _prepare(source, options, ranks)
+        streamed = should_stream(source, options.dtype, wanted=options.stream, num_copies=num_local_ranks)
+        streamed = bool(ranks.smallest(int(streamed)))  # all the same way, though free memory changes
+        seen, outputs = _stream(work) if streamed else _run_whole(work)
+        report = _report(work, seen, outputs, missing=missing)
+        if folder is not None:
+            _write_checkpoint(source, folder, report)
+            _write_maxima(folder, seen, report)
+            write_atomically(folder / "hf_quant_config.json", seen[0]["hf_quant_config"].numpy().tobytes())
+            report.write(folder)
+            write_page(report, folder)
     return report
 
 
-def _observe_whole(source: Checkpoint, data: CalibrationDataset, dtype: torch.dtype, quiet: bool) -> list[Observation]:
-    model = load_causal_lm(source, dtype=dtype)
-    return observe(model, lambda prepared: run_dataset(prepared, data, what=WHAT, quiet=quiet), data.num_tokens)
+def _require_device(device: str) -> None:
+    if device not in ("cpu", "cuda"):
+        raise CalibrationError("unknown", key="device", found=device, expected="cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CalibrationError("no GPU that torch can use", key="device", found=device, expected="cpu")
 
 
-def _stream(
-    source: Checkpoint, data: CalibrationDataset, out: Path, dtype: torch.dtype, quiet: bool
-) -> list[Observation]:
-    def visit(model: Any, run: Callable[[Any], None], layer: int) -> Observation:
-        return observe(model, run, data.num_tokens, first_layer=layer)[0]
+def _prepare(source: Checkpoint, options: KvOptions, ranks: Ranks) -> tuple[_Work, str | None]:
+    """The work, and why nothing can be measured, if so."""
+    sample = load_chosen(source, options.data, max_tokens=MAX_TOKENS)
+    data, held_out = set_aside(sample, options.held_out, source, sequence_length=options.data.get("sequence_length"))
+    require_enough(sum(1 for _ in data.batches(MAX_TOKENS_PER_BATCH)), ranks)
+    missing = None
+    if not options.quality:
+        missing = "not asked for"
+    elif not held_out.sequences:
+        missing = "no held-out text: the sample is too small, or calibration sees all of it"
+    if missing is not None:
+        held_out = CalibrationDataset(source=held_out.source, sequences=())
+    return _Work(options=options, source=source, data=data, held_out=held_out, ranks=ranks), missing
 
-    return stream_layers(source, data, visit, out=out, what=WHAT, dtype=dtype, quiet=quiet)
+
+def _run_whole(work: _Work) -> tuple[list[Observation], list[torch.Tensor]]:
+    """By layer what was seen, and by micro-batch of held-out text what FP8 changed (kv_quality.compare_outputs)."""
+    model = load_causal_lm(work.source, dtype=work.options.dtype).to(work.device)
+    quiet, ranks = work.options.quiet, work.ranks
+    seen = observe(model, lambda m: run_dataset(m, work.data, what=WHAT, quiet=quiet, ranks=ranks), ranks=ranks)
+    outputs: list[torch.Tensor] = []
+    if work.held_out.sequences:
+        stored = StoredKv(model, [work.store_scales(layer) for layer in seen])
+        variants = run_variants(model, work.held_out, STORES, stored.choose, what=QUALITY, quiet=quiet, ranks=ranks)
+        outputs = [compare_outputs(hidden_BTD, model.lm_head.weight) for hidden_BTD in variants]
+        for i, layer in enumerate(seen):
+            layer["quality"] = stored.sums(i)
+    return seen, outputs
 
 
-def observe(model: Any, run: Callable[[Any], None], num_tokens: int, *, first_layer: int = 0) -> list[Observation]:
-    """Calibrate `model` with the pass `run`; by layer, what ModelOpt and the observer saw.
+def _stream(work: _Work) -> tuple[list[Observation], list[torch.Tensor]]:
+    """The same with one layer in memory at a time."""
+    outputs: list[torch.Tensor] = []
 
-    `k_amax` and `v_amax` (0-d) are ModelOpt's; `q`, `k`, `v` `[heads, head_dim]` the finer maxima of the same pass;
-    `k_sample` and `v_sample` `[tokens, heads * head_dim]` some of the values. All float32, but for
-    `hf_quant_config`: that file's bytes, by ModelOpt's own export code.
+    def visit(model: Any, run: LayerRun, layer: int) -> Observation:
+        seen = observe(model, run, first_layer=layer, ranks=work.ranks)[0]
+        if work.held_out.sequences:
+            stored = StoredKv(model, [work.store_scales(seen)])
+            for store in STORES:
+                stored.choose(store)
+                run.side(model, store)
+            seen["quality"] = stored.sums(0)
+        return seen
+
+    def finish(read: ReadHidden) -> None:
+        norm, head_VD = output_head(work.source, dtype=work.options.dtype, device=work.device)
+        for batches in zip(*(read(store) for store in STORES), strict=True):
+            hidden_BTD = {store: norm(batch.to(work.device)) for store, batch in zip(STORES, batches, strict=True)}
+            outputs.append(compare_outputs(hidden_BTD, head_VD))
+
+    side_runs = SideRuns(data=work.held_out, names=STORES, finish=finish) if work.held_out.sequences else None
+    seen = stream_layers(
+        work.source,
+        work.data,
+        visit,
+        out=work.options.out,
+        what=WHAT,
+        dtype=work.options.dtype,
+        quiet=work.options.quiet,
+        side_runs=side_runs,
+        settings={"exact": work.options.exact},
+        ranks=work.ranks,
+        device=work.device,
+    )
+    return seen, outputs
+
+
+def observe(model: Any, run: Callable[[Any], None], *, first_layer: int = 0, ranks: Ranks = ALONE) -> list[Observation]:
+    """Calibrate `model` with the pass `run`; by layer, what ModelOpt and the observer saw on all ranks.
+
+    `k_amax` and `v_amax` (0-d) are ModelOpt's, which it reduces over the ranks itself; `q`, `k`, `v`
+    `[heads, head_dim]` the finer maxima of the same pass. All float32, but for `hf_quant_config`: that file's bytes, by
+    ModelOpt's own export code.
     """
     observers: list[KvObserver] = []
 
     def forward_loop(prepared: Any) -> None:
-        observers.append(KvObserver(prepared, num_tokens, first_layer=first_layer))
+        observers.append(KvObserver(prepared, first_layer=first_layer))
         try:
             run(prepared)
         finally:
@@ -154,51 +274,58 @@ def observe(model: Any, run: Callable[[Any], None], num_tokens: int, *, first_la
     for i in range(len(model.model.layers)):
         k_amax, v_amax = layer_amax(model, i)
         layer = {"k_amax": torch.tensor(k_amax), "v_amax": torch.tensor(v_amax), "hf_quant_config": quant_config}
-        layer |= {kind: observers[0].amax(first_layer + i, kind) for kind in KINDS}
-        layer |= {f"{kind}_sample": observers[0].sample(first_layer + i, kind) for kind in ("k", "v")}
+        layer |= {kind: ranks.maximum(observers[0].amax(first_layer + i, kind)) for kind in KINDS}
         seen.append(layer)
     return seen
 
 
-def _report(
-    source: Checkpoint,
-    data: CalibrationDataset,
-    seen: list[Observation],
-    *,
-    out: str,
-    exact: bool,
-    dtype: torch.dtype,
-) -> KvCalibration:
-    to_scale = modelopt_scale if exact else power_of_two_scale
+def _report(work: _Work, seen: list[Observation], outputs: list[torch.Tensor], *, missing: str | None) -> KvCalibration:
+    a, options = work.source.architecture, work.options
+    lengths = sequence_lengths(a, options.seq_lens)
     layers = []
-    for i, (block, layer) in enumerate(zip(source.architecture.blocks, seen, strict=True)):
-        k_amax, v_amax = float(layer["k_amax"]), float(layer["v_amax"])
+    for i, (block, layer) in enumerate(zip(a.blocks, seen, strict=True)):
+        sums: dict[str, torch.Tensor | None] = {"k": None, "v": None}
+        if missing is None:
+            both = torch.stack(work.ranks.in_order(layer["quality"].unbind())).sum(dim=0)
+            sums = {"k": both[0], "v": both[1]}
+        k, v = (
+            scale_report(amax, work.to_scale(amax), sums[kind])
+            for kind, amax in ((kind, float(layer[f"{kind}_amax"])) for kind in ("k", "v"))
+        )
         layers.append(
             LayerReport(
                 layer=i,
                 sliding_window=block.sliding_window,
-                k=_scale_report(k_amax, to_scale(k_amax), layer["k_sample"]),
-                v=_scale_report(v_amax, to_scale(v_amax), layer["v_sample"]),
+                k=k,
+                v=v,
                 q_amax=float(layer["q"].max()),
+                saved_bytes={str(length): saved_bytes(a, block, length) for length in lengths},
             )
         )
     return KvCalibration(
-        out=out,
-        scale_rule="amax / 448" if exact else "2 * 2^ceil(log2(amax / 448))",
-        num_sequences=len(data.sequences),
-        num_tokens=data.num_tokens,
-        dtype=str(dtype).removeprefix("torch."),
-        dataset_fingerprint=data.fingerprint,
-        dataset_is_bundled=data.is_bundled,
-        checkpoint_fingerprint=source.fingerprint(),
+        out=str(options.out),
+        scale_rule="amax / 448" if options.exact else "2 * 2^ceil(log2(amax / 448))",
+        num_sequences=len(work.data.sequences),
+        num_tokens=work.data.num_tokens,
+        dtype=str(options.dtype).removeprefix("torch."),
+        dataset_fingerprint=work.data.fingerprint,
+        dataset_is_bundled=work.data.is_bundled,
+        checkpoint_fingerprint=work.source.fingerprint(),
         versions={name: version(name) for name in ("nvidia-modelopt", "torch", "transformers")},
         layers=tuple(layers),
+        saved_bytes={str(length): sum(layer.saved_bytes[str(length)] for layer in layers) for length in lengths},
+        held_out=None if missing is not None else _held_out_report(work, outputs),
+        held_out_missing=missing,
     )
 
 
-def _scale_report(amax: float, scale: float, values: torch.Tensor) -> ScaleReport:
-    calibrated, unit = storage_quality(values, scale), storage_quality(values, 1.0)
-    return ScaleReport(amax=amax, scale=scale, calibrated=calibrated, unit=unit)
+def _held_out_report(work: _Work, outputs: list[torch.Tensor]) -> HeldOutReport:
+    return HeldOutReport(
+        num_sequences=len(work.held_out.sequences),
+        num_tokens=work.held_out.num_tokens,
+        dataset_fingerprint=work.held_out.fingerprint,
+        stores=store_reports(torch.cat(work.ranks.in_order(outputs))),
+    )
 
 
 def _write_checkpoint(source: Checkpoint, folder: Path, report: KvCalibration) -> None:

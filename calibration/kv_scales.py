@@ -46,14 +46,27 @@ class StorageQuality:
     """10 log10(signal power / error power); None where either is 0."""
 
 
-def storage_quality(values: torch.Tensor, scale: float) -> StorageQuality:
-    """Store float32 `values` as E4M3 at `scale`, read them back, compare."""
-    scaled = values / scale
-    stored = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
-    signal = float(values.double().square().sum())
-    noise = float((stored.double() * scale - values.double()).square().sum())
+def through_e4m3(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`values` as an FP8 cache at `scale` (float32, broadcast) gives them back; the store saturates at 448."""
+    stored = (values.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return (stored.float() * scale).to(values.dtype)
+
+
+def storage_sums(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """What `StorageQuality` is made of, summed: float64 `[5]`, count, saturated, flushed, signal and error power."""
+    exact, stored = values.double(), through_e4m3(values.float(), scale)
+    saturated = ((values.float() / scale).abs() > E4M3_MAX).sum()
+    flushed = ((stored == 0) & (values != 0)).sum()
+    error = stored.double() - exact
+    parts = [torch.tensor(values.numel()), saturated.cpu(), flushed.cpu(), exact.square().sum().cpu()]
+    return torch.stack([part.double() for part in (*parts, error.square().sum().cpu())])
+
+
+def storage_quality(sums: torch.Tensor) -> StorageQuality:
+    """From the sums over all values."""
+    count, saturated, flushed, signal, noise = sums.tolist()
     return StorageQuality(
-        saturated_share=float((scaled.abs() > E4M3_MAX).double().mean()),
-        flushed_share=float(((stored == 0) & (values != 0)).double().mean()),
+        saturated_share=saturated / count,
+        flushed_share=flushed / count,
         snr_db=10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None,
     )

@@ -22,12 +22,12 @@ def dequantized_bytes(source: Checkpoint, dtype: torch.dtype) -> int:
     return count_parameters(source.architecture) * dtype.itemsize
 
 
-def should_stream(source: Checkpoint, dtype: torch.dtype, *, wanted: bool | None) -> bool:
-    """`wanted` if it is given, else whether the model would take more than its share of the free memory."""
+def should_stream(source: Checkpoint, dtype: torch.dtype, *, wanted: bool | None, num_copies: int = 1) -> bool:
+    """`wanted` if it is given, else whether `num_copies` of the model take more than their share of the free memory."""
     if wanted is not None:
         return wanted
     free_bytes = free_memory_bytes()
-    return free_bytes is not None and dequantized_bytes(source, dtype) > SHARE_OF_FREE_MEMORY * free_bytes
+    return free_bytes is not None and num_copies * dequantized_bytes(source, dtype) > SHARE_OF_FREE_MEMORY * free_bytes
 
 
 def free_memory_bytes(*, meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:

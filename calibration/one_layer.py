@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GptOssForCausalLM
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm, GptOssRotaryEmbedding
 
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.models.huggingface.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
@@ -24,8 +24,8 @@ from puzzle_trtllm.models.huggingface.modeling_gpt_oss_puzzle import GptOssPuzzl
 from puzzle_trtllm.tensors import kv_scale_of
 
 
-def load_layer(source: Checkpoint, layer: int, *, dtype: torch.dtype) -> Any:
-    """Layer `layer` alone, as `model.model.layers[0]`, every parameter in `dtype`, in evaluation mode.
+def load_layer(source: Checkpoint, layer: int, *, dtype: torch.dtype, device: torch.device | None = None) -> Any:
+    """Layer `layer` alone on `device` (the CPU), as `model.model.layers[0]`, every parameter in `dtype`, to evaluate.
 
     Call `model.model(inputs_embeds=..., use_cache=False)` with the layer's input; `last_hidden_state` is its output.
     Experts are dequantized here and freed with the model.
@@ -40,13 +40,24 @@ def load_layer(source: Checkpoint, layer: int, *, dtype: torch.dtype) -> Any:
     model.model.embed_tokens = model.model.norm = model.lm_head = nn.Identity()
     parameters = dict(_parameters(source, f"model.layers.{layer}.", dtype))
     model.model.layers[0].load_state_dict(parameters, strict=True, assign=True)
-    return model.eval()
+    return model.to(device).eval()
 
 
 def embed(source: Checkpoint, ids_BT: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
     """Token embeddings `[B, T, D]`; only the rows in question are read."""
     rows = torch.from_numpy(source.numpy("model.embed_tokens.weight")[ids_BT.numpy()])
     return rows.view(torch.bfloat16).to(dtype)
+
+
+def output_head(
+    source: Checkpoint, *, dtype: torch.dtype, device: torch.device | None = None
+) -> tuple[Any, torch.Tensor]:
+    """(final norm, output head `[V, D]`), as the whole model has them."""
+    a = source.architecture
+    norm = GptOssRMSNorm(a.hidden_size, eps=a.rms_norm_eps)
+    norm.load_state_dict({"weight": source.torch("model.norm.weight").to(dtype)}, assign=True)
+    name = "model.embed_tokens.weight" if a.tie_word_embeddings else "lm_head.weight"
+    return norm.to(device), source.torch(name).to(device, dtype)
 
 
 def _one_layer_config(source: Checkpoint, layer: int) -> dict[str, Any]:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from puzzle_trtllm.commands.dataset_options import takes_dataset, warn_if_bundled
-from puzzle_trtllm.commands.output import JsonOption, OverwriteOption, facts_table, print_json, print_table
+from puzzle_trtllm.commands.output import JsonOption, OverwriteOption, facts_table, print_json, print_table, show_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from puzzle_trtllm.calibration.dataset import DataOptions
     from puzzle_trtllm.calibration.experts import ExpertCalibration
-    from puzzle_trtllm.calibration.kv import KvCalibration
+    from puzzle_trtllm.calibration.kv_report import KvCalibration
+
+
+class ComputeDtype(str, Enum):
+    """Names of torch dtypes."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
 
 CheckpointArgument = Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")]
 StreamOption = Annotated[
@@ -95,51 +104,112 @@ def kv_command(
     out: Annotated[Path, typer.Argument(help="Folder of the calibrated checkpoint, to be made.")],
     data: DataOptions,
     exact: Annotated[bool, typer.Option("--exact", help="Scales amax / 448 instead of powers of two.")] = False,
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            help="Sequences to set aside and measure on, or a file to read instead. Default: an eighth, 32 at most."
+        ),
+    ] = None,
+    quality: Annotated[
+        bool, typer.Option("--quality/--no-quality", help="Measure what FP8 costs: four more passes of held-out text.")
+    ] = True,
+    seq_len: Annotated[
+        list[int] | None,
+        typer.Option("--seq-len", min=1, help="Length at which to tell what FP8 saves; may be repeated."),
+    ] = None,
+    dtype: Annotated[ComputeDtype, typer.Option(help="What the model computes in.")] = ComputeDtype.float32,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Processes that share the data (torchrun works too); the result is the same.")
+    ] = 1,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: one GPU a rank.")] = "cpu",
     stream: StreamOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Learn the FP8 scales of the KV cache with ModelOpt.
 
-    Writes a checkpoint that carries the scales, with a report of what they do to K and V in every layer.
+    Writes a checkpoint that carries the scales, and kv_report.json and .html: what they do to K and V in every layer,
+    what FP8 changes in the output on held-out text, with and without calibration, and how many bytes it saves.
     """
+    import torch
+
     from puzzle_trtllm.calibration.kv import calibrate_kv
+    from puzzle_trtllm.calibration.ranks import is_first_process
 
     report = calibrate_kv(
         checkpoint,
         out,
+        held_out=int(held_out) if held_out is not None and held_out.isdecimal() else held_out,
+        quality=quality,
+        seq_lens=seq_len or (),
         exact=exact,
+        dtype=getattr(torch, dtype.value),
+        ranks=ranks,
+        device=device,
         stream=stream,
         overwrite=overwrite,
         quiet=False,
         **data,
     )
+    if not is_first_process():
+        return
     warn_if_bundled(report.dataset_is_bundled)
     if as_json:
         from dataclasses import asdict
 
         print_json({"path": str(out), **asdict(report)})
         return
+    saved = ", ".join(f"{show_bytes(b)} a sequence of {int(n):,} tokens" for n, b in report.saved_bytes.items())
     facts = [
         ("folder", str(out)),
         ("data", f"{report.num_sequences:,} sequences, {report.num_tokens:,} tokens ({report.dataset_fingerprint})"),
         ("scale rule", report.scale_rule),
+        ("FP8 saves", saved),
+        ("report", str(out / "kv_report.html")),
     ]
-    print_table(scales_table(report), facts_table("calibrated", facts))
+    if report.held_out is None:
+        facts.append(("quality", f"not measured: {report.held_out_missing}"))
+    print_table(scales_table(report), *held_out_tables(report), facts_table("calibrated", facts))
 
 
 def scales_table(report: KvCalibration) -> Table:
-    """One row a layer: maxima, scales, and what storing in FP8 costs with the scale and without it."""
+    """One row a layer: maxima, scales, what FP8 leaves with the scale and without it, and the bytes it saves."""
     from rich.table import Table
 
-    table = Table(title="FP8 KV cache: signal to noise with the calibrated scale, and at scale 1", title_justify="left")
-    for column in ("layer", "window", "K amax", "K scale", "dB", "at 1", "V amax", "V scale", "dB", "at 1"):
+    longest = max(report.saved_bytes, key=int)
+    title = f"FP8 KV cache: dB with the calibrated scale, and at scale 1; saved at {int(longest):,} tokens a sequence"
+    table = Table(title=title, title_justify="left")
+    for column in ("layer", "window", "K amax", "K scale", "dB", "at 1", "V amax", "V scale", "dB", "at 1", "saved"):
         table.add_column(column, justify="right")
     for layer in report.layers:
         cells = []
         for part in (layer.k, layer.v):
             cells += [f"{part.amax:.4g}", f"{part.scale:.6g}"]
-            cells += ["-" if q.snr_db is None else f"{q.snr_db:.1f}" for q in (part.calibrated, part.unit)]
+            qualities = (part.calibrated, part.unit)
+            cells += ["-" if q is None or q.snr_db is None else f"{q.snr_db:.1f}" for q in qualities]
         window = "full" if layer.sliding_window is None else f"{layer.sliding_window:,}"
-        table.add_row(str(layer.layer), window, *cells)
+        table.add_row(str(layer.layer), window, *cells, show_bytes(layer.saved_bytes[longest]))
     return table
+
+
+def held_out_tables(report: KvCalibration) -> list[Table]:
+    """What FP8 changes in the output, one row a way to store K and V; none where nothing was measured."""
+    from rich.table import Table
+
+    if report.held_out is None:
+        return []
+    held_out = report.held_out
+    title = f"Against BF16 KV on held-out text: {held_out.num_sequences:,} sequences, {held_out.num_tokens:,} tokens"
+    table = Table(title=title, title_justify="left")
+    for column in ("FP8 store", "KL, nats/token", "same top token", "KL minus unit's", "standard error"):
+        table.add_column(column, justify="right")
+    for name, store in held_out.stores.items():
+        error = store.kl_over_unit_standard_error
+        table.add_row(
+            name,
+            f"{store.kl:.4g}",
+            f"{store.top1_agreement:.3%}",
+            f"{store.kl_over_unit:+.3g}",
+            "-" if error is None else f"{error:.2g}",
+        )
+    return [table]

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from puzzle_trtllm.calibration.dataset import load_dataset
+from puzzle_trtllm.calibration.dataset import CalibrationDataset, load_dataset
+from puzzle_trtllm.calibration.held_out import set_aside
 from puzzle_trtllm.calibration.kv import calibrate_kv
 from puzzle_trtllm.calibration.kv_quantizers import hushed
-from puzzle_trtllm.calibration.kv_scales import modelopt_scale, power_of_two_scale, storage_quality
+from puzzle_trtllm.calibration.kv_scales import modelopt_scale, power_of_two_scale, storage_quality, storage_sums
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.errors import CalibrationError, PuzzleError
 from puzzle_trtllm.models.huggingface.loading import load_causal_lm
@@ -53,6 +54,11 @@ def child(make_checkpoint) -> Path:
     return with_data(make_checkpoint(CHILD, seed=2))
 
 
+def calibration_data(source: Checkpoint) -> CalibrationDataset:
+    """What calibration sees by default: the sample without its held-out part."""
+    return set_aside(load_dataset(None, source), None, source)[0]
+
+
 def scales_of(folder: Path) -> dict[str, float]:
     source = Checkpoint.open(folder)
     return {entry.name: float(source.numpy(entry.name)) for entry in source.kv_scales.values()}
@@ -65,7 +71,7 @@ def scales_of(folder: Path) -> dict[str, float]:
 def exported_by_modelopt(folder) -> dict[str, torch.Tensor]:
     """The scales and the quantization config that ModelOpt's own export gives for this model and data."""
     source = Checkpoint.open(folder)
-    data, model = load_dataset(None, source), load_causal_lm(source)
+    data, model = calibration_data(source), load_causal_lm(source)
     with hushed(), torch.no_grad():
         import modelopt.torch.quantization as mtq
         from modelopt.torch.export.quant_utils import postprocess_state_dict
@@ -129,7 +135,7 @@ def test_storage_quality_equals_a_table_lookup():
     table = e4m3_values()
     stored = np.array([table[np.abs(table - x / scale).argmin()] for x in values.double().numpy().ravel()]) * scale
     exact = values.double().numpy().ravel()
-    quality = storage_quality(values, scale)
+    quality = storage_quality(storage_sums(values, torch.tensor(scale)))
     assert quality.saturated_share == np.mean(np.abs(exact / scale) > 448) > 0
     assert quality.flushed_share == np.mean((stored == 0) & (exact != 0)) > 0
     expected_snr = 10 * math.log10((exact**2).sum() / ((stored - exact) ** 2).sum())
@@ -137,8 +143,8 @@ def test_storage_quality_equals_a_table_lookup():
 
 
 def test_storage_quality_without_signal_or_error():
-    assert storage_quality(torch.zeros(4, 4), 1.0).snr_db is None
-    assert storage_quality(torch.ones(4, 4), 1.0).snr_db is None
+    assert storage_quality(storage_sums(torch.zeros(4, 4), torch.tensor(1.0))).snr_db is None
+    assert storage_quality(storage_sums(torch.ones(4, 4), torch.tensor(1.0))).snr_db is None
 
 
 # -- the maxima per head and channel -----------------------------------------------------------------------------------
@@ -175,7 +181,7 @@ def independent_maxima(folder) -> dict[str, torch.Tensor]:
             name = f"model.layers.{i}.self_attn.{kind}_amax"
             getattr(layer.self_attn, f"{kind}_proj").register_forward_hook(watch(name, kind))
     with torch.no_grad():
-        for sequence in load_dataset(None, source).sequences:
+        for sequence in calibration_data(source).sequences:
             model(torch.from_numpy(sequence)[None])
     return maxima
 
@@ -204,7 +210,7 @@ def test_the_maxima_file_says_where_it_comes_from(folder, calibrated):
     source = Checkpoint.open(folder)
     with safe_open(calibrated / "kv_calibration.safetensors", "numpy") as file:
         assert file.metadata() == {
-            "dataset_fingerprint": load_dataset(None, source).fingerprint,
+            "dataset_fingerprint": calibration_data(source).fingerprint,
             "checkpoint_fingerprint": source.fingerprint(),
             "dtype": "float32",
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def child(make_checkpoint) -> Path:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file's bytes; the report without the name of the folder that it is in."""
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert "kv_report.html" in files
     report = json.loads(files.pop("kv_report.json"))
     assert report.pop("out") == str(folder)
     return {**files, "kv_report.json": json.dumps(report).encode()}
@@ -128,26 +130,43 @@ KILLED = """
 import os, signal, sys
 from puzzle_trtllm.calibration import kv, layer_stream
 
-load_layer = layer_stream.load_layer
-original = layer_stream._LayerPass._read
-def read(self, offset, shape):
-    if self._layer == 2 and offset > 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, offset, shape)
-layer_stream._LayerPass._read = read
+original = layer_stream._read_all
+def read_all(file, batches, hidden_size, dtype):
+    for i, hidden in enumerate(original(file, batches, hidden_size, dtype)):
+        if [file.name, str(i)] == sys.argv[3:]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield hidden
+layer_stream._read_all = read_all
 kv.calibrate_kv(sys.argv[1], sys.argv[2], stream=True)
 """
-"""Killed in layer 2, after its first micro-batch."""
+"""Killed as it reads micro-batch `argv[4]` of the hidden states `argv[3]`."""
+
+STORES = ("bf16", "unit", "calibrated", "channel")
+
+
+def kill(child: Path, out: Path, file: str, batch: int) -> set[str]:
+    """What a killed process leaves."""
+    command = [sys.executable, "-c", KILLED, child, out, file, str(batch)]
+    done = subprocess.run(command, check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert not out.exists()
+    return {file.name for file in (out.parent / f".{out.name}.stream.partial-resumable").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def killed_once(child, tmp_path_factory) -> Path:
+    """What is left of a process that died in layer 2, after its first micro-batch."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    left = kill(child, out, "hidden-002", 1)
+    inputs = {"hidden-002", *(f"hidden-002-{store}" for store in STORES)}
+    assert left == {"job.json", "layer-000.st", "layer-001.st", "hidden-003.partial", *inputs}
+    return out.parent / ".out.stream.partial-resumable"
 
 
 @pytest.fixture
-def killed(child, tmp_path) -> Path:
-    """`tmp_path / "out"` beside which a process died."""
-    done = subprocess.run([sys.executable, "-c", KILLED, child, tmp_path / "out"], check=False, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert not (tmp_path / "out").exists()
-    left = {file.name for file in (tmp_path / ".out.stream.partial-resumable").iterdir()}
-    assert left == {"job.json", "layer-000.st", "layer-001.st", "hidden-002", "hidden-003.partial"}
+def killed(killed_once, tmp_path) -> Path:
+    """`tmp_path / "out"`, beside which it died."""
+    shutil.copytree(killed_once, tmp_path / killed_once.name)
     return tmp_path / "out"
 
 
@@ -156,9 +175,9 @@ def visited(monkeypatch) -> list[int]:
     """The layers that were read."""
     layers: list[int] = []
 
-    def load(source, layer, *, dtype):
+    def load(source, layer, *, dtype, device):
         layers.append(layer)
-        return load_layer(source, layer, dtype=dtype)
+        return load_layer(source, layer, dtype=dtype, device=device)
 
     monkeypatch.setattr(layer_stream, "load_layer", load)
     return layers
@@ -170,6 +189,21 @@ def test_the_same_job_goes_on_where_it_was(child, killed, visited):
     calibrate_kv(child, killed.with_name("plain"), stream=False)
     assert contents(killed) == contents(killed.with_name("plain"))
     assert sorted(file.name for file in killed.parent.iterdir()) == ["out", "plain"]
+
+
+@pytest.mark.parametrize(("file", "resumed"), [("hidden-001-calibrated", [1, 2, 3]), ("hidden-004-bf16", [])])
+def test_killed_in_held_out_text_it_goes_on_too(child, tmp_path, visited, file, resumed):
+    kill(child, tmp_path / "out", file, 0)
+    calibrate_kv(child, tmp_path / "out", stream=True)
+    assert visited == resumed
+    calibrate_kv(child, tmp_path / "plain", stream=False)
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("options", [{"exact": True}, {"held_out": 2}, {"quality": False}], ids=str)
+def test_other_scales_or_other_held_out_text_is_another_job(child, killed, visited, options):
+    calibrate_kv(child, killed, stream=True, **options)
+    assert visited == [0, 1, 2, 3]
 
 
 def test_another_job_starts_over(child, killed, visited):
@@ -203,10 +237,10 @@ def test_activations_that_are_not_finite_name_the_layer(make_checkpoint, tmp_pat
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(child, tmp_path, monkeypatch):
-    def full(self, model):
+    def full(self, model, name, output):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(layer_stream._LayerPass, "run", full)
+    monkeypatch.setattr(layer_stream._LayerPass, "_run", full)
     with pytest.raises(PuzzleError, match="No space left on device"):
         calibrate_kv(child, tmp_path / "out", stream=True)
     assert not list(tmp_path.iterdir())
