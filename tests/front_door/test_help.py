@@ -68,8 +68,9 @@ def test_the_flags_are_frozen() -> None:
         "derive": "--architecture --experts --importance --json --max-shard-bytes --overwrite",
         "verify": "--against --json",
         "calibrate experts": data,
-        "calibrate kv": data.replace("--json", "--exact --json"),
-        "build": "--allow-unit-scale --config --explain --fold --json --overwrite",
+        "calibrate kv": "--column --dataset --dataset-config --device --dtype --effort --exact --held-out --json "
+        "--max-samples --max-tokens --overwrite --pack --quality --ranks --seed --seq-len --sequence-length --split "
+        "--stream",
         "serve": "--gpu-device-ids --grpc-cert --grpc-key --grpc-port --grpc-root-cert --host --http-port --json "
         "--metrics-port --restart --restricted --secret --startup-timeout",
         "generate": "--ca-cert --client-cert --client-key --effort --json --max-tokens --secret --seed --stop "
