@@ -3,10 +3,11 @@
     trtllm-serve.sh     OpenAI-compatible server of TensorRT-LLM itself
     trtllm-bench.sh     its throughput benchmark, on bench-dataset.jsonl at the scenario's lengths
     tritonserver.sh     Triton with this project's model repository
+    environment.sh      what the engine's processes need in their environment; the scripts above read it
     bench-dataset.jsonl random token ids: {"task_id", "input_ids", "output_tokens"} a line
 
-Every script exports the environment that the engine needs. `env_overrides` in llm_args.yaml reaches the workers that
-`LLM` starts; ranks that Slurm or mpirun started before are not its children, so the variables are set outside too.
+`env_overrides` in llm_args.yaml reaches the workers that `LLM` starts. Ranks that Slurm or mpirun started are not its
+children, and all but the first never run a script of ours: whoever starts ranks reads environment.sh first.
 Scripts find the engine from their own place: the folder may be moved. Arguments after the script's name are passed on.
 """
 
@@ -26,6 +27,7 @@ from puzzle_trtllm.scenario import Scenario
 
 LAUNCH_FOLDER = "launch"
 DATASET_NAME = "bench-dataset.jsonl"
+ENVIRONMENT_NAME = "environment.sh"
 MODEL_NAME = "openai/gpt-oss-120b"
 """trtllm-bench wants a hub name beside --model_path; it names the report's rows."""
 NUM_SPECIAL_TOKENS = 1090
@@ -44,9 +46,6 @@ def launch_scripts(
     config: EngineConfig, llm_args: Mapping[str, Any], scenario: Scenario, *, plugin: bool
 ) -> dict[str, str]:
     """File name: text, for every way to start this engine."""
-    exports = "".join(
-        f"export {name}={shlex.quote(value)}\n" for name, value in (llm_args.get("env_overrides") or {}).items()
-    )
     modules = [f'--custom_module_dirs "$ENGINE/{PLUGIN_FOLDER.as_posix()}"'] if plugin else []
     options = [
         f'--extra_llm_api_options "$ENGINE/{LLM_ARGS_NAME}"'
@@ -54,14 +53,13 @@ def launch_scripts(
         else f'--config "$ENGINE/{LLM_ARGS_NAME}"'
     ]
     return {
+        ENVIRONMENT_NAME: _environment(llm_args.get("env_overrides") or {}),
         "trtllm-serve.sh": _script(
             "OpenAI-compatible server of TensorRT-LLM; llm_args.yaml wins over flags",
-            exports,
             ['trtllm-serve serve "$ENGINE/model"', "--backend pytorch", *modules, *options],
         ),
         "trtllm-bench.sh": _script(
             f"Throughput at scenario {scenario.name}: {scenario.input_tokens} in, {scenario.output_tokens} out",
-            exports,
             [
                 f'trtllm-bench --model {MODEL_NAME} --model_path "$ENGINE/model"',
                 "throughput",
@@ -70,7 +68,6 @@ def launch_scripts(
         ),
         "tritonserver.sh": _script(
             "Triton: gRPC 8001, HTTP 8000, metrics 8002, on this machine only (--host 0.0.0.0 opens them)",
-            exports,
             ['python3 -m puzzle_trtllm serve "$ENGINE"'],
         ),
     }
@@ -90,7 +87,7 @@ def write_launch_folder(
     folder.mkdir()
     for name, text in launch_scripts(config, llm_args, scenario, plugin=plugin).items():
         (folder / name).write_text(text, encoding="utf-8")
-        (folder / name).chmod(0o755)
+        (folder / name).chmod(0o644 if name == ENVIRONMENT_NAME else 0o755)
     write_dataset(folder / DATASET_NAME, scenario, vocab_size=architecture.vocab_size)
 
 
@@ -120,5 +117,11 @@ def _bench(llm_args: Mapping[str, Any], scenario: Scenario, modules: list[str], 
     ]
 
 
-def _script(purpose: str, exports: str, parts: list[str]) -> str:
-    return _HEAD.format(purpose=purpose) + exports + "exec " + " \\\n  ".join([*parts, '"$@"']) + "\n"
+def _environment(variables: Mapping[str, str]) -> str:
+    head = "# env_overrides of llm_args.yaml, for ranks that are started from outside. By puzzle-trtllm build.\n"
+    return head + "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
+
+
+def _script(purpose: str, parts: list[str]) -> str:
+    environment = f'. "$ENGINE/{LAUNCH_FOLDER}/{ENVIRONMENT_NAME}"\n'
+    return _HEAD.format(purpose=purpose) + environment + "exec " + " \\\n  ".join([*parts, '"$@"']) + "\n"

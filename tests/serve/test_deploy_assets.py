@@ -8,6 +8,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -17,7 +19,9 @@ from puzzle_trtllm.serve.triton.metrics import _GAUGES
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "serve" / "deploy"
 GOLDEN = ROOT / "tests" / "data" / "golden" / "kubernetes"
-OVERLAYS = ("one-gpu", "eight-gpus")
+SEVERAL = DEPLOY / "kubernetes" / "several-nodes"
+OVERLAYS = ("one-gpu", "eight-gpus", "several-nodes")
+KUBERNETES = ("1.29", "1.32", "1.37")
 PORTS = {8000, 8001, 8002}
 
 
@@ -25,8 +29,17 @@ def rendered(overlay):
     return {item["kind"]: item for item in yaml.safe_load_all((GOLDEN / f"{overlay}.yaml").read_text())}
 
 
-def container_of(overlay):
-    (container,) = rendered(overlay)["Deployment"]["spec"]["template"]["spec"]["containers"]
+def templates_of(overlay):
+    """Pod templates by what the pods are; `serving` answers requests."""
+    items = rendered(overlay)
+    if "Deployment" in items:
+        return {"serving": items["Deployment"]["spec"]["template"]}
+    group = items["LeaderWorkerSet"]["spec"]["leaderWorkerTemplate"]
+    return {"serving": group["leaderTemplate"], "worker": group["workerTemplate"]}
+
+
+def container_of(overlay, pod="serving"):
+    (container,) = templates_of(overlay)[pod]["spec"]["containers"]
     return container
 
 
@@ -42,23 +55,55 @@ def test_overlays_render_as_recorded(overlay):
 class TestKubernetes:
     def test_names_fit_together(self, overlay):
         items = rendered(overlay)
-        labels = items["Deployment"]["spec"]["template"]["metadata"]["labels"]
-        assert items["Deployment"]["spec"]["selector"]["matchLabels"].items() <= labels.items()
-        assert items["Service"]["spec"]["selector"].items() <= labels.items()
-        pod = items["Deployment"]["spec"]["template"]["spec"]
-        mounted = {mount["name"] for mount in container_of(overlay)["volumeMounts"]}
-        assert mounted == {volume["name"] for volume in pod["volumes"]}
+        labels = {pod: template["metadata"]["labels"] for pod, template in templates_of(overlay).items()}
+        selector = items["Service"]["spec"]["selector"].items()
+        assert [pod for pod in labels if selector <= labels[pod].items()] == ["serving"]
+        if "Deployment" in items:
+            assert items["Deployment"]["spec"]["selector"]["matchLabels"].items() <= labels["serving"].items()
+        for pod, template in templates_of(overlay).items():
+            mounted = {mount["name"] for mount in container_of(overlay, pod)["volumeMounts"]}
+            assert mounted == {volume["name"] for volume in template["spec"]["volumes"]}
         assert {port["containerPort"] for port in container_of(overlay)["ports"]} == PORTS
         names = {port["name"] for port in container_of(overlay)["ports"]}
         assert {port["targetPort"] for port in items["Service"]["spec"]["ports"]} == names
 
     def test_gpus_engine_and_shared_memory(self, overlay):
-        gpus, engine = {"one-gpu": (1, "child-1gpu"), "eight-gpus": (8, "child-8gpu")}[overlay]
-        container = container_of(overlay)
-        assert container["resources"]["limits"] == {"nvidia.com/gpu": gpus}
-        mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
-        assert mounts["/engine"]["subPath"] == engine and mounts["/engine"]["readOnly"] is True
-        assert "/dev/shm" in mounts
+        expected = {"one-gpu": (1, "child-1gpu"), "eight-gpus": (8, "child-8gpu"), "several-nodes": (8, "child-16gpu")}
+        gpus, engine = expected[overlay]
+        for pod in templates_of(overlay):
+            container = container_of(overlay, pod)
+            assert container["resources"]["limits"] == {"nvidia.com/gpu": gpus}
+            mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+            assert mounts["/engine"]["subPath"] == engine and mounts["/engine"]["readOnly"] is True
+            assert "/dev/shm" in mounts
+
+    def test_prometheus_finds_the_metrics_port(self, overlay):
+        template = templates_of(overlay)["serving"]
+        annotations = {
+            key.removeprefix("prometheus.io/"): text for key, text in template["metadata"]["annotations"].items()
+        }
+        ports = {port["name"]: port["containerPort"] for port in container_of(overlay)["ports"]}
+        assert annotations == {"scrape": "true", "port": str(ports["metrics"]), "path": "/metrics"}
+
+    def test_scaled_by_requests_waiting(self, overlay):
+        scaler = rendered(overlay)["HorizontalPodAutoscaler"]["spec"]
+        (metric,) = scaler["metrics"]
+        assert metric["pods"]["metric"]["name"] == "puzzle_requests_waiting" and "puzzle_requests_waiting" in _GAUGES
+        target = rendered(overlay)[scaler["scaleTargetRef"]["kind"]]
+        assert scaler["scaleTargetRef"] == {
+            "apiVersion": target["apiVersion"],
+            "kind": target["kind"],
+            "name": target["metadata"]["name"],
+        }
+
+    @pytest.mark.parametrize("version", KUBERNETES)
+    def test_kubernetes_own_schemas_take_them(self, overlay, version):
+        """Strict: a key that the API server does not know is an error. (LeaderWorkerSet is no kind of its own.)"""
+        items = list(rendered(overlay).values())
+        items += [{"apiVersion": "v1", "kind": "PodTemplate", "template": t} for t in templates_of(overlay).values()]
+        for item in items:
+            if item["kind"] != "LeaderWorkerSet":
+                kubernetes_validate.validate(item, version, strict=True)
 
     def test_one_token_proves_life_and_a_full_queue_does_not_kill(self, overlay):
         probe = container_of(overlay)["livenessProbe"]
@@ -75,10 +120,38 @@ class TestKubernetes:
         assert probe["periodSeconds"] * probe["failureThreshold"] >= 1800
 
 
-def test_only_one_gpu_pods_are_scaled_by_a_metric_that_exists():
-    assert "HorizontalPodAutoscaler" not in rendered("eight-gpus")
-    (metric,) = rendered("one-gpu")["HorizontalPodAutoscaler"]["spec"]["metrics"]
-    assert metric["pods"]["metric"]["name"] in _GAUGES
+def test_a_schema_that_would_notice():
+    item = rendered("one-gpu")["Deployment"]
+    item["spec"]["template"]["spec"]["containers"][0]["livenessProbes"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(item, KUBERNETES[0], strict=True)
+
+
+class TestSeveralNodes:
+    def test_leaderworkersets_own_schema_takes_it(self):
+        schema = json.loads((ROOT / "tests" / "data" / "leaderworkerset-v1.schema.json").read_text())
+        item = rendered("several-nodes")["LeaderWorkerSet"]
+        jsonschema.validate(item, schema)
+        item["spec"]["leaderWorkerTemplate"]["restartPolicy"] = "Never"
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(item, schema)
+
+    def test_probes_are_those_of_one_node_but_for_the_time_to_load(self):
+        one, several = container_of("one-gpu"), container_of("several-nodes")
+        for probe in ("livenessProbe", "readinessProbe"):
+            assert one[probe] == several[probe]
+        assert one["startupProbe"]["httpGet"] == several["startupProbe"]["httpGet"]
+
+    def test_pods_run_the_scripts_of_the_folder(self):
+        scripts = rendered("several-nodes")["ConfigMap"]["data"]
+        assert scripts == {file.name: file.read_text() for file in SEVERAL.glob("*.sh")}
+        for pod in templates_of("several-nodes"):
+            command = container_of("several-nodes", pod)["command"]
+            assert command[0] == "bash" and Path(command[1]).name in scripts
+            mounts = {mount["mountPath"]: mount["name"] for mount in container_of("several-nodes", pod)["volumeMounts"]}
+            volumes = {volume["name"]: volume for volume in templates_of("several-nodes")[pod]["spec"]["volumes"]}
+            config_map = volumes[mounts[str(Path(command[1]).parent)]]["configMap"]["name"]
+            assert config_map == rendered("several-nodes")["ConfigMap"]["metadata"]["name"]
 
 
 def test_compose_opens_ports_to_this_machine_only():
@@ -93,6 +166,22 @@ def test_the_image_starts_what_build_writes():
     assert {int(port) for port in re.search(r"^EXPOSE (.*)$", text, re.MULTILINE)[1].split()} == PORTS
 
 
-def test_the_slurm_script_is_a_shell_script_that_starts_a_launch_script():
-    subprocess.run(["bash", "-n", str(DEPLOY / "slurm.sbatch")], check=True)
-    assert "trtllm-llmapi-launch /engine/launch/trtllm-serve.sh" in (DEPLOY / "slurm.sbatch").read_text()
+@pytest.mark.parametrize(
+    ("server", "expected"),
+    [
+        (None, "trtllm-llmapi-launch /engine/launch/trtllm-serve.sh --host 0.0.0.0 --port 8000"),
+        ("tritonserver", "trtllm-llmapi-launch /engine/launch/tritonserver.sh --host 0.0.0.0"),
+    ],
+)
+def test_the_slurm_script_starts_a_launch_script_on_ranks_with_the_engines_environment(tmp_path, server, expected):
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$SHARES: $*"\n')
+    (tmp_path / "srun").chmod(0o755)
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "environment.sh").write_text("export SHARES=0.25,0.75\n")
+    variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "ENGINE": str(tmp_path), "IMAGE": "x.sqsh"}
+    variables |= {"SERVER": server} if server else {}
+    command = ["bash", str(DEPLOY / "slurm.sbatch")]
+    ran = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("0.25,0.75: --mpi=pmix ") and ran.stdout.strip().endswith(expected)
+    wrong = subprocess.run(command, env={**variables, "SERVER": "x"}, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and "expected trtllm-serve or tritonserver" in wrong.stderr

@@ -3,6 +3,6 @@
 # By puzzle-trtllm build; further arguments are passed on.
 set -eu
 ENGINE=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
-export TRTLLM_WINDOW_SIZE_SHARES=0.002197265625,0.047607421875,0.9501953125
+. "$ENGINE/launch/environment.sh"
 exec python3 -m puzzle_trtllm serve "$ENGINE" \
   "$@"

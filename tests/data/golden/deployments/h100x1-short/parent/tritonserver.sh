@@ -3,6 +3,6 @@
 # By puzzle-trtllm build; further arguments are passed on.
 set -eu
 ENGINE=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
-export TRTLLM_WINDOW_SIZE_SHARES=0.01904296875,0.98095703125
+. "$ENGINE/launch/environment.sh"
 exec python3 -m puzzle_trtllm serve "$ENGINE" \
   "$@"

@@ -3,7 +3,7 @@
 # By puzzle-trtllm build; further arguments are passed on.
 set -eu
 ENGINE=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
-export TRTLLM_WINDOW_SIZE_SHARES=0.01904296875,0.98095703125
+. "$ENGINE/launch/environment.sh"
 exec trtllm-serve serve "$ENGINE/model" \
   --backend pytorch \
   --extra_llm_api_options "$ENGINE/llm_args.yaml" \

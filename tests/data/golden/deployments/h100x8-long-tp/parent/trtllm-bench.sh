@@ -3,7 +3,7 @@
 # By puzzle-trtllm build; further arguments are passed on.
 set -eu
 ENGINE=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
-export TRTLLM_WINDOW_SIZE_SHARES=0.001220703125,0.998779296875
+. "$ENGINE/launch/environment.sh"
 exec trtllm-bench --model openai/gpt-oss-120b --model_path "$ENGINE/model" \
   throughput \
   --backend pytorch \

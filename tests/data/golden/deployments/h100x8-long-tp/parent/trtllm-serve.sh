@@ -3,7 +3,7 @@
 # By puzzle-trtllm build; further arguments are passed on.
 set -eu
 ENGINE=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
-export TRTLLM_WINDOW_SIZE_SHARES=0.001220703125,0.998779296875
+. "$ENGINE/launch/environment.sh"
 exec trtllm-serve serve "$ENGINE/model" \
   --backend pytorch \
   --extra_llm_api_options "$ENGINE/llm_args.yaml" \
