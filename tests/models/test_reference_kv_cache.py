@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, blocks_needed, expand_e4m3, plan_layout
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, blocks_needed, expand_e4m3, plan_layout, store
 from tests.toys import toy_architecture
 
 CPU = torch.device("cpu")
@@ -37,18 +37,7 @@ def test_every_e4m3_code_expands_to_what_torch_says(dtype):
 
 
 def test_an_e4m3_store_saturates():
-    cache = PagedKvCache(
-        plan_layout(
-            toy_architecture([(4, None)]),
-            tokens_per_block=8,
-            dtype=torch.float8_e4m3fn,
-            budget_bytes=1 << 16,
-            sequence_tokens=16,
-            max_sequences=2,
-        ),
-        CPU,
-    )
-    stored = cache.store(torch.tensor([1e9, -1e9, 448.0, 460.0, 0.3]))
+    stored = store(torch.tensor([1e9, -1e9, 448.0, 460.0, 0.3]), torch.float8_e4m3fn)
     assert stored.float().tolist() == [448.0, -448.0, 448.0, 448.0, 0.3125]
 
 

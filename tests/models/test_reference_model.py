@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from puzzle_trtllm.checkpoint import Checkpoint
-from puzzle_trtllm.models.reference.kernels.torch_kernels import torch_kernels
+from puzzle_trtllm.models.reference.kernels.choice import choose_kernels
+from puzzle_trtllm.models.reference.kernels.compiler import COMPILERS
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, plan_layout
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
@@ -17,17 +19,24 @@ from puzzle_trtllm.models.reference.weights import load_weights
 CPU = torch.device("cpu")
 HOMOGENEOUS = [(6, 24), (6, None), (6, 24), (6, None)]
 CHILD = [(6, 24), (4, None), (3, 40), (2, 24)]
+KERNELS = pytest.mark.parametrize(
+    "kernels",
+    [
+        "torch",
+        pytest.param("native", marks=pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no compiler")),
+    ],
+)
 
 
 class Driver:
     """Feeds sequences through the model in chunks, as the scheduler does, and keeps their logits."""
 
-    def __init__(self, folder: Path, *, kv_dtype: torch.dtype = torch.float32, dequantize: bool = True) -> None:
-        kernels = torch_kernels(dequantize_experts=dequantize)
-        weights = load_weights(
-            Checkpoint.open(folder), dtype=torch.float32, device=CPU, prepare_experts=kernels.prepare_experts
-        )
-        self.model = ReferenceModel(weights, kernels, max_seq_len=512)
+    def __init__(
+        self, folder: Path, *, kv_dtype: torch.dtype = torch.float32, dequantize: bool = True, kernels: str = "torch"
+    ) -> None:
+        chosen = choose_kernels(kernels, CPU, dequantize_experts=dequantize)
+        weights = load_weights(Checkpoint.open(folder), dtype=torch.float32, device=CPU, kernels=chosen)
+        self.model = ReferenceModel(weights, chosen, max_seq_len=512)
         layout = plan_layout(
             weights.architecture,
             tokens_per_block=8,
@@ -69,11 +78,12 @@ def oracle_logits(folder: Path, tokens: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("blocks", [HOMOGENEOUS, CHILD], ids=["gpt_oss", "child"])
 @pytest.mark.parametrize("experts_format", ["mxfp4", "bf16"])
-def test_logits_equal_transformers_at_every_position(make_checkpoint, blocks, experts_format):
+@KERNELS
+def test_logits_equal_transformers_at_every_position(make_checkpoint, blocks, experts_format, kernels):
     folder = make_checkpoint(blocks, experts_format=experts_format)
     tokens = tokens_of(150, seed=1)
     expected = oracle_logits(folder, tokens)
-    driver = Driver(folder)
+    driver = Driver(folder, kernels=kernels)
     sequence = driver.add(tokens)
     rows = [driver.step((sequence, 0, 70)), *(driver.step((sequence, i, i + 1)) for i in range(70, 150))]
     assert (torch.cat(rows) - expected[69:]).abs().max() < 1e-4
@@ -93,11 +103,12 @@ def test_any_chunking_of_the_prompt_gives_the_same_logits(make_checkpoint, chunk
         assert (logits[0] - expected[start - 1]).abs().max() < 1e-4
 
 
-def test_a_mixed_batch_gives_each_sequence_its_own_logits(make_checkpoint):
+@KERNELS
+def test_a_mixed_batch_gives_each_sequence_its_own_logits(make_checkpoint, kernels):
     folder = make_checkpoint(CHILD)
     texts = [tokens_of(120, seed=3), tokens_of(45, seed=4), tokens_of(80, seed=5)]
     expected = [oracle_logits(folder, text) for text in texts]
-    driver = Driver(folder)
+    driver = Driver(folder, kernels=kernels)
     for text in texts:
         driver.add(text)
     driver.step((0, 0, 60))
@@ -162,7 +173,8 @@ def test_greedy_tokens_equal_transformers_for_200_steps(make_checkpoint, blocks)
     assert tokens[20:] == expected
 
 
-def test_fp8_kv_is_quantize_store_dequantize(make_checkpoint):
+@KERNELS
+def test_fp8_kv_is_quantize_store_dequantize(make_checkpoint, kernels):
     """The same model in transformers with K and V passed through a saturating E4M3 cast gives the same logits."""
     from transformers.models.gpt_oss import modeling_gpt_oss
 
@@ -177,7 +189,7 @@ def test_fp8_kv_is_quantize_store_dequantize(make_checkpoint):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modeling_gpt_oss, "eager_attention_forward", through_e4m3)
         expected = oracle_logits(folder, tokens)
-    driver = Driver(folder, kv_dtype=torch.float8_e4m3fn)
+    driver = Driver(folder, kv_dtype=torch.float8_e4m3fn, kernels=kernels)
     sequence = driver.add(tokens)
     rows = [driver.step((sequence, 0, 40)), *(driver.step((sequence, i, i + 1)) for i in range(40, 60))]
     assert (torch.cat(rows) - expected[39:]).abs().max() < 1e-4

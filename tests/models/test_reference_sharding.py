@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puzzle_trtllm.checkpoint import Checkpoint
-from puzzle_trtllm.models.reference.kernels.torch_kernels import torch_kernels
+from puzzle_trtllm.models.reference.kernels.choice import choose_kernels
+from puzzle_trtllm.models.reference.kernels.torch_kernels import TorchKernels
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, SequenceBlocks, plan_layout
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.sharding import Shard, count_shard_bytes, shards_of
@@ -67,13 +68,11 @@ class _ThreadRank:
 def logits_of_chunks(folder: Path, tokens: list[int], sizes: Parallelism) -> list[torch.Tensor]:
     """Logits after a prompt chunk and some decode steps, from all ranks of `sizes`."""
     checkpoint = Checkpoint.open(folder)
-    kernels = torch_kernels(dequantize_experts=True)
+    kernels = choose_kernels("auto", CPU, dequantize_experts=True)
     together = ThreadRanks(sizes.tensor)
 
     def run(shard: Shard) -> list[torch.Tensor]:
-        weights = load_weights(
-            checkpoint, dtype=torch.float32, device=CPU, prepare_experts=kernels.prepare_experts, shard=shard
-        )
+        weights = load_weights(checkpoint, dtype=torch.float32, device=CPU, kernels=kernels, shard=shard)
         ranks = together.of(shard.rank) if sizes.tensor > 1 else None
         model = ReferenceModel(weights, kernels, max_seq_len=512, ranks=ranks)  # type: ignore[arg-type]
         layout = plan_layout(
@@ -175,11 +174,9 @@ def test_a_rank_reads_and_holds_its_part_alone(make_checkpoint):
     a = checkpoint.architecture
     sizes = Parallelism(tensor=8, moe_expert=8)
     whole, replicated = count_weight_bytes(a), 2 * a.vocab_size * a.hidden_size
-    kernels = torch_kernels(dequantize_experts=False)
+    kernels = TorchKernels(dequantize_experts=False)
     for shard in shards_of(a, sizes):
-        weights = load_weights(
-            checkpoint, dtype=torch.bfloat16, device=CPU, prepare_experts=kernels.prepare_experts, shard=shard
-        )
+        weights = load_weights(checkpoint, dtype=torch.bfloat16, device=CPU, kernels=kernels, shard=shard)
         # Norms and sinks are held in float32, twice their size on disk; they, the routers and two biases are whole.
         assert weights.num_bytes == pytest.approx(count_shard_bytes(shard), rel=0.02)
         assert count_shard_bytes(shard) < replicated + (whole - replicated) / 8 * 1.25

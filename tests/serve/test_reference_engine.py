@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from puzzle_trtllm.models.reference.kernels.torch_kernels import TorchKernels
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, plan_layout
 from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
 from puzzle_trtllm.serve.runtimes.reference.messages import DecodingRule, Submit, TokenUpdate
@@ -103,6 +104,7 @@ def test_what_a_sequence_sees_in_the_cache_is_its_own_whatever_was_shared_evicte
     """K is written as a checksum of all tokens up to its position; after every step each open sequence is checked."""
     engine, rng = make_engine(max_batch_size=6, budget=budget, max_num_tokens=40, dtype=torch.float32), random.Random(1)
     scheduled: list[Sequence] = []
+    kernels = TorchKernels(dequantize_experts=True)
 
     def write_checksums(step, cache) -> torch.Tensor:
         values = torch.tensor([checksum for s in scheduled for checksum in checksums(s)], dtype=torch.float32)
@@ -110,7 +112,8 @@ def test_what_a_sequence_sees_in_the_cache_is_its_own_whatever_was_shared_evicte
             group = step.groups[pool.window]
             own = values if group.write_tokens is None else values[group.write_tokens]
             for layer in pool.layers:
-                cache.write(layer, group.write_rows, group.write_offsets, own[None, :, None, None].expand(2, -1, 2, 16))
+                kv = own[None, :, None, None].expand(2, -1, 2, 16)
+                kernels.write(cache.storage(layer), group.write_rows, group.write_offsets, kv)
         return torch.randn(len(step.logit_rows), VOCABULARY, generator=engine.model.generator)
 
     def checksums(s: Sequence) -> list[int]:

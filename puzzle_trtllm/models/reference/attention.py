@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from puzzle_trtllm.models.reference.kernels import DecodeAttention
+from puzzle_trtllm.models.reference.kernels import Kernels
 from puzzle_trtllm.models.reference.kernels.torch_attention import softmax_with_sink
-from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
+from puzzle_trtllm.models.reference.kv_cache import bits_of, read_rows
 from puzzle_trtllm.models.reference.step import GroupStep, Step
 
 MAX_SCORES = 1 << 24
@@ -21,41 +21,30 @@ MAX_SCORES = 1 << 24
 
 
 def attend(
-    decode_attention: DecodeAttention,
-    layer: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor,
-    step: Step,
-    group: GroupStep,
-    cache: PagedKvCache,
+    kernels: Kernels, q: Tensor, stored: Tensor, sinks: Tensor, step: Step, group: GroupStep, storage: Tensor
 ) -> Tensor:
-    """Store the new K and V `[T, K, Dh]` and attend with q `[T, H, Dh]`; gives `[T, H * Dh]`."""
-    stored = cache.store(torch.stack([k, v]))
+    """Write the new K and V `[2, T, K, Dh]` and attend with q `[T, H, Dh]`; gives `[T, H * Dh]`."""
     prefill = None
     if step.num_decodes < len(q):
         # Before the write: the past may lie in blocks that the chunk is about to take over.
-        prefill = _attend_chunks(layer, q, stored, sinks, step, group, cache)
+        prefill = _attend_chunks(q, stored, sinks, step, group, storage)
     kept = stored if group.write_tokens is None else _take(stored, group.write_tokens)
-    cache.write(layer, group.write_rows, group.write_offsets, kept)
+    kernels.write(storage, group.write_rows, group.write_offsets, kept)
     if group.decode is None:
         assert prefill is not None
         return prefill
-    decoded = decode_attention(q[: step.num_decodes], sinks, cache.storage(layer), group.decode)
+    decoded = kernels.decode_attention(q[: step.num_decodes], sinks, storage, group.decode)
     return decoded if prefill is None else torch.cat([decoded, prefill])
 
 
-def _attend_chunks(
-    layer: int, q: Tensor, stored: Tensor, sinks: Tensor, step: Step, group: GroupStep, cache: PagedKvCache
-) -> Tensor:
+def _attend_chunks(q: Tensor, stored: Tensor, sinks: Tensor, step: Step, group: GroupStep, storage: Tensor) -> Tensor:
     """All prompt chunks with K and V as stored, `[2, T, K, Dh]`, padded to `[P, C]`; gives `[T - S, H * Dh]`."""
     assert step.chunk_rows is not None and step.chunk_positions is not None and step.chunk_valid is not None
     assert group.prefill is not None
     queries = q[step.chunk_rows]
     keys, values = _take(stored, step.chunk_rows).to(q.dtype).transpose(2, 3)
     if group.prefill.past_rows is not None:
-        past_k, past_v = cache.read(layer, group.prefill.past_rows, q.dtype)
+        past_k, past_v = read_rows(storage, group.prefill.past_rows, q.dtype)
         keys, values = torch.cat([past_k, keys], dim=2), torch.cat([past_v, values], dim=2)
     chunks, longest, num_heads, head_dim = queries.shape
     tile = max(1, MAX_SCORES // (chunks * num_heads * keys.shape[2]))
@@ -100,6 +89,4 @@ def _attend_tile(
 
 def _take(kv: Tensor, index: Tensor) -> Tensor:
     """`kv[:, index]` for a dtype that may have no indexing kernel (float8)."""
-    if kv.dtype == torch.float8_e4m3fn:
-        return kv.view(torch.uint8)[:, index].view(kv.dtype)
-    return kv[:, index]
+    return bits_of(kv)[:, index].view(kv.dtype)

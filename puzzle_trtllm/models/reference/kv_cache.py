@@ -293,27 +293,18 @@ class PagedKvCache:
         pool, index = self._of_layer[layer]
         return pool.storage[index]
 
-    def store(self, values: Tensor) -> Tensor:
-        """`values` as the cache stores them (saturating cast)."""
-        dtype = self.layout.dtype
-        if dtype == torch.float8_e4m3fn:
-            return values.clamp(-E4M3_MAX, E4M3_MAX).to(dtype)
-        return values.to(dtype)
 
-    def write(self, layer: int, rows: Tensor, offsets: Tensor, kv: Tensor) -> None:
-        """Write stored K and V `[2, W, K, Dh]` at pool rows `[W, K]` and offsets in their blocks `[W, 1]`."""
-        halves = torch.arange(2, device=self.device)[:, None, None]
-        _bits(self.storage(layer))[halves, rows, offsets] = _bits(kv)
-
-    def read(self, layer: int, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """K and V of the pool rows `[2, S, K, M]` (`pool_rows`), each as `[S, K, M * B, Dh]` in `dtype`."""
-        return read_rows(self.storage(layer), rows, dtype)
+def store(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` as a cache of `dtype` stores them (saturating cast)."""
+    if dtype == torch.float8_e4m3fn:
+        return values.clamp(-E4M3_MAX, E4M3_MAX).to(dtype)
+    return values.to(dtype)
 
 
 def read_rows(storage: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """K and V at `rows` `[2, S, K, M]` of one layer's storage `[2, N * K, B, Dh]`, each as `[S, K, M * B, Dh]`."""
     _, sequences, heads, _ = rows.shape
-    picked = _bits(storage).flatten(0, 1).index_select(0, rows.flatten())
+    picked = bits_of(storage).flatten(0, 1).index_select(0, rows.flatten())
     wide = expand_e4m3(picked, dtype) if picked.dtype == torch.uint8 else picked.to(dtype)
     keys, values = wide.view(2, sequences, heads, -1, wide.shape[-1])
     return keys, values
@@ -348,6 +339,6 @@ def expand_e4m3(codes: Tensor, dtype: torch.dtype) -> Tensor:
     return bits.view(dtype).mul_(2.0**120)
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits_of(tensor: Tensor) -> Tensor:
     """The same memory as bytes where the dtype has no indexing kernels (float8)."""
     return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor

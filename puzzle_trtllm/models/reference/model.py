@@ -46,35 +46,30 @@ class ReferenceModel:
     @torch.inference_mode()
     def forward(self, step: Step, cache: PagedKvCache) -> Tensor:
         """Logits float32 `[R, V]` of the rows that want them; with several ranks, on the first one only."""
-        weights, eps = self.weights, self.architecture.rms_norm_eps
+        weights, kernels, eps = self.weights, self.kernels, self.architecture.rms_norm_eps
         x = F.embedding(step.token_ids, weights.embedding)
-        cos, sin = self._cos[step.positions][:, None, :], self._sin[step.positions][:, None, :]
         for index, layer in enumerate(weights.layers):
-            x = x + self._attention(index, layer, _rms_norm(x, layer.input_norm, eps), cos, sin, step, cache)
-            x = x + self._experts(layer, _rms_norm(x, layer.post_norm, eps))
-        logits = F.linear(_rms_norm(x[step.logit_rows], weights.final_norm, eps), weights.head)
+            normed = kernels.rms_norm(x, layer.input_norm, eps)
+            x = x + self._attention(layer, normed, step, cache.storage(index))
+            x = x + self._experts(layer, kernels.rms_norm(x, layer.post_norm, eps))
+        logits = weights.head(kernels.rms_norm(x[step.logit_rows], weights.final_norm, eps))
         if self.ranks is not None:
             logits = self.ranks.gather_columns(logits, self.architecture.vocab_size)
         return logits.float()
 
-    def _attention(
-        self, index: int, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, step: Step, cache: PagedKvCache
-    ) -> Tensor:
+    def _attention(self, layer: LayerWeights, x: Tensor, step: Step, storage: Tensor) -> Tensor:
         a = self.architecture
-        qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(len(x), -1, a.head_dim)
-        rotated = _rotate(qkv[:, : a.num_attention_heads + a.num_key_value_heads], cos, sin)
-        q, k = rotated[:, : a.num_attention_heads], rotated[:, a.num_attention_heads :]
-        v = qkv[:, a.num_attention_heads + a.num_key_value_heads :]
+        qkv = layer.qkv(x).view(len(x), -1, a.head_dim)
+        q, kv = self.kernels.rotate(qkv, self._cos, self._sin, step.positions, a.num_key_value_heads, storage.dtype)
         group = step.groups[layer.block.sliding_window]
-        attended = attend(self.kernels.decode_attention, index, q, k, v, layer.sinks, step, group, cache)
-        return self._sum(F.linear(attended, layer.out, layer.out_bias))
+        return self._sum(layer.out(attend(self.kernels, q, kv, layer.sinks, step, group, storage)))
 
     def _experts(self, layer: LayerWeights, x: Tensor) -> Tensor:
         """Each token to the top k of its layer's router logits, weighted by a softmax over those k."""
-        top, chosen = F.linear(x, layer.router, layer.router_bias).topk(self.architecture.experts_per_token, dim=-1)
+        shares, chosen = self.kernels.route(layer.router(x), self.architecture.experts_per_token)
         if self.ranks is not None:
             chosen = _count_held(chosen, layer.held_experts)
-        return self._sum(layer.experts(x, top.softmax(dim=-1), chosen))
+        return self._sum(layer.experts(x, shares, chosen))
 
     def _sum(self, part: Tensor) -> Tensor:
         return part if self.ranks is None else self.ranks.sum(part)
@@ -84,14 +79,3 @@ def _count_held(chosen: Tensor, held: range) -> Tensor:
     """The router's expert numbers as numbers of the `held` ones; `len(held)` for all others."""
     own = chosen - held.start
     return own.masked_fill_((own < 0) | (own >= len(held)), len(held))
-
-
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `[T, heads, Dh]` by cos and sin `[T, 1, Dh / 2]`; pairs are (i, i + Dh / 2)."""
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """float32 inside, weight included (held in float32), cast back at the end: as gpt-oss does it."""
-    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)

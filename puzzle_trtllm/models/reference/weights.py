@@ -17,7 +17,7 @@ from torch import Tensor
 
 from puzzle_trtllm.architecture import BlockConfig, PuzzleArchitecture
 from puzzle_trtllm.checkpoint import Checkpoint
-from puzzle_trtllm.models.reference.kernels import ExpertMixture, PrepareExperts
+from puzzle_trtllm.models.reference.kernels import ExpertMixture, Kernels, Linear
 from puzzle_trtllm.models.reference.sharding import Shard
 from puzzle_trtllm.mxfp4 import E2M1_VALUES, SCALE_BIAS
 
@@ -63,17 +63,14 @@ class LayerWeights:
 
     block: BlockConfig
     input_norm: Tensor
-    qkv: Tensor
-    """`[(H + 2K) * Dh, D]`"""
-    qkv_bias: Tensor | None
-    out: Tensor
-    """`[D, H * Dh]`"""
-    out_bias: Tensor | None
+    qkv: Linear
+    """D to (H + 2K) * Dh"""
+    out: Linear
+    """H * Dh to D"""
     sinks: Tensor
     """float32 `[H]`: a logit that takes part in the softmax and adds nothing to the output."""
     post_norm: Tensor
-    router: Tensor
-    router_bias: Tensor
+    router: Linear
     experts: ExpertMixture
     held_experts: range
     """Those of the router's experts that `experts` holds."""
@@ -88,7 +85,7 @@ class ModelWeights:
     embedding: Tensor
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor
-    head: Tensor
+    head: Linear
 
     @property
     def num_bytes(self) -> int:
@@ -101,14 +98,14 @@ def load_weights(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    prepare_experts: PrepareExperts,
+    kernels: Kernels,
     shard: Shard | None = None,
 ) -> ModelWeights:
     """Load a checkpoint, or one rank's `shard` of it. Raises CheckpointError for a missing or misshapen tensor."""
     checkpoint.validate()
     architecture = checkpoint.architecture
     shard = shard or Shard(architecture=architecture)
-    loader = _Loader(checkpoint, dtype, device, prepare_experts, shard)
+    loader = _Loader(checkpoint, dtype, device, kernels, shard)
     embedding = loader.tensor("model.embed_tokens.weight")
     tied = architecture.tie_word_embeddings
     return ModelWeights(
@@ -116,7 +113,7 @@ def load_weights(
         embedding=embedding,
         layers=tuple(loader.layer(index, block) for index, block in enumerate(architecture.blocks)),
         final_norm=loader.tensor("model.norm.weight").float(),
-        head=embedding[shard.vocabulary] if tied else loader.tensor("lm_head.weight"),
+        head=kernels.prepare_linear(embedding[shard.vocabulary] if tied else loader.tensor("lm_head.weight"), None),
     )
 
 
@@ -126,13 +123,13 @@ class _Loader:
         checkpoint: Checkpoint,
         dtype: torch.dtype,
         device: torch.device,
-        prepare_experts: PrepareExperts,
+        kernels: Kernels,
         shard: Shard,
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
-        self.prepare_experts = prepare_experts
+        self.kernels = kernels
         self.shard = shard
 
     def tensor(self, name: str) -> Tensor:
@@ -151,15 +148,20 @@ class _Loader:
         return LayerWeights(
             block=block,
             input_norm=self.tensor(f"{prefix}.input_layernorm.weight").float(),
-            qkv=torch.cat([self.tensor(f"{name}.weight") for name in projections]),
-            qkv_bias=torch.cat([self.tensor(f"{name}.bias") for name in projections]) if has_bias else None,
-            out=self.tensor(f"{attention}.o_proj.weight"),
-            out_bias=self.added_bias(f"{attention}.o_proj.bias") if has_bias else None,
+            qkv=self.kernels.prepare_linear(
+                torch.cat([self.tensor(f"{name}.weight") for name in projections]),
+                torch.cat([self.tensor(f"{name}.bias") for name in projections]) if has_bias else None,
+            ),
+            out=self.kernels.prepare_linear(
+                self.tensor(f"{attention}.o_proj.weight"),
+                self.added_bias(f"{attention}.o_proj.bias") if has_bias else None,
+            ),
             sinks=self.tensor(f"{attention}.sinks").float(),
             post_norm=self.tensor(f"{prefix}.post_attention_layernorm.weight").float(),
-            router=self.tensor(f"{prefix}.mlp.router.weight"),
-            router_bias=self.tensor(f"{prefix}.mlp.router.bias"),
-            experts=self.prepare_experts(
+            router=self.kernels.prepare_linear(
+                self.tensor(f"{prefix}.mlp.router.weight"), self.tensor(f"{prefix}.mlp.router.bias")
+            ),
+            experts=self.kernels.prepare_experts(
                 self._experts(f"{prefix}.mlp.experts"), limit=self.checkpoint.architecture.swiglu_limit
             ),
             held_experts=range(block.num_local_experts)[self.shard.experts(index)],

@@ -31,6 +31,8 @@ class EngineArguments:
     max_num_tokens: int = 8192
     max_seq_len: int | None = None
     stream_interval: int = 1
+    kernels: str = "auto"
+    """auto | native | torch; an argument of the reference runtime alone, to force one of its implementations."""
     kv_cache_config: KvCacheConfig = field(default_factory=KvCacheConfig)
     """Its bytes are those of one rank, as with TensorRT-LLM."""
     parallelism: Parallelism = ONE_RANK

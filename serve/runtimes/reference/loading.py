@@ -17,7 +17,8 @@ import torch
 from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.errors import EngineError
-from puzzle_trtllm.models.reference.kernels.torch_kernels import torch_kernels
+from puzzle_trtllm.models.reference.kernels.choice import choose_kernels
+from puzzle_trtllm.models.reference.kernels.cpu import cpu_flags
 from puzzle_trtllm.models.reference.kv_cache import KvLayout, PagedKvCache, plan_layout
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.sharding import Shard, count_shard_bytes
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from puzzle_trtllm.models.reference.rank_group import RankGroup
 
 MAX_DEQUANTIZED_BYTES = 1 << 30
-"""Experts are held dequantized up to this many bytes; larger models keep MXFP4 and expand experts as they are used."""
+"""The torch kernels hold experts dequantized up to this many bytes, because expanding them every step costs more than
+it saves; those of larger models stay MXFP4 and are expanded as they are used. Native kernels read MXFP4 as it is."""
 
 SINGLE_THREAD_BYTES = 64 << 20
 """Models that hold less than this run on one thread: their operations are too short to be worth sharing, and a spinning
@@ -57,8 +59,8 @@ def load_engine(arguments: EngineArguments, ranks: RankGroup | None = None) -> L
     dtype = compute_dtype(arguments.dtype, device)
     max_seq_len = arguments.max_seq_len or architecture.max_position_embeddings
     dequantize = _dequantized_bytes(architecture, dtype) <= MAX_DEQUANTIZED_BYTES
-    kernels = torch_kernels(dequantize_experts=dequantize)
-    weights = load_weights(checkpoint, dtype=dtype, device=device, prepare_experts=kernels.prepare_experts, shard=shard)
+    kernels = choose_kernels(arguments.kernels, device, dequantize_experts=dequantize)
+    weights = load_weights(checkpoint, dtype=dtype, device=device, kernels=kernels, shard=shard)
     if device.type == "cpu" and weights.num_bytes < SINGLE_THREAD_BYTES:
         torch.set_num_threads(1)
     elif ranks is not None:
@@ -75,6 +77,7 @@ def load_engine(arguments: EngineArguments, ranks: RankGroup | None = None) -> L
     facts = {
         "device": str(device),
         "compute_dtype": explain_compute_dtype(arguments.dtype, device),
+        "kernels": kernels.name,
         "kv_dtype": str(layout.dtype).removeprefix("torch."),
         "num_threads": torch.get_num_threads(),
         "max_seq_len": max_seq_len,
@@ -83,7 +86,6 @@ def load_engine(arguments: EngineArguments, ranks: RankGroup | None = None) -> L
         "block_reuse": cache.reuse,
         "checkpoint_weight_bytes": checkpoint.weight_bytes,
         "held_weight_bytes": weights.num_bytes,
-        "experts_held_as": "compute dtype" if dequantize else "mxfp4",
     }
     if ranks is not None:
         facts["ranks"] = ranks.collect(
@@ -123,15 +125,6 @@ def explain_compute_dtype(name: str, device: torch.device) -> str:
     found = sorted(cpu_flags() & _BF16_FLAGS)
     missing = " nor ".join(sorted(_BF16_FLAGS))
     return f"{dtype} (the CPU has {', '.join(found)})" if found else f"{dtype} (the CPU has neither {missing})"
-
-
-def cpu_flags() -> frozenset[str]:
-    """The processor's feature flags as Linux names them; empty where /proc/cpuinfo has none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
 
 
 def _plan_cache(

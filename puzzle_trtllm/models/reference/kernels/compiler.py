@@ -1,0 +1,69 @@
+"""Compiles the native CPU kernels on the machine that runs them, once, and keeps the library in the user's cache.
+
+The file's name holds a hash of the source, the compiler and the processor's features, so that a library is never used
+on a machine, or with a source, that it was not made for. It is written under a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from puzzle_trtllm.models.reference.kernels.cpu import cpu_flags
+
+SOURCE = Path(__file__).with_name("native.cpp")
+COMPILERS = ("g++", "c++", "clang++")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-w")
+TIMEOUT_SECONDS = 120.0
+
+
+class CompileError(RuntimeError):
+    """No library: the reason in one line."""
+
+
+def load_library(flags: Sequence[str] = FLAGS, *, cache: Path | None = None) -> ctypes.CDLL:
+    """The kernels, compiled if they have not been. Raises CompileError.
+
+    Import torch first: its OpenMP runtime is then the one that the library binds to, and both share their threads.
+    """
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise CompileError(f"no C++ compiler (looked for {', '.join(COMPILERS)})")
+    folder = cache or default_cache()
+    target = folder / f"native-{_key(compiler, flags)}.so"
+    try:
+        if not target.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, flags, target)
+        return ctypes.CDLL(str(target))
+    except (OSError, subprocess.SubprocessError) as error:
+        raise CompileError(f"{type(error).__name__}: {error}") from None
+
+
+def default_cache() -> Path:
+    """Where the user's caches are, by the XDG base directory specification."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "puzzle-trtllm"
+
+
+def _key(compiler: str, flags: Sequence[str]) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=TIMEOUT_SECONDS).stdout
+    parts = [SOURCE.read_bytes(), version, " ".join(flags).encode(), " ".join(sorted(cpu_flags())).encode()]
+    return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+
+
+def _compile(compiler: str, flags: Sequence[str], target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        made = Path(scratch, target.name)
+        command = [compiler, *flags, "-o", str(made), str(SOURCE)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
+        if done.returncode != 0:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise CompileError(f"{compiler}: {next((line for line in lines if 'error' in line), lines[0])}")
+        made.replace(target)

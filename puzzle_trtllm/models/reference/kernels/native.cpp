@@ -1,0 +1,646 @@
+// CPU kernels of the reference runtime: everything that a decode step does between two calls of Python.
+//
+// Compiled on the machine that runs them (see compiler.py) and called through ctypes: plain C functions over pointers
+// that Python has checked. Vectors are GCC's 16-lane float type, which every target lowers to what it has; the two hot
+// instructions of AVX-512 (bfloat16 dot product, 16-bit permutation) have portable twins below.
+//
+// Sums run in float32 in an order that depends on the row alone, never on what else is in the batch.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <omp.h>
+#include <type_traits>
+#include <utility>
+#include <vector>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int64_t PARALLEL_WORK = 1 << 20;  // products below which waking threads costs more than it saves
+constexpr int MX_BLOCK = 32;  // values that share a scale in MXFP4
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(64)));
+typedef uint16_t Halves16 __attribute__((vector_size(32)));
+typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+struct BFloat16 { uint16_t bits; };
+struct E4M3 { uint8_t bits; };
+
+template <class V> inline V load(const void* from) {
+  V value;
+  std::memcpy(&value, from, sizeof(V));
+  return value;
+}
+template <class V> inline void save(void* to, const V& value) { std::memcpy(to, &value, sizeof(V)); }
+template <class To, class From> inline To bits(const From& value) {
+  static_assert(sizeof(To) == sizeof(From));
+  return load<To>(&value);
+}
+inline Floats fill(float value) { return Floats{} + value; }
+inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+// -- reading and writing 16 values of any dtype ----------------------------------------------------------------------
+
+inline Floats read16(const float* from) { return load<Floats>(from); }
+inline Floats read16(const BFloat16* from) {
+  return bits<Floats>(__builtin_convertvector(load<Halves16>(from), Words) << 16);
+}
+inline Floats read16(const E4M3* from) {
+  // Sign and exponent move into place, 2^(127 - 7) makes up for the biases; right for subnormals too.
+  const Ints code = __builtin_convertvector(bits<int8_t __attribute__((vector_size(16)))>(load<Bytes16>(from)), Ints);
+  return bits<Floats>((code << 20) & int32_t(0x87F00000)) * 0x1p120f;
+}
+inline void write16(float* to, Floats value) { save(to, value); }
+inline void write16(BFloat16* to, Floats value) {
+  const Words word = bits<Words>(value);
+  const Words rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;  // to nearest, ties to even; finite values
+  save(to, __builtin_convertvector(rounded, Halves16));
+}
+inline float to_float(float value) { return value; }
+inline float to_float(BFloat16 value) { return bits<float>(uint32_t(value.bits) << 16); }
+inline float to_float(E4M3 value) {
+  return bits<float>((uint32_t(int32_t(int8_t(value.bits))) << 20) & 0x87F00000u) * 0x1p120f;
+}
+template <class T> inline T from_float(float value) {
+  if constexpr (std::is_same_v<T, float>) {
+    return value;
+  } else {
+    const uint32_t word = bits<uint32_t>(value);
+    return T{uint16_t((word + 0x7FFF + ((word >> 16) & 1)) >> 16)};
+  }
+}
+
+// e^x for x <= 0 or moderate: Cephes' expf, relative error below 2e-7, 0 far below.
+inline Floats exponential(Floats x) {
+  const Floats clipped = larger(smaller(x, fill(88.0f)), fill(-87.5f));
+  const Floats shifted = clipped * 1.44269504f + 12582912.0f;  // the integer part lands in the low mantissa bits
+  const Floats whole = shifted - 12582912.0f;
+  const Floats r = clipped - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Floats p = fill(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Ints exponent = (bits<Ints>(shifted) - 0x4B400000) << 23;
+  const Floats value = bits<Floats>(bits<Ints>(p) + exponent);
+  return x < -87.0f ? Floats{} : value;
+}
+
+inline float sum_lanes(Floats v) {
+  float total = 0;
+  for (int i = 0; i < LANES; ++i) total += v[i];
+  return total;
+}
+inline float max_lane(Floats v) {
+  float top = v[0];
+  for (int i = 1; i < LANES; ++i) top = std::max(top, v[i]);
+  return top;
+}
+
+// Lane i of the result is the sum of the lanes of v[i].
+inline Floats sum_each(Floats v[LANES]) {
+  constexpr Ints LOW[4] = {{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30},
+                           {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
+                           {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27},
+                           {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}};
+#pragma GCC unroll 4
+  for (int level = 0; level < 4; ++level) {
+#pragma GCC unroll 8
+    for (int i = 0; i < (8 >> level); ++i) {
+      const Floats a = v[2 * i], b = v[2 * i + 1];
+      v[i] = __builtin_shuffle(a, b, LOW[level]) + __builtin_shuffle(a, b, LOW[level] + (1 << level));
+    }
+  }
+  return v[0];
+}
+
+// -- norm, rotary embedding, cache, router ---------------------------------------------------------------------------
+
+template <> inline E4M3 from_float<E4M3>(float value) {  // to nearest, ties to even; saturates at +-448
+  const uint32_t sign = bits<uint32_t>(value) >> 31 << 7;
+  const float size = std::min(std::abs(value), 448.0f);
+  if (size < 0x1p-6f) return E4M3{uint8_t(sign | uint32_t(std::nearbyint(size * 512.0f)))};
+  const uint32_t word = bits<uint32_t>(size);
+  return E4M3{uint8_t(sign | (((word + 0x7FFFF + ((word >> 20) & 1)) >> 20) - (120 << 3)))};
+}
+
+template <class T> void normalize(const void* x_, const float* weight, float eps, int64_t rows, int64_t width, void* out_) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* x = static_cast<const T*>(x_) + row * width;
+    T* out = static_cast<T*>(out_) + row * width;
+    Floats squares = {};
+    int64_t d = 0;
+    for (; d + LANES <= width; d += LANES) squares += read16(x + d) * read16(x + d);
+    float total = sum_lanes(squares);
+    for (; d < width; ++d) total += to_float(x[d]) * to_float(x[d]);
+    const float factor = 1.0f / std::sqrt(total / float(width) + eps);
+    for (d = 0; d + LANES <= width; d += LANES) write16(out + d, read16(x + d) * factor * load<Floats>(weight + d));
+    for (; d < width; ++d) out[d] = from_float<T>(to_float(x[d]) * factor * weight[d]);
+  }
+}
+
+// A row of qkv holds the heads of q, then of k, then of v; pairs are (i, i + head_dim / 2).
+template <class T, class KV>
+void rotate_rows(const void* qkv_, const void* cos_, const void* sin_, const int64_t* positions, int64_t rows,
+                 int64_t heads, int64_t kv_heads, int64_t dim, void* q_, void* kv_) {
+  const int64_t half = dim / 2;
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* from = static_cast<const T*>(qkv_) + row * (heads + 2 * kv_heads) * dim;
+    const T* cos = static_cast<const T*>(cos_) + positions[row] * half;
+    const T* sin = static_cast<const T*>(sin_) + positions[row] * half;
+    const auto turn = [&](int64_t head, auto* to) {
+      using To = std::remove_pointer_t<decltype(to)>;
+      for (int64_t d = 0; d < half; ++d) {
+        const float a = to_float(from[head * dim + d]), b = to_float(from[head * dim + half + d]);
+        const float c = to_float(cos[d]), s = to_float(sin[d]);
+        // Rounded as the rest of the model computes before the cache rounds again.
+        to[d] = from_float<To>(to_float(from_float<T>(a * c - b * s)));
+        to[half + d] = from_float<To>(to_float(from_float<T>(b * c + a * s)));
+      }
+    };
+    for (int64_t head = 0; head < heads; ++head) turn(head, static_cast<T*>(q_) + (row * heads + head) * dim);
+    KV* k = static_cast<KV*>(kv_) + row * kv_heads * dim;
+    KV* v = k + rows * kv_heads * dim;
+    for (int64_t head = 0; head < kv_heads; ++head) turn(heads + head, k + head * dim);
+    const T* values = from + (heads + kv_heads) * dim;
+    for (int64_t d = 0; d < kv_heads * dim; ++d) v[d] = from_float<KV>(to_float(values[d]));
+  }
+}
+
+// The `top` largest logits of each row, the first of equals first, and their softmax.
+template <class T>
+void choose_experts(const void* logits_, int64_t rows, int64_t experts, int64_t top, void* shares_, int64_t* chosen) {
+  std::vector<float> left(experts);
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* logits = static_cast<const T*>(logits_) + row * experts;
+    T* shares = static_cast<T*>(shares_) + row * top;
+    for (int64_t e = 0; e < experts; ++e) left[e] = to_float(logits[e]);
+    float total = 0, highest = 0;
+    for (int64_t i = 0; i < top; ++i) {
+      const int64_t best = std::max_element(left.begin(), left.end()) - left.begin();
+      chosen[row * top + i] = best;
+      if (i == 0) highest = left[best];
+      total += std::exp(left[best] - highest);
+      left[best] = -std::numeric_limits<float>::infinity();
+    }
+    for (int64_t i = 0; i < top; ++i)
+      shares[i] = from_float<T>(std::exp(to_float(logits[chosen[row * top + i]]) - highest) / total);
+  }
+}
+
+// -- decode attention -------------------------------------------------------------------------------------------------
+
+struct Cache {
+  const void* storage;     // [2, blocks * kv_heads, block_tokens, head_dim]
+  int64_t rows;            // blocks * kv_heads
+  int64_t kv_heads, block_tokens, head_dim;
+  const int64_t* table;    // [S, table_width]
+  int64_t table_width;
+  const int64_t* first;    // [S]: position of the first key in the table
+  const int64_t* position; // [S]: of the query
+  int64_t window;          // 0: unlimited
+};
+
+template <class T> inline void read_row(float* to, const T* from, int64_t count) {
+  int64_t d = 0;
+  for (; d + LANES <= count; d += LANES) save(to + d, read16(from + d));
+  for (; d < count; ++d) to[d] = to_float(from[d]);
+}
+
+// The query heads of one KV head of one sequence: softmax is kept up to date tile by tile (at most 16 keys of a block).
+template <class Q, class KV>
+void attend_group(const Q* q, const float* sinks, Q* out, int64_t s, int64_t kv_head, int64_t group, const Cache& c,
+                  float* scratch) {
+  const int64_t dim = c.head_dim, padded = (dim + LANES - 1) / LANES * LANES, chunks = padded / LANES;
+  float* queries = scratch;                 // [group, padded]
+  float* sums = queries + group * padded;   // [group, padded]
+  float* keys = sums + group * padded;      // [16, padded]
+  float* values = keys + LANES * padded;    // [16, padded]
+  float* top = values + LANES * padded;     // [group]
+  float* share = top + group;               // [group]
+  std::fill(queries, values + LANES * padded, 0.0f);
+  const float scale = 1.0f / std::sqrt(float(dim));
+  for (int64_t g = 0; g < group; ++g) {
+    read_row(queries + g * padded, q + g * dim, dim);
+    for (int64_t d = 0; d < dim; ++d) queries[g * padded + d] *= scale;
+    top[g] = sinks[g];
+    share[g] = 1.0f;
+  }
+  const KV* pool_k = static_cast<const KV*>(c.storage);
+  const KV* pool_v = pool_k + c.rows * c.block_tokens * dim;
+  const int64_t end = c.position[s] + 1;
+  int64_t key = std::max(c.first[s], c.window ? end - c.window : 0);
+  while (key < end) {
+    const int64_t slot = key - c.first[s], offset = slot % c.block_tokens;
+    const int64_t count = std::min({int64_t(LANES), c.block_tokens - offset, end - key});
+    const int64_t block = c.table[s * c.table_width + slot / c.block_tokens];
+    const int64_t at = ((block * c.kv_heads + kv_head) * c.block_tokens + offset) * dim;
+    for (int64_t j = 0; j < count; ++j) {
+      read_row(keys + j * padded, pool_k + at + j * dim, dim);
+      read_row(values + j * padded, pool_v + at + j * dim, dim);
+    }
+    for (int64_t g = 0; g < group; ++g) {
+      Floats products[LANES] = {};
+      for (int64_t d = 0; d < padded; d += LANES) {
+        const Floats own = load<Floats>(queries + g * padded + d);
+#pragma GCC unroll 16
+        for (int j = 0; j < LANES; ++j) products[j] += own * load<Floats>(keys + j * padded + d);
+      }
+      Floats scores = sum_each(products);
+      for (int j = int(count); j < LANES; ++j) scores[j] = -std::numeric_limits<float>::infinity();
+      const float highest = std::max(top[g], max_lane(scores));
+      const float keep = std::exp(top[g] - highest);
+      const Floats weights = exponential(scores - highest);
+      top[g] = highest;
+      share[g] = share[g] * keep + sum_lanes(weights);
+      for (int64_t i = 0; i < chunks; ++i) {
+        float* place = sums + g * padded + i * LANES;
+        Floats total = load<Floats>(place) * keep;
+        for (int64_t j = 0; j < count; ++j) total += load<Floats>(values + j * padded + i * LANES) * weights[j];
+        save(place, total);
+      }
+    }
+    key += count;
+  }
+  for (int64_t g = 0; g < group; ++g)
+    for (int64_t d = 0; d < dim; ++d) out[g * dim + d] = from_float<Q>(sums[g * padded + d] / share[g]);
+}
+
+template <class Q, class KV>
+void attend_all(const void* q, const float* sinks, void* out, int64_t sequences, int64_t heads, const Cache& c,
+                int threads) {
+  const int64_t group = heads / c.kv_heads, padded = (c.head_dim + LANES - 1) / LANES * LANES;
+  const int64_t work = sequences * heads * c.head_dim * c.table_width * c.block_tokens;
+#pragma omp parallel num_threads(threads) if (work > PARALLEL_WORK)
+  {
+    std::vector<float> scratch((2 * group + 2 * LANES) * padded + 2 * group);
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < sequences * c.kv_heads; ++item) {
+      const int64_t s = item / c.kv_heads, kv_head = item % c.kv_heads;
+      const int64_t at = (s * heads + kv_head * group) * c.head_dim;
+      attend_group<Q, KV>(static_cast<const Q*>(q) + at, sinks + kv_head * group, static_cast<Q*>(out) + at, s,
+                          kv_head, group, c, scratch.data());
+    }
+  }
+}
+
+// -- matrices ---------------------------------------------------------------------------------------------------------
+//
+// A weight matrix lies in tiles of 16 rows (outputs), inside a tile column by column, so that one load gives 16 rows and
+// no sum runs across lanes. Tiles come in pairs: gate and up of the same 16 hidden values, or 32 outputs of `down`.
+
+#if defined(__AVX512BF16__)
+inline Floats dot_pairs(Floats sum, Words weights, uint32_t x) {
+  return Floats(_mm512_dpbf16_ps(__m512(sum), (__m512bh)(weights), (__m512bh)(_mm512_set1_epi32(int(x)))));
+}
+#else
+inline Floats dot_pairs(Floats sum, Words weights, uint32_t x) {
+  sum += bits<Floats>(weights << 16) * bits<float>(x << 16);
+  return sum + bits<Floats>(weights & 0xFFFF0000u) * bits<float>(x & 0xFFFF0000u);
+}
+#endif
+
+constexpr uint16_t E2M1_BFLOAT16[16] = {0,      0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0,
+                                        0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0};
+constexpr float E2M1_FLOAT[16] = {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0f, -0.5, -1, -1.5, -2, -3, -4, -6};
+
+// The E2M1 codes in the low 4 bits of each half word (the bits above are ignored), as bfloat16.
+inline Words decode_pairs(Words codes) {
+#if defined(__AVX512BW__)
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(E2M1_BFLOAT16));
+  return Words(_mm512_permutexvar_epi16(__m512i(codes), _mm512_broadcast_i64x4(half)));
+#else
+  Words value;
+  for (int i = 0; i < LANES; ++i)
+    value[i] = E2M1_BFLOAT16[codes[i] & 15] | uint32_t(E2M1_BFLOAT16[(codes[i] >> 16) & 15]) << 16;
+  return value;
+#endif
+}
+// The same for the low 4 bits of each word, as float32.
+inline Floats decode_singles(Words codes) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_permutexvar_ps(__m512i(codes), _mm512_loadu_ps(E2M1_FLOAT)));
+#else
+  Floats value;
+  for (int i = 0; i < LANES; ++i) value[i] = E2M1_FLOAT[codes[i] & 15];
+  return value;
+#endif
+}
+inline Floats decode_scales(const uint8_t* from) {  // E8M0: 2^(byte - 127)
+  return bits<Floats>(__builtin_convertvector(load<Bytes16>(from), Words) << 23);
+}
+
+constexpr int MAX_TOKENS = 8;  // tokens that go through a pair of tiles at a time
+
+// Each of the following: sums[r][n] = tile r of the pair times x[n], over `columns`.
+
+template <int N> void multiply(Floats (&sums)[2][N], const float* pair, const uint8_t*, const float* const* x, int64_t columns) {
+  for (int64_t k = 0; k < columns; ++k) {
+    const Floats first = load<Floats>(pair + k * LANES), second = load<Floats>(pair + (columns + k) * LANES);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      sums[0][n] += first * x[n][k];
+      sums[1][n] += second * x[n][k];
+    }
+  }
+}
+
+template <int N> void multiply(Floats (&sums)[2][N], const BFloat16* pair, const uint8_t*, const BFloat16* const* x, int64_t columns) {
+  for (int64_t k = 0; k < columns; k += 2) {
+    const Words first = load<Words>(pair + k * LANES), second = load<Words>(pair + (columns + k) * LANES);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const uint32_t own = load<uint32_t>(x[n] + k);
+      sums[0][n] = dot_pairs(sums[0][n], first, own);
+      sums[1][n] = dot_pairs(sums[1][n], second, own);
+    }
+  }
+}
+
+// MXFP4: 64 bytes hold 8 columns of a tile. Half word (row, p) has columns p, p + 2, p + 4, p + 6 in its four nibbles,
+// so that one shift brings a pair of columns of all rows into the low bits that the permutations look at.
+template <int N> void multiply(Floats (&sums)[2][N], const uint8_t* pair, const uint8_t* scales, const BFloat16* const* x, int64_t columns) {
+  for (int tile = 0; tile < 2; ++tile) {
+    for (int64_t k = 0; k < columns; k += MX_BLOCK) {
+      Floats own[N] = {};
+#pragma GCC unroll 4
+      for (int c = 0; c < MX_BLOCK; c += 8) {
+        const Words codes = load<Words>(pair + (tile * columns + k + c) * (LANES / 2));
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const Words weights = decode_pairs(codes >> (4 * i));
+#pragma GCC unroll 8
+          for (int n = 0; n < N; ++n) own[n] = dot_pairs(own[n], weights, load<uint32_t>(x[n] + k + c + 2 * i));
+        }
+      }
+      const Floats scale = decode_scales(scales + (tile * columns + k) / MX_BLOCK * LANES);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sums[tile][n] += own[n] * scale;
+    }
+  }
+}
+
+template <int N> void multiply(Floats (&sums)[2][N], const uint8_t* pair, const uint8_t* scales, const float* const* x, int64_t columns) {
+  for (int tile = 0; tile < 2; ++tile) {
+    for (int64_t k = 0; k < columns; k += MX_BLOCK) {
+      Floats own[N] = {};
+#pragma GCC unroll 4
+      for (int c = 0; c < MX_BLOCK; c += 8) {
+        const Words codes = load<Words>(pair + (tile * columns + k + c) * (LANES / 2));
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+          const Floats weights = decode_singles(codes >> (4 * (i / 2) + 16 * (i % 2)));
+#pragma GCC unroll 8
+          for (int n = 0; n < N; ++n) own[n] += weights * x[n][k + c + i];
+        }
+      }
+      const Floats scale = decode_scales(scales + (tile * columns + k) / MX_BLOCK * LANES);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sums[tile][n] += own[n] * scale;
+    }
+  }
+}
+
+template <int N, class W, class X, class Finish>
+void multiply_rows(const W* pair, const uint8_t* scales, const X* const* x, int64_t columns, Finish&& finish) {
+  Floats sums[2][N] = {};
+  multiply<N>(sums, pair, scales, x, columns);
+  for (int n = 0; n < N; ++n) finish(n, sums[0][n], sums[1][n]);
+}
+
+// A pair of tiles times any number of rows, in groups of nearly equal size.
+template <class W, class X, class Row, class Finish>
+void for_rows(int64_t rows, const W* pair, const uint8_t* scales, int64_t columns, Row&& row, Finish&& finish) {
+  const int64_t groups = (rows + MAX_TOKENS - 1) / MAX_TOKENS;
+  for (int64_t i = 0; i < groups; ++i) {
+    const int64_t from = rows * i / groups, count = rows * (i + 1) / groups - from;
+    const X* x[MAX_TOKENS];
+    for (int64_t n = 0; n < count; ++n) x[n] = row(from + n);
+    auto done = [&](int n, Floats a, Floats b) { finish(from + n, a, b); };
+    switch (count) {
+      case 1: multiply_rows<1>(pair, scales, x, columns, done); break;
+      case 2: multiply_rows<2>(pair, scales, x, columns, done); break;
+      case 3: multiply_rows<3>(pair, scales, x, columns, done); break;
+      case 4: multiply_rows<4>(pair, scales, x, columns, done); break;
+      case 5: multiply_rows<5>(pair, scales, x, columns, done); break;
+      case 6: multiply_rows<6>(pair, scales, x, columns, done); break;
+      case 7: multiply_rows<7>(pair, scales, x, columns, done); break;
+      default: multiply_rows<8>(pair, scales, x, columns, done);
+    }
+  }
+}
+
+// Any number of rows times a matrix of whole pairs of tiles, of whose outputs the first `outputs` exist.
+template <class X>
+void multiply_all(const void* weights, const float* bias, const void* x_, int64_t rows, int64_t inputs, int64_t outputs,
+                  void* out_, int threads) {
+  const int64_t pairs = (outputs + 2 * LANES - 1) / (2 * LANES);
+  const X* x = static_cast<const X*>(x_);
+  X* out = static_cast<X*>(out_);
+#pragma omp parallel for num_threads(threads) if (rows * inputs * outputs > PARALLEL_WORK)
+  for (int64_t two = 0; two < pairs; ++two) {
+    const int64_t at = two * 2 * LANES, width = std::min(outputs - at, int64_t(2 * LANES));
+    const Floats first = load<Floats>(bias + at), second = load<Floats>(bias + at + LANES);
+    for_rows<X, X>(
+        rows, static_cast<const X*>(weights) + at * inputs, nullptr, inputs, [&](int64_t n) { return x + n * inputs; },
+        [&](int64_t n, Floats a, Floats b) {
+          X* to = out + n * outputs + at;
+          if (width == 2 * LANES) {
+            write16(to, a + first);
+            write16(to + LANES, b + second);
+            return;
+          }
+          const Floats sums[2] = {a + first, b + second};
+          for (int64_t d = 0; d < width; ++d) to[d] = from_float<X>(sums[d / LANES][d % LANES]);
+        });
+  }
+}
+
+// -- experts ---------------------------------------------------------------------------------------------------------
+
+struct Experts {
+  const void* gate_up;            // [E, hidden tiles, gate and up, D columns, 16], scales [.., D / 32, 16]
+  const uint8_t* gate_up_scales;
+  const void* down;               // [E, output tiles, F columns, 16]
+  const uint8_t* down_scales;
+  const float* gate_up_bias;      // [E, hidden tiles, gate and up, 16]
+  const float* down_bias;         // [E, output tiles, 16]
+  int64_t count, inputs, hidden, outputs;  // E, D, F in whole tiles, D in whole pairs of tiles
+  float limit;
+};
+
+// Which rows of x each expert gets (experts that another rank holds have higher numbers, and get none here): rows of expert e are at [start[e], start[e + 1]) of the sorted lists.
+struct Routing {
+  std::vector<int64_t> start, token;
+  std::vector<float> share;
+
+  template <class T> Routing(const T* shares, const int64_t* chosen, int64_t tokens, int64_t top, int64_t experts)
+      : start(experts + 1), token(tokens * top), share(tokens * top) {
+    for (int64_t i = 0; i < tokens * top; ++i)
+      if (chosen[i] < experts) ++start[chosen[i] + 1];
+    for (int64_t e = 0; e < experts; ++e) start[e + 1] += start[e];
+    std::vector<int64_t> next(start.begin(), start.end() - 1);
+    for (int64_t i = 0; i < tokens * top; ++i) {
+      if (chosen[i] >= experts) continue;
+      const int64_t place = next[chosen[i]]++;
+      token[place] = i / top;
+      share[place] = to_float(shares[i]);
+    }
+  }
+};
+
+inline Floats swiglu(Floats gate, Floats up, float limit) {
+  gate = smaller(gate, fill(limit));
+  up = larger(smaller(up, fill(limit)), fill(-limit));
+  return (up + 1.0f) * gate / (1.0f + exponential(gate * -1.702f));
+}
+
+template <class W> constexpr int64_t elements(int64_t values) {  // of W that hold so many weights
+  return std::is_same_v<W, uint8_t> ? values / 2 : values;
+}
+
+template <class W, class X>
+void mix(const Experts& e, const void* x_, const void* shares, const int64_t* chosen, int64_t tokens, int64_t top,
+         void* out_, void* hidden_, float* sums, int threads) {
+  const X* x = static_cast<const X*>(x_);
+  X* hidden = static_cast<X*>(hidden_);  // [tokens * top, e.hidden]
+  const Routing routing(static_cast<const X*>(shares), chosen, tokens, top, e.count);
+  const int64_t hidden_tiles = e.hidden / LANES, pairs = e.outputs / (2 * LANES);
+#pragma omp parallel num_threads(threads) if (tokens * top * 3 * e.inputs * e.hidden > PARALLEL_WORK)
+  {
+    // Every thread has its own rows of each matrix, which it reads from end to end.
+    const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
+    const int64_t scale_columns = e.inputs / MX_BLOCK;
+    for (int64_t i = 0; i < e.count; ++i) {
+      const int64_t from = routing.start[i], rows = routing.start[i + 1] - from;
+      if (rows == 0) continue;
+      for (int64_t tile = hidden_tiles * me / team; tile < hidden_tiles * (me + 1) / team; ++tile) {
+        const int64_t at = i * hidden_tiles + tile;
+        const W* pair = static_cast<const W*>(e.gate_up) + elements<W>(at * 2 * LANES * e.inputs);
+        const Floats gate_bias = load<Floats>(e.gate_up_bias + at * 2 * LANES);
+        const Floats up_bias = load<Floats>(e.gate_up_bias + at * 2 * LANES + LANES);
+        for_rows<W, X>(
+            rows, pair, e.gate_up_scales + at * 2 * LANES * scale_columns, e.inputs,
+            [&](int64_t n) { return x + routing.token[from + n] * e.inputs; },
+            [&](int64_t n, Floats gate, Floats up) {
+              write16(hidden + (from + n) * e.hidden + tile * LANES, swiglu(gate + gate_bias, up + up_bias, e.limit));
+            });
+      }
+    }
+#pragma omp barrier
+    const int64_t first = pairs * me / team, last = pairs * (me + 1) / team;
+    for (int64_t t = 0; t < tokens; ++t)
+      std::fill(sums + t * e.outputs + first * 2 * LANES, sums + t * e.outputs + last * 2 * LANES, 0.0f);
+    for (int64_t i = 0; i < e.count; ++i) {
+      const int64_t from = routing.start[i], rows = routing.start[i + 1] - from;
+      if (rows == 0) continue;
+      for (int64_t two = first; two < last; ++two) {
+        const int64_t at = (i * pairs + two) * 2 * LANES;
+        const Floats bias[2] = {load<Floats>(e.down_bias + at), load<Floats>(e.down_bias + at + LANES)};
+        for_rows<W, X>(
+            rows, static_cast<const W*>(e.down) + elements<W>(at * e.hidden), e.down_scales + at * (e.hidden / MX_BLOCK),
+            e.hidden, [&](int64_t n) { return hidden + (from + n) * e.hidden; },
+            [&](int64_t n, Floats a, Floats b) {
+              float* to = sums + routing.token[from + n] * e.outputs + two * 2 * LANES;
+              const float share = routing.share[from + n];
+              save(to, load<Floats>(to) + (a + bias[0]) * share);
+              save(to + LANES, load<Floats>(to + LANES) + (b + bias[1]) * share);
+            });
+      }
+    }
+    X* out = static_cast<X*>(out_);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t d = first * 2 * LANES; d < std::min(last * 2 * LANES, e.inputs); ++d)
+        out[t * e.inputs + d] = from_float<X>(sums[t * e.outputs + d]);
+  }
+}
+
+}  // namespace
+
+enum Dtype { FLOAT32, BFLOAT16, E4M3FN, MXFP4 };  // native_kernels.py has the same numbers
+
+extern "C" {
+
+void rms_norm(int dtype, const void* x, const float* weight, float eps, int64_t rows, int64_t width, void* out) {
+  (dtype == BFLOAT16 ? normalize<BFloat16> : normalize<float>)(x, weight, eps, rows, width, out);
+}
+
+void linear(int dtype, const void* weights, const float* bias, const void* x, int64_t rows, int64_t inputs,
+            int64_t outputs, void* out, int threads) {
+  (dtype == BFLOAT16 ? multiply_all<BFloat16> : multiply_all<float>)(weights, bias, x, rows, inputs, outputs, out, threads);
+}
+
+void rotate(int dtype, int kv_dtype, const void* qkv, const void* cos, const void* sin, const int64_t* positions,
+            int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, void* q, void* kv) {
+  const auto run = [&](auto turn) { turn(qkv, cos, sin, positions, rows, heads, kv_heads, head_dim, q, kv); };
+  if (dtype == BFLOAT16) {
+    if (kv_dtype == BFLOAT16) run(rotate_rows<BFloat16, BFloat16>);
+    else if (kv_dtype == E4M3FN) run(rotate_rows<BFloat16, E4M3>);
+    else run(rotate_rows<BFloat16, float>);
+  } else {
+    if (kv_dtype == BFLOAT16) run(rotate_rows<float, BFloat16>);
+    else if (kv_dtype == E4M3FN) run(rotate_rows<float, E4M3>);
+    else run(rotate_rows<float, float>);
+  }
+}
+
+// kv [2, tokens, kv_heads, row_bytes] to storage [2, pool_rows, block_tokens, row_bytes].
+void write_cache(void* storage, int64_t pool_rows, int64_t block_tokens, int64_t row_bytes, const int64_t* rows,
+                 const int64_t* offsets, const void* kv, int64_t tokens, int64_t kv_heads) {
+  for (int64_t half = 0; half < 2; ++half)
+    for (int64_t i = 0; i < tokens * kv_heads; ++i) {
+      const int64_t place = ((half * pool_rows + rows[i]) * block_tokens + offsets[i / kv_heads]) * row_bytes;
+      std::memcpy(static_cast<char*>(storage) + place,
+                  static_cast<const char*>(kv) + (half * tokens * kv_heads + i) * row_bytes, row_bytes);
+    }
+}
+
+void route(int dtype, const void* logits, int64_t rows, int64_t experts, int64_t top, void* shares, int64_t* chosen) {
+  (dtype == BFLOAT16 ? choose_experts<BFloat16> : choose_experts<float>)(logits, rows, experts, top, shares, chosen);
+}
+
+void decode_attention(int q_dtype, int kv_dtype, const void* q, const float* sinks, void* out, int64_t sequences,
+                      int64_t heads, const void* storage, int64_t rows, int64_t kv_heads, int64_t block_tokens,
+                      int64_t head_dim, const int64_t* table, int64_t table_width, const int64_t* first,
+                      const int64_t* position, int64_t window, int threads) {
+  const Cache c{storage, rows, kv_heads, block_tokens, head_dim, table, table_width, first, position, window};
+  const auto run = [&](auto attend) { attend(q, sinks, out, sequences, heads, c, threads); };
+  if (q_dtype == BFLOAT16) {
+    if (kv_dtype == BFLOAT16) run(attend_all<BFloat16, BFloat16>);
+    else if (kv_dtype == E4M3FN) run(attend_all<BFloat16, E4M3>);
+    else run(attend_all<BFloat16, float>);
+  } else {
+    if (kv_dtype == BFLOAT16) run(attend_all<float, BFloat16>);
+    else if (kv_dtype == E4M3FN) run(attend_all<float, E4M3>);
+    else run(attend_all<float, float>);
+  }
+}
+
+void expert_mixture(int weights, int x_dtype, const void* gate_up, const uint8_t* gate_up_scales, const void* down,
+                    const uint8_t* down_scales, const float* gate_up_bias, const float* down_bias, int64_t count,
+                    int64_t inputs, int64_t hidden, int64_t outputs, float limit, const void* x, const void* shares,
+                    const int64_t* chosen, int64_t tokens, int64_t top, void* out, void* hidden_values, float* sums, int threads) {
+  const Experts e{gate_up, gate_up_scales, down, down_scales, gate_up_bias, down_bias, count, inputs, hidden, outputs, limit};
+  const auto run = [&](auto mixture) {
+    mixture(e, x, shares, chosen, tokens, top, out, hidden_values, sums, threads);
+  };
+  if (weights == MXFP4) {
+    if (x_dtype == BFLOAT16) run(mix<uint8_t, BFloat16>);
+    else run(mix<uint8_t, float>);
+  } else {
+    if (x_dtype == BFLOAT16) run(mix<BFloat16, BFloat16>);
+    else run(mix<float, float>);
+  }
+}
+
+}
