@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -43,16 +43,44 @@ def experts_command(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(help="Importance file to write, *.safetensors.")],
     data: DataOptions,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            help="What `importance` is: votes (routed tokens), output-error (change of the layer's output without the "
+            "expert), router-mass (router weight x output norm), reap (the same per routed token). Default: the "
+            "winner of docs/calibration.md. All of them are computed and written."
+        ),
+    ] = None,
+    removal: Annotated[
+        str | None,
+        typer.Option(
+            help="one-shot, or iterative: remove the least important, let its tokens go to their next choices, repeat."
+        ),
+    ] = None,
+    architecture: Annotated[
+        Path | None, typer.Option(help="The child's architecture file: also report what its expert counts cost.")
+    ] = None,
+    choices: Annotated[
+        int | None,
+        typer.Option(help="Experts run for each token. Default: k + 1 for one-shot removal, up to 2 k for iterative."),
+    ] = None,
     stream: StreamOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score experts by the router's ranked-choice votes over real prompts."""
-    from puzzle_trtllm.calibration.experts import calibrate_experts
+    """Score the experts of every layer in one pass over real prompts.
 
-    report = calibrate_experts(
+    Writes the file that `derive` reads: one importance an expert, larger means keep.
+    """
+    from puzzle_trtllm.calibration import experts
+
+    report = experts.calibrate_experts(
         checkpoint,
         out,
+        score=cast(Any, score or experts.DEFAULT_SCORE),  # checked where they are known
+        removal=cast(Any, removal or experts.DEFAULT_REMOVAL),
+        architecture=architecture,
+        choices=choices,
         stream=stream,
         overwrite=overwrite,
         quiet=False,
@@ -60,41 +88,54 @@ def experts_command(
     )
     warn_if_bundled(report.dataset_is_bundled)
     if as_json:
-        print_json(
-            {
-                "path": str(report.out),
-                "method": report.method,
-                "num_sequences": report.num_sequences,
-                "num_tokens": report.num_tokens,
-                "dataset_fingerprint": report.dataset_fingerprint,
-                "parent_fingerprint": report.parent_fingerprint,
-                "votes": [list(layer) for layer in report.votes],
-                "never_routed": [list(layer) for layer in report.never_routed],
-            }
-        )
+        print_json(_experts_json(report))
     else:
-        print_table(votes_table(report))
+        print_table(importance_table(report))
 
 
-def votes_table(report: ExpertCalibration) -> Table:
-    """One row a layer: how unevenly its experts are used."""
+def _experts_json(report: ExpertCalibration) -> dict[str, Any]:
+    return {
+        "path": str(report.out),
+        "method": report.method,
+        "score": report.score,
+        "removal": report.removal,
+        "choices": list(report.num_choices),
+        "num_sequences": report.num_sequences,
+        "num_tokens": report.num_tokens,
+        "dataset": report.dataset,
+        "dataset_fingerprint": report.dataset_fingerprint,
+        "parent_fingerprint": report.parent_fingerprint,
+        "votes": [list(layer.votes) for layer in report.layers],
+        "never_routed": [list(layer.never_routed) for layer in report.layers],
+        "layers": [
+            {
+                "importance": layer.importance.tolist(),
+                "scores": {name: values.tolist() for name, values in layer.scores.items()},
+                "kept": layer.kept,
+                "relative_error": layer.relative_error,
+                "share_out_of_choices": layer.share_out_of_choices,
+            }
+            for layer in report.layers
+        ],
+    }
+
+
+def importance_table(report: ExpertCalibration) -> Table:
+    """One row a layer: how unevenly its experts are used, who goes first, and what the child's count costs."""
     from rich.table import Table
 
-    title = f"{report.out}: {report.method} over {report.num_sequences:,} sequences, {report.num_tokens:,} tokens"
+    title = f"{report.out}: {report.method}; {report.num_sequences:,} sequences, {report.num_tokens:,} tokens"
     table = Table(title=title, title_justify="left")
-    for column in ("layer", "experts", "busiest", "share", "idlest", "share", "never routed"):
+    child = ("kept", "output error", "approx.") if report.layers[0].kept is not None else ()
+    for column in ("layer", "experts", "busiest", "share", "idlest", "share", "unrouted", "first to go", *child):
         table.add_column(column, justify="right")
-    for layer, (votes, never) in enumerate(zip(report.votes, report.never_routed, strict=True)):
-        most, least, total = max(votes), min(votes), sum(votes) or 1
-        table.add_row(
-            str(layer),
-            str(len(votes)),
-            str(votes.index(most)),
-            f"{most / total:.1%}",
-            str(votes.index(least)),
-            f"{least / total:.2%}",
-            str(len(never)),
-        )
+    for number, layer in enumerate(report.layers):
+        most, least, total = max(layer.votes), min(layer.votes), sum(layer.votes) or 1
+        row = [number, len(layer.votes), layer.votes.index(most), f"{most / total:.1%}"]
+        row += [layer.votes.index(least), f"{least / total:.2%}", len(layer.never_routed), layer.least_important]
+        if layer.kept is not None:
+            row += [layer.kept, f"{layer.relative_error:.2%}", f"{layer.share_out_of_choices:.1%}"]
+        table.add_row(*map(str, row))
     return table
 
 

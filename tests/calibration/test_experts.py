@@ -1,4 +1,4 @@
-"""Expert importance: the election against a naive one, and the file against what the routers really did."""
+"""Expert importance: the election against a naive one, the file against what the routers really did, bad input."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from typer.testing import CliRunner
 
+import puzzle_trtllm
 from puzzle_trtllm.calibration.dataset import load_dataset
-from puzzle_trtllm.calibration.experts import calibrate_experts, collect_rankings
+from puzzle_trtllm.calibration.expert_choices import observe_choices
+from puzzle_trtllm.calibration.expert_scores import REMOVALS, SCORES, importance, one_shot
+from puzzle_trtllm.calibration.experts import calibrate_experts
+from puzzle_trtllm.calibration.forward import run_dataset
 from puzzle_trtllm.calibration.ranked_choice import elimination_order, importance_from_order
 from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.cli import app
 from puzzle_trtllm.errors import CalibrationError
 from puzzle_trtllm.models.huggingface.loading import load_causal_lm
 
@@ -90,34 +96,84 @@ def folder(make_checkpoint) -> Path:
 def test_rankings_are_the_routers_own(folder):
     source = Checkpoint.open(folder)
     data, model = load_dataset(None, source), load_causal_lm(source)
-    rankings = collect_rankings(model, data)
+    layers = observe_choices(model, lambda m: run_dataset(m, data, what="routing"), [3, 3, 3])
     outputs = [model.model(torch.from_numpy(ids), output_router_logits=True) for ids in data.batches(8192)]
     for layer, (num_experts, _) in enumerate(BLOCKS):
         logits = torch.cat([output.router_logits[layer] for output in outputs])
-        assert rankings[layer].shape == (data.num_tokens, num_experts)
-        assert rankings[layer].dtype == np.uint8
-        assert torch.equal(torch.from_numpy(rankings[layer][:, :2]).long(), logits.topk(2).indices)
+        ranking = layers[layer].ranking
+        assert ranking.shape == (data.num_tokens, num_experts)
+        assert ranking.dtype == np.uint8
+        assert torch.equal(torch.from_numpy(ranking[:, :2]).long(), logits.topk(2).indices)
+        torch.testing.assert_close(torch.from_numpy(layers[layer].logits), logits.topk(3).values, rtol=1e-5, atol=1e-5)
 
 
-def test_the_importance_file(folder, tmp_path):
-    report = calibrate_experts(folder, tmp_path / "importance.safetensors")
+@pytest.mark.parametrize("removal", REMOVALS)
+@pytest.mark.parametrize("score", SCORES)
+def test_the_importance_file(folder, tmp_path, score, removal):
+    report = calibrate_experts(folder, tmp_path / "importance.safetensors", score=score, removal=removal, choices=4)
     source = Checkpoint.open(folder)
     data = load_dataset(None, source)
-    rankings = collect_rankings(load_causal_lm(source), data)
+    with torch.no_grad():
+        layers = observe_choices(load_causal_lm(source), lambda m: run_dataset(m, data, what="again"), [4, 4, 3])
     with safe_open(report.out, "numpy") as file:
-        assert sorted(file.keys()) == [f"model.layers.{i}.mlp.experts.importance" for i in range(3)]
-        for layer, ranking in enumerate(rankings):
-            scores = file.get_tensor(f"model.layers.{layer}.mlp.experts.importance")
-            assert scores.dtype == np.float32
-            assert np.argsort(scores).tolist() == naive_order(ranking.tolist(), 2)
+        for i, layer in enumerate(layers):
+            found = file.get_tensor(f"model.layers.{i}.mlp.experts.importance")
+            assert found.dtype == np.float32
+            assert np.array_equal(found, importance(layer, score, removal))
+            for other in SCORES:
+                values = file.get_tensor(f"model.layers.{i}.mlp.experts.score.{other.replace('-', '_')}")
+                assert np.array_equal(values, one_shot(layer, other).astype(np.float32))
+        assert len(list(file.keys())) == 3 * (1 + len(SCORES))
         assert file.metadata() == {
-            "method": "ranked-choice-votes",
+            "method": f"{score}, {removal}",
+            "choices": "4 4 3",
+            "dataset": str(folder / "calibration.jsonl"),
             "dataset_fingerprint": data.fingerprint,
             "parent_fingerprint": source.fingerprint(),
             "num_tokens": str(data.num_tokens),
+            "tool_version": puzzle_trtllm.__version__,
         }
-    assert [sum(votes) for votes in report.votes] == [2 * data.num_tokens] * 3
+    assert [sum(layer.votes) for layer in report.layers] == [2 * data.num_tokens] * 3
     assert report.num_sequences == 40
+
+
+def test_votes_are_the_election(folder, tmp_path):
+    report = calibrate_experts(folder, tmp_path / "i.safetensors", score="votes", removal="iterative")
+    source = Checkpoint.open(folder)
+    data = load_dataset(None, source)
+    with torch.no_grad():
+        layers = observe_choices(load_causal_lm(source), lambda m: run_dataset(m, data, what="again"), [2, 2, 2])
+    for found, layer in zip(report.layers, layers, strict=True):
+        assert np.argsort(found.importance).tolist() == naive_order(layer.ranking.tolist(), 2)
+
+
+def test_how_many_choices_are_observed(folder, tmp_path):
+    """k = 2 of 6, 8 and 3 experts: the next one for scores that need no more, up to 2 k where tokens are followed."""
+    architecture = tmp_path / "child.json"
+    blocks = [{"num_local_experts": n, "sliding_window": None} for n in (6, 5, 2)]
+    architecture.write_text(json.dumps({"block_configs": blocks}))
+
+    def choices(**options) -> tuple[int, ...]:
+        out = tmp_path / "i.safetensors"
+        return calibrate_experts(folder, out, max_samples=2, overwrite=True, **options).num_choices
+
+    assert choices(score="output-error", removal="one-shot") == (3, 3, 3)
+    assert choices(score="votes", removal="iterative") == (3, 3, 3)
+    assert choices(score="output-error", removal="iterative") == (4, 4, 3)
+    assert choices(score="reap", removal="iterative", architecture=architecture) == (3, 4, 3)
+    assert choices(score="reap", removal="iterative", choices=7) == (6, 7, 3)
+
+
+def test_the_report_says_what_the_childs_counts_cost(folder, tmp_path):
+    architecture = tmp_path / "child.json"
+    blocks = [{"num_local_experts": n, "sliding_window": None} for n in (6, 5, 2)]
+    architecture.write_text(json.dumps({"block_configs": blocks}))
+    report = calibrate_experts(folder, tmp_path / "i.safetensors", architecture=architecture, choices=8)
+    assert [layer.kept for layer in report.layers] == [6, 5, 2]
+    assert report.layers[0].relative_error == 0
+    assert all(0.01 < layer.relative_error < 1 for layer in report.layers[1:])
+    assert all(layer.share_out_of_choices == 0 for layer in report.layers)
+    assert calibrate_experts(folder, tmp_path / "j.safetensors").layers[0].relative_error is None
 
 
 def test_what_is_written_is_what_derive_reads(folder, tmp_path):
@@ -135,7 +191,7 @@ def test_a_silenced_expert_is_the_first_to_go(make_checkpoint, tmp_path, folder)
     entry = Checkpoint.open(silenced).entry("model.layers.1.mlp.router.bias")
     overwrite_bf16(entry, index=4, value=-1000.0)
     report = calibrate_experts(silenced, tmp_path / "importance.safetensors")
-    assert report.never_routed[1] == (4,)
+    assert report.layers[1].never_routed == (4,)
     with safe_open(report.out, "numpy") as file:
         assert file.get_tensor("model.layers.1.mlp.experts.importance")[4] == 0.0
 
@@ -166,3 +222,27 @@ def test_activations_that_are_not_finite_name_the_layer(make_checkpoint, folder,
     with pytest.raises(CalibrationError, match=r"model\.layers\.1.*not finite"):
         calibrate_experts(broken, tmp_path / "importance.safetensors")
     assert not (tmp_path / "importance.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--score", "output"], "score: unknown (found output, expected votes, output-error, router-mass, reap)"),
+        (["--removal", "greedy"], "removal: unknown (found greedy, expected one-shot, iterative)"),
+        (["--choices", "2"], "choices: too few (found 2, expected at least 3 "),
+        (["--architecture", "{folder}/config.json"], ""),
+        (["--architecture", "{folder}/calibration.jsonl"], "calibration.jsonl: "),
+        (["--dataset", "{folder}/none.jsonl"], "none.jsonl: missing"),
+        (["--effort", "max"], "efforts: unknown reasoning effort"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_code_2(folder, tmp_path, options, message):
+    command = ["calibrate", "experts", str(folder), str(tmp_path / "i.safetensors"), "--json"]
+    result = CliRunner().invoke(app, [*command, *(option.format(folder=folder) for option in options)])
+    if not message:  # a whole config.json is an architecture, and the parent's own keeps everyone
+        assert result.exit_code == 0
+        assert [layer["kept"] for layer in json.loads(result.stdout)["layers"]] == [6, 8, 3]
+        return
+    assert result.exit_code == 2
+    assert message in result.stderr and result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

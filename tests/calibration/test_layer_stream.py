@@ -15,8 +15,7 @@ import torch
 
 from puzzle_trtllm import demo
 from puzzle_trtllm.calibration import layer_stream, memory
-from puzzle_trtllm.calibration.dataset import load_dataset
-from puzzle_trtllm.calibration.experts import calibrate_experts, collect_rankings, stream_rankings
+from puzzle_trtllm.calibration.experts import calibrate_experts
 from puzzle_trtllm.calibration.kv import calibrate_kv
 from puzzle_trtllm.calibration.memory import dequantized_bytes, free_memory_bytes, should_stream
 from puzzle_trtllm.calibration.one_layer import embed, load_layer
@@ -93,17 +92,12 @@ def test_several_micro_batches(folder, tmp_path, dtype, monkeypatch):
     assert contents(tmp_path / "stream") == contents(tmp_path / "plain")
 
 
+@pytest.mark.parametrize("removal", ["one-shot", "iterative"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_votes_are_the_plain_runs(folder, tmp_path, dtype):
-    source = Checkpoint.open(folder)
-    data = load_dataset(None, source)
-    plain = collect_rankings(load_causal_lm(source, dtype=dtype), data)
-    streamed = stream_rankings(source, data, out=tmp_path / "i.safetensors", dtype=dtype)
-    for expected, found in zip(plain, streamed, strict=True):
-        assert expected.dtype == found.dtype
-        assert np.array_equal(expected, found)
+def test_expert_importance_is_the_plain_runs_byte_for_byte(folder, tmp_path, dtype, removal):
+    """All scores are in the file, so all are compared."""
     for name, stream in (("plain", False), ("stream", True)):
-        calibrate_experts(folder, tmp_path / name, dtype=dtype, stream=stream)
+        calibrate_experts(folder, tmp_path / name, score="output-error", removal=removal, dtype=dtype, stream=stream)
     assert (tmp_path / "plain").read_bytes() == (tmp_path / "stream").read_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["plain", "stream"]
 
@@ -217,6 +211,29 @@ def test_results_without_the_next_input_start_over(child, killed, visited):
     (killed.parent / ".out.stream.partial-resumable" / "hidden-002").unlink()
     calibrate_kv(child, killed, stream=True)
     assert visited == [0, 1, 2, 3]
+
+
+def test_expert_importance_goes_on_too(child, tmp_path, visited):
+    script = KILLED.replace("import kv,", "import experts,").replace("kv.calibrate_kv(", "experts.calibrate_experts(")
+    done = subprocess.run([sys.executable, "-c", script, child, tmp_path / "i.st"], check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert [file.name for file in tmp_path.iterdir()] == [".i.st.stream.partial-resumable"]
+    calibrate_experts(child, tmp_path / "i.st", stream=True)
+    assert visited == [2, 3]
+    calibrate_experts(child, tmp_path / "plain", stream=False)
+    assert (tmp_path / "i.st").read_bytes() == (tmp_path / "plain").read_bytes()
+
+
+def test_importance_by_another_score_starts_over(child, tmp_path, visited, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # as if killed: nothing is tidied up
+    monkeypatch.setattr("puzzle_trtllm.calibration.experts._write", interrupted)
+    for score in ("votes", "reap"):
+        with pytest.raises(KeyboardInterrupt):
+            calibrate_experts(child, tmp_path / "i.st", score=score, stream=True)
+    assert visited == [0, 1, 2, 3] * 2
 
 
 # -- failures that the process lives to see ----------------------------------------------------------------------------

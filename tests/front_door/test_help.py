@@ -67,7 +67,7 @@ def test_the_flags_are_frozen() -> None:
         "--parallel --parent-kv",
         "derive": "--architecture --experts --importance --json --max-shard-bytes --overwrite",
         "verify": "--against --json",
-        "calibrate experts": data,
+        "calibrate experts": f"--architecture --choices {data.replace('--seed', '--removal --score --seed')}",
         "calibrate kv": "--column --dataset --dataset-config --device --dtype --effort --exact --held-out --json "
         "--max-samples --max-tokens --overwrite --pack --quality --ranks --seed --seq-len --sequence-length --split "
         "--stream",
