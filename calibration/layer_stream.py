@@ -80,7 +80,6 @@ def stream_layers(
     out: Path,
     what: str,
     dtype: torch.dtype,
-    settings: Mapping[str, Any] | None = None,
     quiet: bool = True,
     side_runs: SideRuns | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -89,11 +88,7 @@ def stream_layers(
 ) -> list[Observation]:
     """What `visit` saw in each layer; `out` is the result's path, beside which the work is done.
 
-<<<<<<< HEAD
     `settings` is whatever else the results depend on: a killed run with other ones is not gone on with.
-=======
-    `settings` (for JSON) are whatever else the observations depend on: a job with others starts over.
->>>>>>> e76f511 (Expert importance: output error, router mass and REAP beside votes, one-shot or iterative, all from one pass)
 
     Raises CalibrationError for activations that are not finite, CheckpointError, PuzzleError (disk full, out in use).
     """
@@ -101,21 +96,12 @@ def stream_layers(
     num_layers, parameters = source.architecture.num_layers, count_parameters(source.architecture)
     runs = _Runs.of(data, side_runs, ranks)
     job = _job(source, data, what=what, dtype=dtype, num_threads=num_threads(parameters))
-<<<<<<< HEAD
     job |= {"side_runs": runs.describe_side(), "settings": dict(settings or {}), "device": str(device or "cpu")}
     bar = progress(quiet=quiet or not ranks.is_first)
     with _workplace(out, job, ranks) as folder, threads(parameters), bar, torch.no_grad():
         first = _first_layer(folder, num_layers, runs, ranks)
         task = bar.add_task(f"{what}, layer by layer", total=num_layers * runs.num_tokens)
         bar.advance(task, first * runs.num_tokens)
-=======
-    job |= {"settings": dict(settings or {})}
-    bar = Progress(console=Console(stderr=True), disable=quiet)
-    with _workplace(out, job) as folder, threads(parameters), bar, torch.no_grad():
-        first = _finished_layers(folder, num_layers)
-        task = bar.add_task(f"{what}, layer by layer", total=num_layers * data.num_tokens)
-        bar.advance(task, first * data.num_tokens)
->>>>>>> e76f511 (Expert importance: output error, router mass and REAP beside votes, one-shot or iterative, all from one pass)
         if first == 0:
             _write_embeddings(source, runs, folder, dtype)
         for layer in range(first, num_layers):

@@ -64,6 +64,7 @@ def experts_command(
         int | None,
         typer.Option(help="Experts run for each token. Default: k + 1 for one-shot removal, up to 2 k for iterative."),
     ] = None,
+    dtype: Annotated[ComputeDtype, typer.Option(help="What the model computes in.")] = ComputeDtype.float32,
     stream: StreamOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -72,6 +73,8 @@ def experts_command(
 
     Writes the file that `derive` reads: one importance an expert, larger means keep.
     """
+    import torch
+
     from puzzle_trtllm.calibration import experts
 
     report = experts.calibrate_experts(
@@ -81,6 +84,7 @@ def experts_command(
         removal=cast(Any, removal or experts.DEFAULT_REMOVAL),
         architecture=architecture,
         choices=choices,
+        dtype=getattr(torch, dtype.value),
         stream=stream,
         overwrite=overwrite,
         quiet=False,

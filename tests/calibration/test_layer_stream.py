@@ -215,7 +215,8 @@ def test_results_without_the_next_input_start_over(child, killed, visited):
 
 def test_expert_importance_goes_on_too(child, tmp_path, visited):
     script = KILLED.replace("import kv,", "import experts,").replace("kv.calibrate_kv(", "experts.calibrate_experts(")
-    done = subprocess.run([sys.executable, "-c", script, child, tmp_path / "i.st"], check=False, capture_output=True)
+    command = [sys.executable, "-c", script, child, tmp_path / "i.st", "hidden-002", "1"]
+    done = subprocess.run(command, check=False, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert [file.name for file in tmp_path.iterdir()] == [".i.st.stream.partial-resumable"]
     calibrate_experts(child, tmp_path / "i.st", stream=True)

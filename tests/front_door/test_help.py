@@ -57,20 +57,18 @@ def test_the_flags_are_frozen() -> None:
         for inner_name, inner in getattr(command, "commands", {"": command}).items():
             flags = {option for parameter in inner.params for option in parameter.opts if option.startswith("--")}
             found[f"{name} {inner_name}".strip()] = " ".join(sorted(flags))
-    data = (
-        "--column --dataset --dataset-config --effort --json --max-samples --max-tokens --overwrite --pack --seed "
-        "--sequence-length --split --stream"
-    )
     assert found == {
         "inspect": "--gpu --gpus --json --kv --seq-len",
         "plan": "--allocator --batch --compare --explain --gpu --gpus --isl --json --kv --memory-rule --osl --out "
         "--parallel --parent-kv",
         "derive": "--architecture --experts --importance --json --max-shard-bytes --overwrite",
         "verify": "--against --json",
-        "calibrate experts": f"--architecture --choices {data.replace('--seed', '--removal --score --seed')}",
+        "calibrate experts": "--architecture --choices --column --dataset --dataset-config --dtype --effort --json "
+        "--max-samples --max-tokens --overwrite --pack --removal --score --seed --sequence-length --split --stream",
         "calibrate kv": "--column --dataset --dataset-config --device --dtype --effort --exact --held-out --json "
         "--max-samples --max-tokens --overwrite --pack --quality --ranks --seed --seq-len --sequence-length --split "
         "--stream",
+        "build": "--allow-unit-scale --config --explain --fold --json --overwrite",
         "serve": "--gpu-device-ids --grpc-cert --grpc-key --grpc-port --grpc-root-cert --host --http-port --json "
         "--metrics-port --restart --restricted --secret --startup-timeout",
         "generate": "--ca-cert --client-cert --client-key --effort --json --max-tokens --secret --seed --stop "
@@ -78,10 +76,10 @@ def test_the_flags_are_frozen() -> None:
         "bench": "--arrival --ca-cert --client-cert --client-key --concurrency --csv --engine --json "
         "--max-itl-ms --max-ttft-ms --name --num-requests --out --request-rate --scenario --secret --seed --sweep "
         "--tokenizer --url",
-        "evaluate": "--ca-cert --client-cert --client-key --concurrency --effort --engine --grader --json --limit "
-        "--max-tokens --name --out --problems --secret --tokenizer --url",
+        "evaluate": "--answer-key --ca-cert --client-cert --client-key --concurrency --effort --engine --grader --json "
+        "--limit --max-tokens --name --out --problems --prompt-key --secret --tokenizer --url",
         "report": "--baseline --child --json --out --title",
-        "doctor": "--engine --json",
+        "doctor": "--engine --json --line --source",
         "demo": "--json --out --quick",
     }
 
