@@ -74,7 +74,7 @@ def build_engine(
     source.validate()
     values = _derive(source.architecture, settings, label)
     mode = _choose_fold(source, settings, fold or settings.fold, allow_unit_scale, label)
-    folding = fold_scales(source, mode)
+    folding = fold_scales(source, mode, quantized_q=settings.quantized_q)
     warnings = [*folding.warnings, *_runtime_warnings(source.architecture, settings, mode)]
     for line in warnings:
         warn(line, quiet=quiet)

@@ -42,8 +42,10 @@ class Folding:
     warnings: tuple[str, ...] = ()
 
 
-def fold_scales(checkpoint: Checkpoint, mode: FoldName) -> Folding:
+def fold_scales(checkpoint: Checkpoint, mode: FoldName, *, quantized_q: bool = False) -> Folding:
     """Plan the fold of `checkpoint`'s KV scales; mode "none" changes nothing.
+
+    Queries that the fold takes beyond FP8 are a warning; where the engine stores Q in FP8 (`quantized_q`), an error.
 
     Raises CheckpointError when scales are missing or broken; writing the planned tensors raises it when a product is no
     normal BF16 number.
@@ -54,7 +56,7 @@ def fold_scales(checkpoint: Checkpoint, mode: FoldName) -> Folding:
     return Folding(
         record=KvFold(mode=mode, layers=[layer.to_record() for layer in scales]),
         replace={t.name: t for layer in scales for t in _fold_layer(checkpoint, layer)},
-        warnings=tuple(_query_warnings(checkpoint, scales)),
+        warnings=tuple(_query_warnings(checkpoint, scales, quantized_q=quantized_q)),
     )
 
 
@@ -93,18 +95,29 @@ def _scaled(checkpoint: Checkpoint, name: str, exponents: NDArray[np.int32]) -> 
     yield PlannedTensor(name=name, spec=TensorSpec(dtype=entry.dtype, shape=entry.shape), chunks=chunks)
 
 
-def _query_warnings(checkpoint: Checkpoint, scales: list[LayerScales]) -> Iterator[str]:
+def _query_warnings(checkpoint: Checkpoint, scales: list[LayerScales], *, quantized_q: bool) -> Iterator[str]:
     """Folding enlarges Q by s_k; an engine that quantizes Q to FP8 as well would saturate it at 448."""
     file = checkpoint.path / KV_CALIBRATION_NAME
     amax = read_amax(file, checkpoint) if file.is_file() else {}
+    if quantized_q and not any(kind == "q" for _, kind in amax):
+        yield f"whether FP8 can hold the folded queries cannot be checked: no {KV_CALIBRATION_NAME} says how large Q is"
     group = checkpoint.architecture.num_attention_heads // checkpoint.architecture.num_key_value_heads
     for layer in scales:
         q_amax = amax.get((layer.layer, "q"))
         if q_amax is None:
             continue
         largest = float((q_amax * np.exp2(np.repeat(layer.k_exponents, group, axis=0))).max())
-        if not math.isfinite(largest) or largest >= E4M3_MAX:
-            yield (
-                f"layer {layer.layer}: the folded queries reach {largest:g}, beyond FP8's 448; "
-                "do not let an engine quantize Q"
+        if math.isfinite(largest) and largest < E4M3_MAX:
+            continue
+        if quantized_q:
+            raise CheckpointError(
+                "FP8 cannot hold the folded queries, and the engine config says that Q is quantized",
+                file=file,
+                key=f"model.layers.{layer.layer}.self_attn.q_amax",
+                found=f"{largest:g}",
+                expected="below 448; or quantized_q: false, or fold: none",
             )
+        yield (
+            f"layer {layer.layer}: the folded queries reach {largest:g}, beyond FP8's 448; "
+            "do not let an engine quantize Q"
+        )

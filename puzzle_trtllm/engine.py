@@ -47,6 +47,8 @@ class EngineConfig(BaseModel):
     scenario: str = "cpu-demo"
     """Name or path of the scenario that sizes sequences and batches."""
     fold: FoldName = "tensor"
+    quantized_q: bool = False
+    """Whether the engine's attention stores Q in FP8 as well; a fold that takes Q beyond 448 is an error then."""
     llm_args: dict[str, Any] = Field(default_factory=dict)
     """Overrides for llm_args.yaml; they win over what is derived."""
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import math
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from puzzle_trtllm import mxfp4
 from puzzle_trtllm.architecture import BlockConfig, ExpertsFormat, PuzzleArchitecture
+from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import MAX_SHARD_BYTES, PlannedTensor, tensor_of, write_shards
 from puzzle_trtllm.rope import RopeConfig
 from puzzle_trtllm.tensors import tensor_table
@@ -147,6 +148,17 @@ def write_toy_checkpoint(
         _write_json(folder / "hf_quant_config.json", {"producer": {"name": "toy"}, "quantization": quantization})
     write_toy_tokenizer(folder)
     return folder
+
+
+def change_values(checkpoint: Checkpoint, name: str, values: Mapping[int, float]) -> None:
+    """Set elements (flat index: value) of a BF16 tensor in its file."""
+    entry = checkpoint.entry(name)
+    bits = checkpoint.numpy(name).copy().reshape(-1)
+    indices = list(values)
+    bits[indices] = bf16_bits(np.array([values[i] for i in indices]))
+    with entry.file.open("r+b") as stream:
+        stream.seek(entry.offset)
+        stream.write(bits.astype("<u2").tobytes())
 
 
 def write_toy_tokenizer(folder: Path) -> None:

@@ -2,12 +2,20 @@
 
     .venv/bin/python tests/bench/calibration_stream.py                    # 4 layers, 1 GB dequantized in bfloat16
     .venv/bin/python tests/bench/calibration_stream.py --hidden 256 --experts 4 --rounds 1
+    .venv/bin/python tests/bench/calibration_stream.py --layers 16 --rounds 1 --kinds nothing forward "kv --stream"
 
-It writes a synthetic MXFP4 checkpoint (random weights, tests/toys.py). Every run is a process of its own, in turns:
-`nothing` imports and opens the checkpoint, which is the memory that the others are measured above; `forward` loads the
-model and runs the decoder stack over the data; `kv` and `experts` are `calibrate kv` and `calibrate experts`, whole and
-streamed. Seconds are those of the call, without imports; for the whole runs they include loading the model. The results
-of whole and stream are compared. Peak memory is VmHWM: the process's pages and those of files it has mapped. (Not
+It writes a synthetic MXFP4 checkpoint (random weights, tests/toys.py; `--model` keeps it and uses it again). Every run
+is a process of its own, in turns:
+
+    nothing              imports and opens the checkpoint: the memory that the others are measured above
+    forward              loads the model and runs the decoder stack over the data, experts as transformers chooses
+    forward --eager      the same with transformers' eager experts, the path that ModelOpt runs on
+    kv [--stream]        `calibrate kv` without its quality report, whole and streamed
+    kv --quality         with the report: four more passes over the held-out text (as many tokens as an eighth)
+    experts [--stream]   `calibrate experts`
+
+Seconds are those of the call; loading is timed apart, and so is importing ModelOpt, which no run includes. Results of
+whole and stream are compared. Peak memory is VmHWM: the process's pages and those of files it has mapped. (Not
 ru_maxrss, which a new process takes over from the one that started it.)
 """
 
@@ -16,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,59 +33,88 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("nothing", "forward", "kv", "kv --stream", "experts", "experts --stream")
+KINDS = (
+    "nothing",
+    "forward",
+    "forward --eager",
+    "kv",
+    "kv --stream",
+    "kv --quality",
+    "experts",
+    "experts --stream",
+)
+DEFAULT_KINDS = KINDS[:6]
 
 PROGRAM = """
 import json, sys, time
+start = time.perf_counter()
 import torch
 from pathlib import Path
 from puzzle_trtllm.calibration.dataset import load_dataset
 from puzzle_trtllm.calibration.experts import calibrate_experts
 from puzzle_trtllm.calibration.forward import run_dataset
-from puzzle_trtllm.calibration.kv import calibrate_kv
+from puzzle_trtllm.calibration.held_out import set_aside
+from puzzle_trtllm.calibration import kv, layer_stream
 from puzzle_trtllm.calibration.kv_quantizers import hushed
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.models.huggingface.loading import load_causal_lm
-
+imported = time.perf_counter()
 with hushed():
     import modelopt.torch.quantization
+    import modelopt.torch.export.quant_utils
+times = {"import": imported - start, "import_modelopt": time.perf_counter() - imported, "load": 0.0}
+
+def timed(load):
+    def loading(*arguments, **options):
+        before = time.perf_counter()
+        model = load(*arguments, **options)
+        times["load"] += time.perf_counter() - before
+        return model
+    return loading
+
+kv.load_causal_lm, layer_stream.load_layer = timed(kv.load_causal_lm), timed(layer_stream.load_layer)
 kind, folder, out = sys.argv[1:]
 source = Checkpoint.open(folder)
-data = load_dataset(None, source)
 start = time.perf_counter()
-loaded = start
-options = {"dtype": torch.bfloat16, "stream": kind.endswith("--stream")}
-if kind == "forward":
-    model = load_causal_lm(source, dtype=torch.bfloat16)
-    loaded = time.perf_counter()
+options = {"dtype": torch.bfloat16, "stream": "--stream" in kind}
+if kind.startswith("forward"):
+    model = timed(load_causal_lm)(source, dtype=torch.bfloat16)
+    if "--eager" in kind:
+        model.config._experts_implementation = "eager"
+    data, _ = set_aside(load_dataset(None, source), None, source)
     run_dataset(model, data, what="forward")
 elif kind.startswith("kv"):
-    calibrate_kv(folder, out, **options)
+    kv.calibrate_kv(folder, out, quality="--quality" in kind, **options)
 elif kind.startswith("experts"):
     calibrate_experts(folder, out, **options)
-end = time.perf_counter()
+times["seconds"] = time.perf_counter() - start
 status = Path("/proc/self/status").read_text().splitlines()
 peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
-print(json.dumps({"seconds": end - start, "load_seconds": loaded - start, "peak_bytes": peak}))
+print(json.dumps({**times, "peak_bytes": peak}))
 """
 
 
 def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        folder = _write_model(Path(scratch) / "model", options)
+        folder = options.model or Path(scratch) / "model"
+        if not (folder / "config.json").is_file():
+            _write_model(folder, options)
         sizes = _sizes(folder)
         print(
             json.dumps({"machine": platform.processor() or platform.machine(), **vars(options), **sizes}, default=str)
         )
-        runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+        runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in options.kinds}
         for round_ in range(options.rounds):
-            for kind in KINDS:
-                run = _run(kind, folder, Path(scratch) / f"{kind} {round_}")
+            for kind in options.kinds:
+                out = Path(scratch) / f"{kind} {round_}"
+                run = _run(kind, folder, out)
                 runs[kind].append(run)
                 print(f"round {round_}: {kind}: {json.dumps(run)}", file=sys.stderr)
+                if round_ > 0 and out.is_dir():
+                    shutil.rmtree(out)
         _compare(Path(scratch))
-    _print_table(runs, sizes["model_bytes"])
+    _print_table(runs, sizes)
 
 
 def _options() -> argparse.Namespace:
@@ -85,13 +123,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=40)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512, help="tokens a sequence")
-    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--sequences", type=int, default=16, help="an eighth of them held out")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=DEFAULT_KINDS)
+    parser.add_argument("--model", type=Path, default=None, help="folder of the synthetic checkpoint, made if missing")
     parser.add_argument("--scratch", type=Path, default=None)
     return parser.parse_args()
 
 
-def _write_model(folder: Path, options: argparse.Namespace) -> Path:
+def _write_model(folder: Path, options: argparse.Namespace) -> None:
     sys.path.insert(0, str(ROOT))
     import numpy as np
 
@@ -104,7 +144,6 @@ def _write_model(folder: Path, options: argparse.Namespace) -> Path:
     rng = np.random.default_rng(0)
     rows = [rng.integers(7, VOCAB_SIZE, options.tokens).tolist() for _ in range(options.sequences)]
     (folder / "calibration.jsonl").write_text("\n".join(json.dumps({"input_ids": row}) for row in rows))
-    return folder
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -112,7 +151,10 @@ def _sizes(folder: Path) -> dict[str, int]:
     from puzzle_trtllm.tensors import count_parameters
 
     source = Checkpoint.open(folder)
-    return {"model_bytes": 2 * count_parameters(source.architecture), "checkpoint_bytes": source.weight_bytes}
+    model_bytes = 2 * count_parameters(source.architecture)
+    a = source.architecture
+    layer_bytes = (model_bytes - 4 * a.vocab_size * a.hidden_size) // a.num_layers
+    return {"model_bytes": model_bytes, "layer_bytes": layer_bytes, "checkpoint_bytes": source.weight_bytes}
 
 
 def _run(kind: str, folder: Path, out: Path) -> dict[str, float]:
@@ -128,26 +170,45 @@ def _compare(scratch: Path) -> None:
         ("kv 0/kv_calibration.safetensors", "kv --stream 0/kv_calibration.safetensors"),
         ("experts 0", "experts --stream 0"),
     ):
-        if (scratch / whole).read_bytes() != (scratch / streamed).read_bytes():
+        both = scratch / whole, scratch / streamed
+        if all(file.is_file() for file in both) and both[0].read_bytes() != both[1].read_bytes():
             raise SystemExit(f"{whole} and {streamed} differ")
 
 
-def _print_table(runs: dict[str, list[dict[str, float]]], model_bytes: int) -> None:
+def _print_table(runs: dict[str, list[dict[str, float]]], sizes: dict[str, int]) -> None:
     def median(kind: str, key: str) -> float:
         return statistics.median(run[key] for run in runs[kind])
 
-    idle, forward = median("nothing", "peak_bytes"), median("forward", "seconds")
-    print("| | seconds (range) | over load + forward | peak RSS, MiB | above nothing, of the model |")
-    print("| --- | ---: | ---: | ---: | ---: |")
-    for kind in KINDS:
-        seconds = [run["seconds"] for run in runs[kind]]
-        peak: Any = median(kind, "peak_bytes")
+    def rest(kind: str) -> float:
+        return statistics.median(run["seconds"] - run["load"] for run in runs[kind])
+
+    idle = median("nothing", "peak_bytes") if "nothing" in runs else 0.0
+    forward = "forward --eager" if "forward --eager" in runs else "forward"
+    print(f"| | seconds (range) | loading | the rest | over {forward} | with loading | peak above nothing, MB |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for kind, of_kind in runs.items():
+        seconds = [run["seconds"] for run in of_kind]
+        ratios = "| - | - "
+        if forward in runs and kind != "nothing":
+            whole = median(kind, "seconds") / median(forward, "seconds")
+            ratios = f"| {rest(kind) / rest(forward):.2f} | {whole:.2f} "
         print(
             f"| {kind} | {median(kind, 'seconds'):.1f} ({min(seconds):.1f} to {max(seconds):.1f}) "
-            f"| {median(kind, 'seconds') / forward:.2f} | {peak / 2**20:,.0f} | {(peak - idle) / model_bytes:.0%} |"
+            f"| {median(kind, 'load'):.1f} | {rest(kind):.1f} {ratios}"
+            f"| {(median(kind, 'peak_bytes') - idle) / 1e6:,.0f} |"
         )
-    load = median("forward", "load_seconds")
-    print(f"model {model_bytes / 1e9:.2f} GB; loading it is {load:.1f} s of the forward run")
+    every = [run for of_kind in runs.values() for run in of_kind]
+    imports = [statistics.median(run[key] for run in every) for key in ("import", "import_modelopt")]
+    print(f"imports: {imports[0]:.1f} s, and ModelOpt's {imports[1]:.1f} s; counted nowhere above")
+    print(f"model {sizes['model_bytes'] / 1e6:,.0f} MB in bfloat16, one layer {sizes['layer_bytes'] / 1e6:,.0f} MB")
+    if {"nothing", "forward", "kv --stream"} <= set(runs):
+        micro_batch = median("forward", "peak_bytes") - idle - sizes["model_bytes"]
+        bound = 2 * sizes["layer_bytes"] + micro_batch
+        peak = median("kv --stream", "peak_bytes") - idle
+        print(
+            f"stream's peak {peak / 1e6:,.0f} MB; two layers and a micro-batch {bound / 1e6:,.0f} MB "
+            f"(the micro-batch is what `forward` takes beside the model: {micro_batch / 1e6:,.0f} MB)"
+        )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from puzzle_trtllm.build.fold import fold_scales
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import rewrite_checkpoint, tensor_of, write_shards
 from puzzle_trtllm.errors import CheckpointError
-from tests.toys import VOCAB_SIZE
+from tests.toys import VOCAB_SIZE, change_values
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -107,8 +107,12 @@ def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
 
 
 @pytest.fixture(scope="class")
-def case(make_checkpoint, tmp_path_factory, mode, dtype):
+def case(make_checkpoint, tmp_path_factory, mode, dtype, outliers):
     source = Checkpoint.open(make_checkpoint(BLOCKS, kv_scales=SCALES))
+    if outliers:  # K beyond 448 in one channel, V near E4M3's floor in a whole layer
+        change_values(source, "model.layers.2.self_attn.k_proj.bias", {3: 5000.0})
+        for name in ("model.layers.1.self_attn.v_proj.weight", "model.layers.1.self_attn.v_proj.bias"):
+            change_values(source, name, dict(enumerate(source.float32(name).ravel() * 2.0**-12)))
     amax = calibration_file(source.path)
     folded = folded_copy(source, tmp_path_factory.mktemp("fold") / "folded", mode)
     return load(source.path, dtype), load(folded, dtype), amax
@@ -116,6 +120,7 @@ def case(make_checkpoint, tmp_path_factory, mode, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "float32"], scope="class")
 @pytest.mark.parametrize("mode", ["tensor", "channel"], scope="class")
+@pytest.mark.parametrize("outliers", [False, True], ids=["plain", "outliers"], scope="class")
 class TestTheModelIsTheSame:
     def scales_by_hand(self, mode, amax):
         """Oracle: the folds as FP8 scales for the original, from the definition rather than from the code."""
@@ -192,10 +197,24 @@ class TestWhatIsFolded:
         (warning,) = fold_scales(source, "tensor").warnings
         assert warning.startswith("layer 2: the folded queries reach 460.8")
 
+    def test_refuses_those_where_the_engine_quantizes_q(self, make_checkpoint):
+        source = Checkpoint.open(make_checkpoint(BLOCKS, kv_scales=SCALES))
+        calibration_file(source.path, q_amax=0.9)
+        message = r"layers\.2\.self_attn\.q_amax: .*FP8 cannot hold.* \(found 460\.8, expected below 448"
+        with pytest.raises(CheckpointError, match=message):
+            fold_scales(source, "tensor", quantized_q=True)
+        assert fold_scales(source, "none", quantized_q=True).warnings == ()
+
+    def test_says_that_queries_cannot_be_checked_without_the_calibration_file(self, make_checkpoint):
+        source = Checkpoint.open(make_checkpoint(BLOCKS, kv_scales=SCALES))
+        assert fold_scales(source, "tensor").warnings == ()
+        (warning,) = fold_scales(source, "tensor", quantized_q=True).warnings
+        assert "cannot be checked" in warning
+
     def test_does_not_warn_below(self, make_checkpoint):
         source = Checkpoint.open(make_checkpoint(BLOCKS, kv_scales=SCALES))
         calibration_file(source.path, q_amax=0.8)  # x 512 is 409.6
-        assert fold_scales(source, "tensor").warnings == ()
+        assert fold_scales(source, "tensor", quantized_q=True).warnings == ()
 
     def test_a_model_without_attention_bias(self, make_checkpoint, tmp_path):
         source = Checkpoint.open(make_checkpoint(BLOCKS, kv_scales=SCALES))
