@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, TemplateError
+from jinja2 import Template, TemplateError, meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
@@ -94,17 +94,29 @@ class ChatTokenizer:
         except TemplateError as error:
             raise CheckpointError(f"the chat template refuses this conversation: {error}", file=self.folder) from None
 
+    def template_takes(self, name: str) -> bool:
+        """Whether the chat template reads a variable, `reasoning_effort` say. Raises CheckpointError without one."""
+        return name in meta.find_undeclared_variables(_environment().parse(self._template_source))
+
     @cached_property
-    def _template(self) -> Template:
+    def _template_source(self) -> str:
         file = self.folder / "chat_template.jinja"
         source = file.read_text(encoding="utf-8") if file.is_file() else self.config.get("chat_template")
         if not isinstance(source, str):
             raise CheckpointError("missing", file=file, expected="a chat template")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        environment.globals["raise_exception"] = _raise_template_error
-        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-        return environment.from_string(source)
+        return source
+
+    @cached_property
+    def _template(self) -> Template:
+        return _environment().from_string(self._template_source)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = _raise_template_error
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    return environment
 
 
 def _raise_template_error(message: str) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from puzzle_trtllm.engine import Engine
+    from puzzle_trtllm.serve.openai.process import OpenAiFront
     from puzzle_trtllm.serve.triton.server import TritonServer
 
 
@@ -145,6 +146,13 @@ def serve_command(
     secret: Annotated[
         Path | None, typer.Option("--secret", help="File with that secret; callers send it as header puzzle-secret.")
     ] = None,
+    openai_port: Annotated[
+        int | None,
+        typer.Option("--openai-port", min=0, max=65535, help="OpenAI's HTTP API too, at this port; 0: a free one."),
+    ] = None,
+    openai_model: Annotated[
+        str | None, typer.Option("--openai-model", help="What its clients call the model (default: the folder's name).")
+    ] = None,
     startup_timeout_s: Annotated[
         float, typer.Option("--startup-timeout", min=1, help="Seconds until the model must be ready.")
     ] = 1800,
@@ -159,9 +167,11 @@ def serve_command(
 
     tls = tls_of_files(grpc_cert, grpc_key, grpc_root_cert)
     restriction = restriction_of_options(restricted, secret)
+    front = _openai_front(openai_port, openai_model, host, secret, has_tls=tls is not None)
 
     def on_ready(server: TritonServer) -> None:
         urls = {"grpc_url": server.grpc_url, "http_url": server.http_url, "metrics_url": server.metrics_url}
+        urls |= {} if front is None else {"openai_url": front.url}
         if as_json:
             print_json({**urls, "pid": server.pid})
         else:
@@ -184,5 +194,24 @@ def serve_command(
         tls=tls,
         restriction=restriction,
         on_ready=on_ready,
+        beside=front,
     )
     raise typer.Exit(code)
+
+
+def _openai_front(
+    port: int | None, model: str | None, host: str, secret: Path | None, *, has_tls: bool
+) -> OpenAiFront | None:
+    if port is None:
+        if model is not None:
+            raise PuzzleError("needs --openai-port", key="--openai-model")
+        return None
+    if has_tls:
+        message = "not with --grpc-cert: it would speak plain HTTP, and has no certificate to show to Triton"
+        raise PuzzleError(message, key="--openai-port", expected="a TLS proxy in front of it, or no --grpc-cert")
+    import fastapi  # noqa: F401 (a missing package is told before the engine is loaded)
+    import uvicorn  # noqa: F401
+
+    from puzzle_trtllm.serve.openai.process import OpenAiFront
+
+    return OpenAiFront(host=host, port=port, model=model, secret_file=secret)

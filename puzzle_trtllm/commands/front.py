@@ -32,6 +32,8 @@ EXTRA_OF_PACKAGE: Mapping[str, str] = {
     "tritonclient": "serve",
     "grpc": "serve",
     "google": "serve",
+    "fastapi": "serve",
+    "uvicorn": "serve",
     "pytriton": "triton-wheel",
     "tensorrt_llm": "trtllm",
 }

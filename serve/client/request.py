@@ -24,6 +24,8 @@ class GenerationRequest:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
     seed: int | None = None
     stop: Sequence[str] | None = None
     ignore_eos: bool | None = None

@@ -104,6 +104,8 @@ class RequestBuilder:
         self._scalar(message, "sampling_param_temperature", "FP32", request.temperature)
         self._scalar(message, "sampling_param_top_k", "INT32", request.top_k)
         self._scalar(message, "sampling_param_top_p", "FP32", request.top_p)
+        self._scalar(message, "sampling_param_frequency_penalty", "FP32", request.frequency_penalty)
+        self._scalar(message, "sampling_param_presence_penalty", "FP32", request.presence_penalty)
         self._scalar(message, "sampling_param_seed", "UINT64", request.seed)
         if request.stop:
             self._add(message, "sampling_param_stop", "BYTES", [len(request.stop)], pack_strings(request.stop))

@@ -97,7 +97,7 @@ class TritonServer:
             command = [str(install.server), "--model-repository", str(repository), *install.arguments(scratch)]
             self._process = GuardedProcess(
                 [*command, *self._options(shm_prefix), *self._arguments],
-                environment={**install.environment, **self._environment, **_python_path(self._environment)},
+                environment={**install.environment, **self._environment, **python_path(self._environment)},
                 log_file=self.log_file,
                 grace_s=self._drain_s + 5,
                 shm_prefix=shm_prefix,
@@ -216,7 +216,7 @@ class TritonServer:
         return f"[{host}]:{self._ports[purpose]}" if ":" in host else f"{host}:{self._ports[purpose]}"
 
 
-def _python_path(environment: Mapping[str, str]) -> dict[str, str]:
+def python_path(environment: Mapping[str, str]) -> dict[str, str]:
     """PYTHONPATH for the stub where puzzle_trtllm runs from a source tree that is not installed."""
     root = Path(puzzle_trtllm.__file__).resolve().parent.parent
     if root.name in ("site-packages", "dist-packages"):

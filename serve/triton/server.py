@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.serve.triton.launch import TritonServer
@@ -30,6 +30,14 @@ class _StopAskedError(BaseException):
     """SIGINT or SIGTERM arrived."""
 
 
+class Beside(Protocol):
+    """A process that lives and dies with the server: started when the server is ready, stopped before it."""
+
+    def start(self, server: TritonServer) -> None: ...
+    def failure(self) -> str | None: ...
+    def stop(self) -> None: ...
+
+
 def serve_engine(
     engine: Engine | str | Path,
     *,
@@ -39,12 +47,14 @@ def serve_engine(
     host: str = "127.0.0.1",
     restart: bool = False,
     on_ready: Callable[[TritonServer], None] | None = None,
+    beside: Beside | None = None,
     quiet: bool = False,
     **server_options: Any,
 ) -> int:
     """Serve until SIGINT or SIGTERM: exit code 0; 1 when the engine or the server dies, unless `restart`.
 
-    Call it from the main thread. `on_ready` is called after every start. Raises ServeError when it does not start.
+    Call it from the main thread. `on_ready` is called after every start. `beside` is started with the server, and its
+    death ends the server too. Raises ServeError when one of them does not start.
     """
     say = _silent if quiet else _say
     with _signals_raise():
@@ -59,7 +69,7 @@ def serve_engine(
                     on_wait=_progress(say),
                     **server_options,
                 )
-                reason = _serve_once(server, on_ready, say)
+                reason = _serve_once(server, beside, on_ready, say)
                 say(f"{reason}; the log is {server.log_file}")
                 if not restart:
                     return 1
@@ -69,31 +79,44 @@ def serve_engine(
 
 
 def _serve_once(
-    server: TritonServer, on_ready: Callable[[TritonServer], None] | None, say: Callable[[str], None]
+    server: TritonServer,
+    beside: Beside | None,
+    on_ready: Callable[[TritonServer], None] | None,
+    say: Callable[[str], None],
 ) -> str:
     """Returns the reason why it ended by itself."""
     server.start()
     try:
         say(f"serving {server.engine.path} at grpc {server.grpc_url}, {server.http_url}, {server.metrics_url}")
         say(f"Triton's log is {server.log_file}")
+        if beside is not None:
+            beside.start(server)
         if on_ready is not None:
             on_ready(server)
-        reason = watch(server)
+        reason = watch(server, beside)
     except _StopAskedError:
         say("stopping")
         with _signals_ignored():
+            _stop(beside)
             server.stop()
         raise
     except BaseException:
+        _stop(beside)
         server.stop(grace_s=1)
         raise
+    _stop(beside)
     server.keep_log()
     server.stop(grace_s=1)
     return reason
 
 
-def watch(server: TritonServer) -> str:
-    """Block until the server, a stub or the engine dies; returns which, in words."""
+def _stop(beside: Beside | None) -> None:
+    if beside is not None:
+        beside.stop()
+
+
+def watch(server: TritonServer, beside: Beside | None = None) -> str:
+    """Block until the server, a stub, the engine or what runs beside it dies; returns which, in words."""
     stubs = server.stub_pids()
     while True:
         code = server.exit_code()
@@ -105,6 +128,9 @@ def watch(server: TritonServer) -> str:
         metrics = read_metrics(server.metrics_url)
         if metrics is not None and 0 in values_of(metrics, "puzzle_engine_up"):
             return "the engine died"
+        failure = None if beside is None else beside.failure()
+        if failure is not None:
+            return failure
         time.sleep(_POLL_S)
 
 

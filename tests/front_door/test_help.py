@@ -70,7 +70,7 @@ def test_the_flags_are_frozen() -> None:
         "--stream",
         "build": "--allow-unit-scale --config --explain --fold --json --overwrite",
         "serve": "--gpu-device-ids --grpc-cert --grpc-key --grpc-port --grpc-root-cert --host --http-port --json "
-        "--metrics-port --restart --restricted --secret --startup-timeout",
+        "--metrics-port --openai-model --openai-port --restart --restricted --secret --startup-timeout",
         "generate": "--ca-cert --client-cert --client-key --effort --json --max-tokens --secret --seed --stop "
         "--temperature --tokenizer --top-k --top-p --url",
         "bench": "--arrival --ca-cert --client-cert --client-key --concurrency --csv --engine --json "

@@ -1,0 +1,83 @@
+"""The front as a process of its own beside tritonserver: started when the model is ready, watched, ended with it."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.serve.triton.launch import TritonServer, python_path
+from puzzle_trtllm.serve.triton.ports import choose_ports
+from puzzle_trtllm.serve.triton.probe import http_status
+from puzzle_trtllm.serve.triton.process import GuardedProcess
+
+_POLL_S = 0.1
+_STARTUP_S = 120.0
+_GRACE_S = 5.0
+
+
+class OpenAiFront:
+    """What `serve_engine` runs beside the server (its `beside`). Port 0 means a free one."""
+
+    def __init__(
+        self, *, host: str = "127.0.0.1", port: int = 0, model: str | None = None, secret_file: Path | None = None
+    ) -> None:
+        """model: what clients call it (default: the folder's name). secret_file: API key, and Triton's secret."""
+        self._host = host
+        self._wanted_port = port
+        self._model = model
+        self._secret_file = secret_file
+        self._port = 0
+        self._process: GuardedProcess | None = None
+        self._log_file = Path(tempfile.gettempdir()) / f"puzzle-openai-{uuid.uuid4().hex[:12]}.log"
+
+    @property
+    def url(self) -> str:
+        """`base_url` of OpenAI's clients."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self._port}/v1"
+
+    def start(self, server: TritonServer) -> None:
+        """Start in front of a ready server; returns when it answers. Raises ServeError when it does not."""
+        self._port = choose_ports(self._host, {"OpenAI": self._wanted_port})["OpenAI"]
+        scratch = Path(tempfile.mkdtemp(prefix="puzzle-openai-"))
+        command = [sys.executable, "-m", "puzzle_trtllm.serve.openai", str(server.engine.path)]
+        command += ["--grpc-url", server.grpc_url, "--metrics-url", server.metrics_url]
+        command += ["--host", self._host, "--port", str(self._port)]
+        command += ["--model", self._model] if self._model else []
+        command += ["--secret", str(self._secret_file.resolve())] if self._secret_file else []
+        self._process = GuardedProcess(
+            command,
+            environment=python_path({}),
+            log_file=self._log_file,
+            grace_s=_GRACE_S,
+            shm_prefix=f"puzzle_openai_{uuid.uuid4().hex[:12]}_",
+            scratch=scratch,
+        )
+        began_s = time.monotonic()
+        while http_status(f"{self.url.removesuffix('/v1')}/health") != 200:
+            failure = self.failure()
+            if failure is None and time.monotonic() - began_s > _STARTUP_S:
+                failure = f"the OpenAI front was not ready after {_STARTUP_S:.0f} s"
+            if failure is not None:
+                self.stop()
+                raise ServeError(failure)
+            time.sleep(_POLL_S)
+
+    def failure(self) -> str | None:
+        """Why it has ended by itself, with its last words; None while it runs."""
+        code = None if self._process is None else self._process.exit_code()
+        if code is None:
+            return None
+        lines = self._log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return f"the OpenAI front ended with code {code}" + (f": {lines[-1]}" if lines else "")
+
+    def stop(self) -> None:
+        """End it: open answers get a moment to finish."""
+        if self._process is not None:
+            process, self._process = self._process, None
+            process.stop()
+            self._log_file.unlink(missing_ok=True)

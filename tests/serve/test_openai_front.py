@@ -1,0 +1,266 @@
+"""The OpenAI front through the official client, over a scripted server: said, counted, refused, cancelled."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from itertools import pairwise
+from types import SimpleNamespace
+
+import openai
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from puzzle_trtllm.chat import ChatTokenizer
+from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.serve.openai.answers import StopWatch
+from puzzle_trtllm.serve.openai.errors import ApiError
+from puzzle_trtllm.serve.openai.model_card import ModelCard
+from puzzle_trtllm.serve.openai.protocol import ChatRequest, CompletionRequest
+from tests.serve.openai_front import ScriptedTarget, running_front
+from tests.serve.scripted import wait_until
+
+USER = [{"role": "user", "content": "12+30="}]
+ANSWER = "<|channel|>analysis<|message|>02 04<|end|><|start|>assistant<|channel|>final<|message|>42<|return|>"
+
+
+@pytest.fixture(scope="module")
+def card(make_checkpoint):
+    folder = make_checkpoint([(4, None)])
+    return ModelCard(name="toy", tokenizer=ChatTokenizer.from_folder(folder), max_seq_len=256)
+
+
+@pytest.fixture(scope="module")
+def shared(card):
+    target = ScriptedTarget()
+    with running_front(card, target) as url:
+        yield SimpleNamespace(target=target, url=url, client=openai.OpenAI(base_url=url, api_key="-", max_retries=0))
+
+
+@pytest.fixture
+def front(shared, card):
+    """A front whose model says ANSWER, a token a response."""
+    shared.target.__init__()
+    shared.target.steps = [[token_id] for token_id in card.tokenizer.encode(ANSWER)]
+    return shared
+
+
+def ask(front, **options):
+    return front.client.chat.completions.create(**{"model": "toy", "messages": USER, **options})
+
+
+def test_reasoning_and_answer_come_apart_with_exact_counts(front, card):
+    reply = ask(front, reasoning_effort="high")
+    message = reply.choices[0].message
+    assert (message.reasoning_content, message.content) == ("02 04", "42")
+    assert reply.choices[0].finish_reason == "stop"
+    prompt = card.tokenizer.render_chat(USER, reasoning_effort="high")
+    assert reply.usage.prompt_tokens == len(card.tokenizer.encode(prompt))
+    assert reply.usage.completion_tokens == len(card.tokenizer.encode(ANSWER))
+    assert reply.usage.completion_tokens_details.reasoning_tokens == len(card.tokenizer.encode("02 04"))
+    assert card.tokenizer.decode(front.target.requests[0].input_ids) == prompt
+
+
+def test_streamed_chunks_add_up_to_the_whole_answer(front):
+    whole = ask(front)
+    chunks = list(ask(front, stream=True, stream_options={"include_usage": True}))
+    *parts, usage = chunks
+    deltas = [chunk.choices[0].delta for chunk in parts]
+    assert deltas[0].role == "assistant"
+    assert "".join(getattr(d, "reasoning_content", None) or "" for d in deltas) == "02 04"
+    assert "".join(d.content or "" for d in deltas) == "42"
+    assert [c.choices[0].finish_reason for c in parts] == [None] * (len(parts) - 1) + ["stop"]
+    assert (usage.choices, usage.usage) == ([], whole.usage)
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert all(chunk.usage is None for chunk in ask(front, stream=True))
+
+
+def test_the_stream_ends_with_done(front):
+    body = {"model": "toy", "messages": USER, "stream": True}
+    with post(front.url + "/chat/completions", body) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.read().decode().endswith("data: [DONE]\n\n")
+
+
+def test_a_stop_string_ends_the_answer_but_not_the_thinking_before_it(front, card):
+    text = "<|channel|>analysis<|message|>a\n\nb<|end|><|start|>assistant<|channel|>final<|message|>42\n\n43"
+    front.target.steps = [[token_id] for token_id in card.tokenizer.encode(text)]
+    front.target.finish_reason = "length"
+    for stream in (False, True):
+        reply = ask(front, stop=["\n\n"], stream=stream)
+        if stream:
+            parts = [chunk.choices[0] for chunk in reply]
+            content = "".join(part.delta.content or "" for part in parts)
+            assert (content, parts[-1].finish_reason) == ("42", "stop")
+        else:
+            assert reply.choices[0].message.reasoning_content == "a\n\nb"
+            assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == ("42", "stop")
+            assert reply.usage.completion_tokens == len(card.tokenizer.encode(text)) - 2
+    wait_until(lambda: front.target.cancelled == 2, what="both generations are cancelled")
+    assert [request.stop for request in front.target.requests] == [None, None]
+
+
+@given(st.text(alphabet="ab\n", max_size=30), st.lists(st.text(alphabet="ab\n", min_size=1, max_size=3), max_size=3),
+       st.lists(st.integers(0, 30), max_size=5))  # fmt: skip
+def test_a_stop_watch_cuts_at_the_first_stop_string_wherever_the_text_is_cut(text, stops, cuts):
+    """Text after the part in which the stop string ends never counts, so the first to END decides."""
+    watch, shown = StopWatch(tuple(stops)), ""
+    for a, b in pairwise([0, *sorted(cuts), 30]):
+        shown += watch.feed(text[a:b])
+    shown += watch.rest()
+    if watch.has_stopped:
+        assert any(text.startswith(shown + stop) for stop in stops)
+        assert not any(stop in shown for stop in stops)
+    else:
+        assert shown == text
+        assert not any(stop in text for stop in stops)
+
+
+def test_completions_take_text_token_ids_and_several_prompts(front, card):
+    front.target.steps, front.target.text, front.target.finish_reason = [[7, 7]], "xx", "length"
+    ids = card.tokenizer.encode("1+1=")
+    create = front.client.completions.create
+    for prompt in ("1+1=", ids):
+        reply = create(model="toy", prompt=prompt, max_tokens=2)
+        assert (reply.choices[0].text, reply.choices[0].finish_reason) == ("xx", "length")
+        assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (len(ids), 2)
+    several = create(model="toy", prompt=["1+1=", "2+2=", "3+3="])
+    assert [choice.index for choice in several.choices] == [0, 1, 2]
+    assert several.usage.completion_tokens == 6
+    assert {tuple(r.input_ids) for r in front.target.requests[:2]} == {tuple(ids)}
+    assert [r.max_tokens for r in front.target.requests] == [2, 2, 16, 16, 16]
+    assert "".join(chunk.choices[0].text for chunk in create(model="toy", prompt="1+1=", stream=True)) == "xx"
+
+
+def test_sampling_parameters_reach_the_server(front):
+    ask(front, temperature=0.5, top_p=0.9, seed=3, presence_penalty=0.5, max_completion_tokens=9)
+    sent = front.target.requests[-1]
+    assert (sent.temperature, sent.top_p, sent.seed, sent.presence_penalty) == (0.5, 0.9, 3, 0.5)
+    assert sent.max_tokens == 9
+    ask(front, temperature=0)
+    assert (front.target.requests[-1].temperature, front.target.requests[-1].top_p) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "sent"),
+    [
+        ({}, {}, (1.0, 1.0, None)),  # OpenAI's default samples
+        ({"do_sample": False}, {}, (None, None, None)),
+        ({"do_sample": False}, {"temperature": 0.7}, (0.7, 1.0, None)),  # alone it would still be greedy
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 40}, {}, (0.6, 0.95, 40)),
+        ({"do_sample": True, "temperature": 0.6}, {"temperature": 0}, (None, None, None)),
+    ],
+)
+def test_what_a_request_leaves_out_comes_from_the_model(card, config, asked, sent):
+    own = ModelCard(name="toy", tokenizer=card.tokenizer, max_seq_len=256, generation_config=config)
+    request = own.of_chat(ChatRequest.parse({"model": "toy", "messages": USER, **asked}), "id")
+    assert (request.temperature, request.top_p, request.top_k) == sent
+
+
+def test_a_chat_without_a_limit_may_fill_the_context(front):
+    ask(front)
+    sent = front.target.requests[-1]
+    assert sent.max_tokens == 256 - len(sent.input_ids)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code", "words"),
+    [
+        ({"n": 2}, "n", "unsupported_parameter", "only 1, found 2"),
+        ({"logprobs": True}, "logprobs", "unsupported_parameter", "no log-probabilities"),
+        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter", "calls no tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter", "only"),
+        ({"reasoning_effort": "extreme"}, "reasoning_effort", "invalid_value", "'low', 'medium' or 'high'"),
+        ({"temperature": 3}, "temperature", "invalid_value", "less than or equal to 2"),
+        ({"max_tokenz": 3}, "max_tokenz", "unknown_parameter", "unknown parameter"),
+        ({"messages": []}, "messages", "invalid_value", "at least 1"),
+        ({"messages": None}, "messages", "invalid_value", "list"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", None, "only text"),
+        ({"messages": [{"role": "user", "content": "1" * 300}]}, "messages", "context_length_exceeded", "256"),
+        ({"stop": [""]}, "stop", None, "empty"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", None, "stream: true"),
+        ({"seed": -1}, "seed", "invalid_value", "greater than or equal to 0"),
+    ],
+)
+def test_bad_input_is_400_with_the_parameters_name_and_nothing_is_sent(front, body, param, code, words):
+    status, error = refused(front.url + "/chat/completions", {"model": "toy", "messages": USER, **body})
+    assert (status, error["type"], error["param"], error["code"]) == (400, "invalid_request_error", param, code)
+    assert words in error["message"]
+    assert front.target.requests == []
+
+
+def test_other_refusals_have_their_own_statuses(front):
+    with pytest.raises(openai.NotFoundError, match="this server has 'toy'") as caught:
+        ask(front, model="gpt-4")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    assert refused(front.url + "/chat/completions", b"{")[0] == 400
+    assert refused(front.url + "/embeddings", {})[0] == 404
+    assert refused(front.url + "/completions", {"model": "toy", "prompt": []})[0] == 400
+    assert refused(front.url + "/completions", {"model": "toy", "prompt": "a", "echo": True})[0] == 400
+    assert [model.id for model in front.client.models.list()] == ["toy"]
+    assert front.client.models.retrieve("toy").max_model_len == 256
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("status", "http"), [("UNAVAILABLE", 503), ("INVALID_ARGUMENT", 400), ("INTERNAL", 500), ("CANCELLED", 503)]
+)
+def test_what_the_server_refuses_has_its_http_status_streamed_or_not(front, stream, status, http):
+    front.target.steps = [ServeError("the queue is full", status=status)]
+    with pytest.raises(openai.APIStatusError, match="the queue is full") as caught:
+        ask(front, stream=stream)
+    assert caught.value.status_code == http
+
+
+def test_an_engine_that_dies_in_the_middle_ends_the_stream_with_an_error(front, card):
+    front.target.steps = [*front.target.steps[:5], ServeError("the engine is dead", status="UNAVAILABLE")]
+    with pytest.raises(openai.APIError, match="the engine is dead"):
+        list(ask(front, stream=True))
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_cancels_the_generation(front, begun, stream):
+    """Before the first token or after it, streamed or not."""
+    front.target.steps = [*(front.target.steps[:12] if begun else []), 60.0, [7]]
+    client = front.client.with_options(timeout=0.5)
+    with pytest.raises(openai.APITimeoutError):
+        for _ in ask(SimpleNamespace(client=client), stream=stream):
+            pass
+    wait_until(lambda: front.target.cancelled == 1, what="cancelled", timeout_s=5)
+
+
+def test_with_an_api_key_only_those_who_know_it_get_in(card):
+    with running_front(card, ScriptedTarget(), api_key="s" * 20, is_healthy=lambda: False) as url:
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=url, api_key="wrong", max_retries=0).models.list()
+        assert openai.OpenAI(base_url=url, api_key="s" * 20).models.list().data
+        status, error = refused(url.removesuffix("/v1") + "/health", None)
+        assert (status, error["code"]) == (503, "unavailable")
+
+
+def test_prompts_of_completions():
+    parse = CompletionRequest.parse
+    assert parse({"model": "m", "prompt": [1, 2]}).prompts() == [[1, 2]]
+    assert parse({"model": "m", "prompt": [[1], [2]]}).prompts() == [[1], [2]]
+    with pytest.raises(ApiError, match="only one prompt with stream"):
+        parse({"model": "m", "prompt": ["a", "b"], "stream": True}).prompts()
+
+
+def post(url, body):
+    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    return urllib.request.urlopen(urllib.request.Request(url, data, {"content-type": "application/json"}), timeout=20)
+
+
+def refused(url, body):
+    """(HTTP status, error object)."""
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        post(url, body)
+    return caught.value.code, json.loads(caught.value.read())["error"]
+
+
+def test_health(front):
+    with post(front.url.removesuffix("/v1") + "/health", None) as response:
+        assert response.status == 200
