@@ -20,6 +20,8 @@ from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.serve.triton.launch import TritonServer
 from puzzle_trtllm.serve.triton.probe import read_metrics, values_of
 from puzzle_trtllm.serve.triton.process import is_alive
+from puzzle_trtllm.serve.triton.ranks import serve_as_worker
+from puzzle_trtllm.serve.triton.repository import PLUGIN_FOLDER
 
 __all__ = ["TritonServer", "serve_engine", "watch"]
 
@@ -53,10 +55,14 @@ def serve_engine(
 ) -> int:
     """Serve until SIGINT or SIGTERM: exit code 0; 1 when the engine or the server dies, unless `restart`.
 
-    Call it from the main thread. `on_ready` is called after every start. `beside` is started with the server, and its
-    death ends the server too. Raises ServeError when one of them does not start.
+    On a rank of an MPI job that is not the first it is a worker, and returns when the leader has ended (ranks.py). Call
+    it from the main thread. `on_ready` is called after every start. `beside` is started with the server, and its death
+    ends the server too. Raises ServeError when one of them does not start.
     """
     say = _silent if quiet else _say
+    engine = engine if isinstance(engine, Engine) else Engine.open(engine)
+    if engine.manifest.runtime == "tensorrt_llm" and serve_as_worker(engine.path, engine.llm_args, PLUGIN_FOLDER):
+        return 0
     with _signals_raise():
         try:
             while True:

@@ -12,6 +12,7 @@ from puzzle_trtllm.serve.triton.host import start_llm
 from puzzle_trtllm.serve.triton.instances import Instance
 from puzzle_trtllm.serve.triton.metrics import MetricsThread
 from puzzle_trtllm.serve.triton.outbox import Outbox
+from puzzle_trtllm.serve.triton.ranks import leave_job
 from puzzle_trtllm.serve.triton.request import RequestLimits
 from puzzle_trtllm.serve.triton.session import Session
 from puzzle_trtllm.serve.triton.settings import ModelSettings
@@ -58,3 +59,4 @@ class Service:
         self._session.stop()
         self._outbox.close()
         self._llm.shutdown()
+        leave_job()

@@ -9,7 +9,8 @@ import yaml
 
 from puzzle_trtllm.errors import ConfigError, PuzzleError, ServeError
 from puzzle_trtllm.serve.triton.contract import render_config
-from puzzle_trtllm.serve.triton.host import import_plugin, scrub_mpi_job
+from puzzle_trtllm.serve.triton.plugin import import_plugin
+from puzzle_trtllm.serve.triton.ranks import scrub_mpi_job
 from puzzle_trtllm.serve.triton.repository import write_repository
 from puzzle_trtllm.serve.triton.settings import read_model_yaml
 from tests.serve.scripted import scripted_engine
