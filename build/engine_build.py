@@ -29,7 +29,7 @@ from puzzle_trtllm.build.llm_args import derive_llm_args
 from puzzle_trtllm.build.output_folder import check_output_folder
 from puzzle_trtllm.build.plugin_folder import write_plugin
 from puzzle_trtllm.build.progress import byte_progress, warn
-from puzzle_trtllm.build.serving_copy import bytes_to_write, is_plain_gpt_oss, write_serving_copy
+from puzzle_trtllm.build.serving_copy import bytes_to_write, serving_family, write_serving_copy
 from puzzle_trtllm.checkpoint import Checkpoint, resolve_folder
 from puzzle_trtllm.engine import (
     LLM_ARGS_NAME,
@@ -129,9 +129,10 @@ def _write_gpu_host_files(
     folder: Path, architecture: PuzzleArchitecture, config: EngineConfig, values: list[DerivedValue]
 ) -> None:
     """Plugin and launch scripts."""
-    plugin = not is_plain_gpt_oss(architecture)
+    family = serving_family(architecture)
+    plugin = family.trtllm_model is not None
     if plugin:
-        write_plugin(folder)
+        write_plugin(folder, family)
     scenario = load_scenario(config.scenario)
     write_launch_folder(folder, architecture, config, to_nested(values), scenario, plugin=plugin)
 

@@ -11,21 +11,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from puzzle_trtllm.families import Family
+
 PLUGIN_FOLDER = Path("plugin") / "puzzle_trtllm_plugin"
 
 _SOURCE = '''\
-"""Registers GptOssPuzzleForCausalLM with TensorRT-LLM, in whatever process imports this. By puzzle-trtllm build.
+"""Registers {causal_lm} with TensorRT-LLM, in whatever process imports this. By puzzle-trtllm build.
 
 Needs puzzle_trtllm installed beside tensorrt_llm: pip install puzzle-trtllm
 """
 
-import puzzle_trtllm.models.trtllm.modeling  # noqa: F401
+import {trtllm_model}  # noqa: F401
 '''
 
 
-def write_plugin(engine: Path) -> Path:
-    """Write the plugin package into an engine folder and return it."""
+def write_plugin(engine: Path, family: Family) -> Path:
+    """Write the plugin package of a family into an engine folder and return it."""
     folder = engine / PLUGIN_FOLDER
     folder.mkdir(parents=True)
-    (folder / "__init__.py").write_text(_SOURCE, encoding="utf-8")
+    text = _SOURCE.format(causal_lm=family.causal_lm, trtllm_model=family.trtllm_model)
+    (folder / "__init__.py").write_text(text, encoding="utf-8")
     return folder

@@ -16,16 +16,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from puzzle_trtllm.architecture import CHILD_CLASS, PARENT_MODEL_TYPE, PuzzleArchitecture
+from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.build.companions import GENERATION_CONFIG, companions
 from puzzle_trtllm.build.fold import Folding
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import PlannedTensor, Progress, rewrite_checkpoint
 from puzzle_trtllm.errors import CheckpointError
+from puzzle_trtllm.families import GPT_OSS, GPT_OSS_PUZZLE, Family
 from puzzle_trtllm.folders import link_or_copy
 from puzzle_trtllm.tensors import is_expert_tensor
 
-PARENT_CLASS = "GptOssForCausalLM"
 _NOT_FOR_SERVING = ("auto_map", "per_layer_config", "num_experts")
 """Remote code is not shipped here, per_layer_config would compete with block_configs, and num_experts triggers a legacy
 remapping in TensorRT-LLM."""
@@ -35,20 +35,19 @@ def serving_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The config.json of the serving copy."""
     a = checkpoint.architecture
     config = {key: value for key, value in checkpoint.config.items() if key not in _NOT_FOR_SERVING}
-    config = {**a.child_config(config), "model_type": PARENT_MODEL_TYPE}
+    family = serving_family(a)
+    names = {"model_type": family.serving_model_type, "architectures": [family.causal_lm]}
+    config = {**a.child_config(config), **names}
     config["sliding_window"] = config["sliding_window"] or checkpoint.config.get("sliding_window")
-    if is_plain_gpt_oss(a):
+    if family is GPT_OSS:
         del config["block_configs"]
-        config["architectures"] = [PARENT_CLASS]
-    else:
-        config["architectures"] = [CHILD_CLASS]
     return config
 
 
-def is_plain_gpt_oss(a: PuzzleArchitecture) -> bool:
-    """True when engines' own gpt-oss model can run it: equal layers, windows on the even ones."""
+def serving_family(a: PuzzleArchitecture) -> Family:
+    """Whose class runs it: engines' own gpt-oss where it can, with equal layers and windows on the even ones."""
     alternating = all((block.sliding_window is None) == (i % 2 == 1) for i, block in enumerate(a.blocks))
-    return alternating and not a.is_heterogeneous
+    return GPT_OSS if alternating and not a.is_heterogeneous else GPT_OSS_PUZZLE
 
 
 def bytes_to_write(checkpoint: Checkpoint, out: Path) -> int:

@@ -25,15 +25,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from puzzle_trtllm.errors import ArchitectureError
+from puzzle_trtllm.families import GPT_OSS_PUZZLE, family_of
 from puzzle_trtllm.rope import RopeConfig
 
 ExpertsFormat = Literal["mxfp4", "bf16"]
 KvDtype = Literal["bf16", "fp8"]
 
 KV_BYTES_PER_VALUE: Mapping[KvDtype, int] = {"bf16": 2, "fp8": 1}
-PARENT_MODEL_TYPE = "gpt_oss"
-CHILD_MODEL_TYPE = "gpt_oss_puzzle"
-CHILD_CLASS = "GptOssPuzzleForCausalLM"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +74,7 @@ class PuzzleArchitecture:
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, source: str | Path = "config.json") -> PuzzleArchitecture:
         """Read a Hugging Face config. `source` names the file in errors."""
-        model_type = config.get("model_type")
-        if model_type not in (PARENT_MODEL_TYPE, CHILD_MODEL_TYPE) and "block_configs" not in config:
-            raise ArchitectureError(
-                "not a gpt-oss model",
-                file=source,
-                key="model_type",
-                found=model_type,
-                expected=f"{PARENT_MODEL_TYPE} or {CHILD_MODEL_TYPE}",
-            )
+        family_of(config, source)
         quantization = config.get("quantization_config") or {}
         try:
             return cls(
@@ -126,8 +116,8 @@ class PuzzleArchitecture:
         """The config.json of a `gpt_oss_puzzle` child with these blocks, everything else as in the parent's."""
         config = {key: value for key, value in parent_config.items() if key != "per_layer_config"}
         config.update(
-            architectures=[CHILD_CLASS],
-            model_type=CHILD_MODEL_TYPE,
+            architectures=[GPT_OSS_PUZZLE.causal_lm],
+            model_type=GPT_OSS_PUZZLE.model_type,
             block_configs=[block.to_json() for block in self.blocks],
             layer_types=self.layer_types,
             num_hidden_layers=self.num_layers,

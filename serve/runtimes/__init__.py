@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from puzzle_trtllm.errors import EngineError
+from puzzle_trtllm.families import FAMILIES
 
 if TYPE_CHECKING:
     from puzzle_trtllm.engine import Engine
@@ -28,16 +29,15 @@ _INSTALL = {
 }
 
 
-_TRTLLM_MODEL = "puzzle_trtllm.models.trtllm.modeling"
-
-
 def load_runtime(name: str) -> Runtime:
     """The module behind a runtime's name. Raises EngineError when it is unknown, missing or does not fit."""
     if name not in _MODULES:
         raise EngineError("unknown runtime", found=name, expected=" or ".join(_MODULES))
     try:
         if name == "tensorrt_llm" and _is_installed(name):
-            importlib.import_module(_TRTLLM_MODEL)
+            for family in FAMILIES.values():
+                if family.trtllm_model is not None:
+                    importlib.import_module(family.trtllm_model)
         return cast("Runtime", importlib.import_module(_MODULES[name]))
     except ImportError as error:
         raise EngineError(f"the runtime {name} is not installed here ({error}); {_INSTALL[name]}") from None

@@ -10,7 +10,7 @@ from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.build.derived_values import to_nested
 from puzzle_trtllm.build.engine_build import explain, render_llm_args
 from puzzle_trtllm.build.launch import launch_scripts
-from puzzle_trtllm.build.serving_copy import is_plain_gpt_oss
+from puzzle_trtllm.build.serving_copy import serving_family
 from puzzle_trtllm.engine import ENGINE_CONFIG_FOLDER, load_engine_config
 from puzzle_trtllm.scenario import load_scenario
 
@@ -26,7 +26,7 @@ def deployment_files(config: str, model: str) -> dict[str, str]:
     """File name: text, as `build` writes them for one shipped config and one released model."""
     settings, architecture = load_engine_config(config), PuzzleArchitecture.from_path(MODELS[model])
     values = explain(MODELS[model], config=config)
-    plugin = not is_plain_gpt_oss(architecture)
+    plugin = serving_family(architecture).trtllm_model is not None
     scripts = launch_scripts(settings, to_nested(values), load_scenario(settings.scenario), plugin=plugin)
     return {"llm_args.yaml": render_llm_args(values), **scripts}
 

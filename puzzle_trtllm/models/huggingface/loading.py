@@ -18,8 +18,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
-from puzzle_trtllm.architecture import CHILD_MODEL_TYPE
 from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.families import GPT_OSS_PUZZLE
 from puzzle_trtllm.models.huggingface.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
 from puzzle_trtllm.models.huggingface.modeling_gpt_oss_puzzle import GptOssPuzzleForCausalLM
 from puzzle_trtllm.mxfp4 import dequantize
@@ -28,7 +28,7 @@ from puzzle_trtllm.tensors import kv_scale_of
 
 def register() -> None:
     """Make the Auto classes know the child; calling it again changes nothing."""
-    AutoConfig.register(CHILD_MODEL_TYPE, GptOssPuzzleConfig, exist_ok=True)
+    AutoConfig.register(GPT_OSS_PUZZLE.model_type, GptOssPuzzleConfig, exist_ok=True)
     AutoModelForCausalLM.register(GptOssPuzzleConfig, GptOssPuzzleForCausalLM, exist_ok=True)
 
 
@@ -75,7 +75,7 @@ def model_config(checkpoint: Checkpoint) -> GptOssConfig:
         for k, v in checkpoint.config.items()
         if k not in ("quantization_config", "auto_map", "transformers_version")
     }
-    is_child = values.pop("model_type", None) == CHILD_MODEL_TYPE or "block_configs" in values
+    is_child = values.pop("model_type", None) == GPT_OSS_PUZZLE.model_type or "block_configs" in values
     return GptOssPuzzleConfig(**values) if is_child else GptOssConfig(**values)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from puzzle_trtllm.architecture import CHILD_CLASS
+from puzzle_trtllm.families import GPT_OSS_PUZZLE
 
 CONFIG_MODULE = "configuration_gpt_oss_puzzle"
 MODEL_MODULE = "modeling_gpt_oss_puzzle"
@@ -27,6 +27,6 @@ def write_remote_code(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]
     auto_map = {
         "AutoConfig": f"{CONFIG_MODULE}.GptOssPuzzleConfig",
         "AutoModel": f"{MODEL_MODULE}.GptOssPuzzleModel",
-        "AutoModelForCausalLM": f"{MODEL_MODULE}.{CHILD_CLASS}",
+        "AutoModelForCausalLM": f"{MODEL_MODULE}.{GPT_OSS_PUZZLE.causal_lm}",
     }
     return {**config, "auto_map": auto_map}

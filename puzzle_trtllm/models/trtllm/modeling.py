@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from puzzle_trtllm.architecture import CHILD_CLASS
+from puzzle_trtllm.families import GPT_OSS_PUZZLE
 from puzzle_trtllm.models.trtllm.layers import (
     LayerPlan,
     check_layout,
@@ -66,7 +66,7 @@ def _plain_router(mlp: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     return compute_gate_output
 
 
-@_register(CHILD_CLASS)
+@_register(GPT_OSS_PUZZLE.causal_lm)
 class GptOssPuzzleForCausalLM(_gpt_oss.GptOssForCausalLM):  # type: ignore[misc]
     """A Puzzle child of gpt-oss; the checkpoint is a serving copy made by `puzzle-trtllm build`."""
 
