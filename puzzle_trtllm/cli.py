@@ -14,8 +14,9 @@ from typing import Annotated
 import typer
 
 from puzzle_trtllm import __version__
+from puzzle_trtllm.commands.benching import bench_command
 from puzzle_trtllm.commands.calibrate import experts_command, kv_command
-from puzzle_trtllm.commands.clients import bench_command, evaluate_command, generate_command
+from puzzle_trtllm.commands.clients import evaluate_command, generate_command
 from puzzle_trtllm.commands.doctor import doctor_command
 from puzzle_trtllm.commands.engines import build_command, serve_command
 from puzzle_trtllm.commands.front import PuzzleGroup

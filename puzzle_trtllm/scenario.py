@@ -6,6 +6,9 @@ Two kinds of load, told apart by one key that excludes the other:
     request_rate    open loop (`OpenScenario`): so many arrivals a second, whatever the server does; how long do users
                     wait at this traffic?
 
+A third kind comes from a recorded trace alone (trace.py): `ReplayScenario`, an open loop at the trace's own moments.
+Lengths are the same for all requests, scattered around a mean (`Spread`), or a trace's.
+
 Scenarios are YAML files, the shipped ones in `puzzle_trtllm/scenarios/`; a bare name is looked up there. `long` and
 `short` are the paper's 64K/64K and 4K/4K, `isl*-osl*` NVIDIA's grid of input and output lengths; the `cpu-*` ones are
 scaled-down twins for machines without a GPU.
@@ -13,10 +16,13 @@ scaled-down twins for machines without a GPU.
 
 from __future__ import annotations
 
+import math
+import random
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
 
 from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.yaml_files import load_model, resolve_name
@@ -26,28 +32,89 @@ SCENARIO_FOLDER = Path(__file__).parent / "scenarios"
 Arrival = Literal["poisson", "constant"]
 
 
+NORMAL_CUT = 3
+"""A normal spread ends so many standard deviations above the mean: sequences need a longest one to be sized for."""
+
+
+class Spread(BaseModel):
+    """How lengths scatter around a mean; exactly one of the two."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    uniform: float | None = Field(default=None, gt=0, le=1)
+    """Evenly from (1 - uniform) to (1 + uniform) times the mean."""
+    normal: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Normally, with this standard deviation in tokens; drawn anew outside of mean +- 3 of them, and below 1."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.uniform is None) == (self.normal is None):
+            raise ValueError("a spread is either uniform or normal")
+        return self
+
+    def bounds(self, mean: int) -> tuple[int, int]:
+        """Shortest and longest length, tokens."""
+        if self.uniform is not None:
+            return max(1, round(mean * (1 - self.uniform))), round(mean * (1 + self.uniform))
+        assert self.normal is not None
+        return max(1, math.ceil(mean - NORMAL_CUT * self.normal)), math.floor(mean + NORMAL_CUT * self.normal)
+
+    def draw(self, mean: int, source: random.Random) -> int:
+        """One length, tokens."""
+        low, high = self.bounds(mean)
+        if self.normal is None:
+            return source.randint(low, high)
+        while not low <= (length := round(source.gauss(mean, self.normal))) <= high:
+            pass
+        return length
+
+
+class TraceFacts(BaseModel):
+    """Which trace a load was taken from. Two loads are the same only if this is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str
+    """Its name without folders."""
+    sha256: str
+    longest_sequence: int
+    """Most tokens in and out of one of the requests used."""
+    shared_blocks: bool
+    """True when equal hash_ids gave equal prompt blocks, which a prefix cache can reuse."""
+    ignored_keys: tuple[str, ...] = ()
+    """What the trace says beyond what is replayed."""
+
+
 class Load(BaseModel):
-    """What both kinds of load have."""
+    """What all kinds of load have."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     description: str = ""
     input_tokens: int = Field(ge=1)
-    """Prompt length, tokens."""
+    """Prompt length, tokens; the mean where lengths scatter or come from a trace."""
     output_tokens: int = Field(ge=1)
-    """Generated tokens a request; the end-of-sequence token is ignored so that the length is exact."""
+    """Generated tokens a request, likewise; the end-of-sequence token is ignored so that the length is exact."""
+    input_spread: Spread | None = None
+    output_spread: Spread | None = None
     num_requests: int = Field(ge=1)
     warmup_requests: int = Field(default=0, ge=0)
     max_ttft_ms: float | None = Field(default=None, gt=0)
     """Goodput counts requests whose first token comes within this; None sets no limit."""
     max_itl_ms: float | None = Field(default=None, gt=0)
     """Goodput counts requests whose mean gap between tokens (TPOT) is within this; None sets no limit."""
+    trace: TraceFacts | None = None
+    """Set by `bench --trace`, never in a file."""
 
     @property
     def sequence_tokens(self) -> int:
-        """Length of a finished sequence: what one request needs of the KV cache at its end."""
-        return self.input_tokens + self.output_tokens
+        """Length of the longest finished sequence: what one request may need of the KV cache at its end."""
+        if self.trace is not None:
+            return self.trace.longest_sequence
+        longest_input = self.input_spread.bounds(self.input_tokens)[1] if self.input_spread else self.input_tokens
+        longest_output = self.output_spread.bounds(self.output_tokens)[1] if self.output_spread else self.output_tokens
+        return longest_input + longest_output
 
 
 class Scenario(Load):
@@ -65,19 +132,29 @@ class OpenScenario(Load):
     """poisson: exponential gaps, as from many independent users; constant: equal gaps."""
 
 
+class ReplayScenario(Load):
+    """An open-loop load at the moments that a trace recorded."""
+
+    speed: float = Field(gt=0, allow_inf_nan=False)
+    """2 replays two seconds of the trace in one."""
+
+
 class _Peek(BaseModel):
-    """The two keys that say which kind of load a file describes."""
+    """The keys that say which kind of load a file describes."""
 
     model_config = ConfigDict(extra="ignore")
 
     concurrency: Any = None
     request_rate: Any = None
+    trace: Any = None
 
 
 def load_any_scenario(name_or_path: str | Path) -> Scenario | OpenScenario:
     """Load a shipped scenario by name or any YAML file by path, of either kind. Raises ConfigError."""
     file = resolve_name(name_or_path, SCENARIO_FOLDER, "scenario")
     keys = load_model(file, _Peek)
+    if keys.trace is not None:
+        raise ConfigError("is no key of a file", file=file, key="trace", expected="bench --trace FILE")
     if keys.request_rate is None:
         return load_model(file, Scenario)
     if keys.concurrency is not None:

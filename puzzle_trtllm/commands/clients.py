@@ -1,4 +1,4 @@
-"""`generate`, `bench`, `evaluate`: what talks to a running server."""
+"""`generate`, `evaluate`: what talks to a running server, and the options of all that do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,7 +16,6 @@ from puzzle_trtllm.commands.output import JsonOption, print_json, print_table
 from puzzle_trtllm.errors import PuzzleError
 
 if TYPE_CHECKING:
-    from puzzle_trtllm.scenario import Arrival
     from puzzle_trtllm.serve.client.request import GenerationRequest, GenerationResult
     from puzzle_trtllm.serve.client.triton_client import TritonLlmClient
     from puzzle_trtllm.serve.metrics.result_file import ResultFile
@@ -135,97 +134,6 @@ def result_json(result: GenerationResult) -> dict[str, object]:
     }
 
 
-def bench_command(
-    url: UrlOption = DEFAULT_URL,
-    scenario: Annotated[str, typer.Option("--scenario", help="A YAML file or a shipped name.")] = "cpu-demo",
-    engine: EngineOption = None,
-    tokenizer: TokenizerOption = None,
-    concurrency: Annotated[int | None, typer.Option("--concurrency", min=1, help="Overrides the scenario's.")] = None,
-    num_requests: Annotated[int | None, typer.Option("--num-requests", min=1, help="Overrides the scenario's.")] = None,
-    request_rate: Annotated[
-        float | None, typer.Option("--request-rate", help="Open loop: arrivals per second instead of a concurrency.")
-    ] = None,
-    arrival: Annotated[str | None, typer.Option("--arrival", help="Open loop: poisson (default) or constant.")] = None,
-    sweep: Annotated[
-        str | None,
-        typer.Option("--sweep", metavar="1,2,4,...", help="Concurrencies to measure in turn; goes on from --out."),
-    ] = None,
-    csv: Annotated[Path | None, typer.Option("--csv", help="Table of the sweep to write.")] = None,
-    max_ttft_ms: Annotated[float | None, typer.Option("--max-ttft-ms", help="Goodput: limit on TTFT.")] = None,
-    max_itl_ms: Annotated[float | None, typer.Option("--max-itl-ms", help="Goodput: limit on a mean gap.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Equal seeds give equal prompts and arrivals.")] = 0,
-    name: NameOption = None,
-    ca_cert: CaCertOption = None,
-    client_cert: ClientCertOption = None,
-    client_key: ClientKeyOption = None,
-    secret: SecretOption = None,
-    out: OutOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure a server under a scenario's load.
-
-    Output throughput over the steady window, and percentiles of TTFT, ITL and E2E.
-    """
-    from puzzle_trtllm.scenario import OpenScenario, load_any_scenario
-    from puzzle_trtllm.serve.bench.runner import run_bench, run_open_loop
-    from puzzle_trtllm.serve.bench.sweep import run_sweep
-
-    limits = {
-        "max_ttft_ms": _positive(max_ttft_ms, "--max-ttft-ms"),
-        "max_itl_ms": _positive(max_itl_ms, "--max-itl-ms"),
-    }
-    load = load_any_scenario(scenario)
-    load = load.model_copy(update={key: value for key, value in limits.items() if value is not None})
-    options: dict[str, Any] = {
-        "num_requests": num_requests,
-        "seed": seed,
-        "engine": engine,
-        "tokenizer_folder": tokenizer,
-        "name": name,
-        "connect": connector(ca_cert, client_cert, client_key, secret),
-    }
-    result: ResultFile
-    if csv is not None and sweep is None:
-        raise PuzzleError("needs --sweep", key="--csv")
-    if request_rate is not None or isinstance(load, OpenScenario):
-        if concurrency is not None or sweep is not None:
-            key = "--concurrency" if sweep is None else "--sweep"
-            raise PuzzleError("excludes a request rate: a loop is either open or closed", key=key)
-        rate, arrivals = _positive(request_rate, "--request-rate"), _arrival(arrival)
-        result = run_open_loop(url, scenario=load, request_rate=rate, arrival=arrivals, **options)
-    elif arrival is not None:
-        raise PuzzleError("needs --request-rate", key="--arrival")
-    elif sweep is not None:
-        if concurrency is not None:
-            raise PuzzleError("excludes --concurrency", key="--sweep")
-        result = points = run_sweep(url, scenario=load, concurrencies=_concurrencies(sweep), out=out, **options)
-        if csv is not None:
-            points.save_csv(csv)
-    else:
-        result = run_bench(url, scenario=load, concurrency=concurrency, **options)
-    _show(result, out, as_json=as_json)
-
-
-def _concurrencies(text: str) -> list[int]:
-    words = text.replace(",", " ").split()
-    if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise PuzzleError("must be concurrencies", key="--sweep", found=text, expected="such as 1,2,4,8")
-    return [int(word) for word in words]
-
-
-def _positive(value: float | None, key: str) -> float | None:
-    if value is not None and not 0 < value < float("inf"):
-        raise PuzzleError("must be positive", key=key, found=value)
-    return value
-
-
-def _arrival(value: str | None) -> Arrival | None:
-    known: dict[str | None, Arrival | None] = {None: None, "poisson": "poisson", "constant": "constant"}
-    if value in known:
-        return known[value]
-    raise PuzzleError("unknown", key="--arrival", found=value, expected="poisson or constant")
-
-
 def evaluate_command(
     problems: Annotated[Path, typer.Option("--problems", help="Problem set, .jsonl with prompt and answer.")],
     url: UrlOption = DEFAULT_URL,
@@ -272,10 +180,10 @@ def evaluate_command(
         name=name,
         connect=connector(ca_cert, client_cert, client_key, secret),
     )
-    _show(result, out, as_json=as_json)
+    show_result(result, out, as_json=as_json)
 
 
-def _show(result: ResultFile, out: Path | None, *, as_json: bool) -> None:
+def show_result(result: ResultFile, out: Path | None, *, as_json: bool) -> None:
     if out is not None:
         result.save(out)
         print(f"written to {out}", file=sys.stderr)

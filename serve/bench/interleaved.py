@@ -13,7 +13,7 @@ from pathlib import Path
 from puzzle_trtllm.errors import BenchError
 from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.serve.bench.result import BenchResult, InterleavedResult, ServerRounds
-from puzzle_trtllm.serve.bench.runner import override_scenario, run_bench
+from puzzle_trtllm.serve.bench.runner import Workers, override_scenario, run_bench
 
 Bench = Callable[..., BenchResult]
 
@@ -28,6 +28,7 @@ def run_interleaved(
     seed: int = 0,
     engines: Mapping[str, str | Path] | None = None,
     tokenizer_folder: str | Path | None = None,
+    workers: Workers = "auto",
     quiet: bool = False,
     bench: Bench = run_bench,
 ) -> InterleavedResult:
@@ -54,6 +55,7 @@ def run_interleaved(
                 engine=(engines or {}).get(name),
                 tokenizer_folder=tokenizer_folder,
                 name=name,
+                workers=workers,
                 quiet=quiet,
             )
             results[name].append(result)

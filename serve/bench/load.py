@@ -37,6 +37,8 @@ class Answer:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None
+    pieces: tuple[tuple[int, int], ...] = ()
+    """From a server that tells no counts: (arrival ns, characters of `text` so far) of each response with text."""
 
 
 class LoadObserver(Protocol):
@@ -53,20 +55,25 @@ async def hold_concurrency(
     concurrency: int,
     is_truncated: IsTruncated,
     observer: LoadObserver,
+    turns: Iterator[int] | None = None,
 ) -> list[Answer]:
     """Run `requests` through `stream`, `concurrency` at a time; answers in the order of `requests`.
 
+    turns: which request is sent next, where other processes send some of them (workers.py).
+
     A failed request is recorded and its place taken by the next one, but a server that has answered nothing when
-    `concurrency` requests have failed is given up on: raises BenchError with the first reason.
+    `concurrency` requests have failed is given up on: raises BenchError with the first reason. Not with `turns`: who
+    shares requests sees too few of them to tell.
     """
     answers: dict[int, Answer] = {}
-    waiting = iter(enumerate(requests))
+    waiting = iter(range(len(requests))) if turns is None else turns
 
     async def worker() -> None:
-        for index, request in waiting:
-            answers[index] = answer = await send(stream, request, is_truncated, observer)
+        for index in waiting:
+            answers[index] = answer = await send(stream, requests[index], is_truncated, observer)
             observer.on_end(answer.record)
-            give_up_on_a_dead_server(answers, concurrency)
+            if turns is None:
+                give_up_on_a_dead_server(answers, concurrency)
 
     workers = [asyncio.create_task(worker()) for _ in range(min(concurrency, len(requests)))]
     try:
@@ -96,6 +103,8 @@ async def send(
     """Stream one request to its end and record it, however it ends. `sent_ns` starts its clock earlier than now."""
     times_ns: list[int] = []
     texts: list[str] = []
+    pieces: list[tuple[int, int]] = []
+    characters = 0
     token_ids: list[int] = []
     finish_reason, error = None, None
     status: RequestStatus = "completed"
@@ -106,6 +115,9 @@ async def send(
                 new_tokens = _count_new_tokens(chunk, len(times_ns))
                 times_ns.extend([chunk.received_ns] * new_tokens)
                 texts.append(chunk.text)
+                if chunk.num_output_tokens is None and chunk.text:
+                    characters += len(chunk.text)
+                    pieces.append((chunk.received_ns, characters))
                 token_ids.extend(chunk.token_ids)
                 finish_reason = chunk.finish_reason or finish_reason
                 observer.on_tokens(new_tokens)
@@ -123,6 +135,7 @@ async def send(
         text="".join(texts),
         token_ids=tuple(token_ids),
         finish_reason=finish_reason,
+        pieces=tuple(pieces),
     )
 
 

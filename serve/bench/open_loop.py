@@ -48,13 +48,16 @@ async def follow_schedule(
     times_ns: Sequence[int],
     is_truncated: IsTruncated,
     observer: LoadObserver,
+    start_ns: int | None = None,
 ) -> OpenLoopRun:
-    """Send request i at `times_ns[i]` after now. The number in flight has no limit.
+    """Send request i at `times_ns[i]` after `start_ns`, or after now. The number in flight has no limit.
 
-    Raises BenchError with the first reason when the first DEAD_AFTER_REQUESTS requests that ended all failed.
+    Raises BenchError with the first reason when the first DEAD_AFTER_REQUESTS requests that ended all failed; not with
+    a given start: who shares requests with other processes (workers.py) sees too few of them to tell.
     """
     answers: dict[int, Answer] = {}
-    start_ns = time.perf_counter_ns()
+    shared = start_ns is not None
+    start_ns = time.perf_counter_ns() if start_ns is None else start_ns
     delays_ns = [0]
 
     async def one(index: int) -> None:
@@ -64,7 +67,8 @@ async def follow_schedule(
         delays_ns.append(-early_ns)
         answers[index] = await send(stream, requests[index], is_truncated, observer, sent_ns=due_ns)
         observer.on_end(answers[index].record)
-        give_up_on_a_dead_server(answers, min(DEAD_AFTER_REQUESTS, len(requests)))
+        if not shared:
+            give_up_on_a_dead_server(answers, min(DEAD_AFTER_REQUESTS, len(requests)))
 
     tasks = [asyncio.create_task(one(index)) for index in range(len(requests))]
     try:

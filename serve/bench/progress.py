@@ -52,8 +52,13 @@ class LoadProgress:
         self._tokens += count
 
     def on_end(self, record: RequestRecord) -> None:
-        self._problems += record.status != "completed"
-        self._progress.advance(self._task)
+        self.add(ended=1, problems=record.status != "completed")
+
+    def add(self, *, tokens: int = 0, ended: int = 0, problems: int = 0) -> None:
+        """What has happened since the last call, in another process."""
+        self._tokens += tokens
+        self._problems += problems
+        self._progress.advance(self._task, ended)
 
 
 class _Counters(ProgressColumn):

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
 from puzzle_trtllm.errors import BenchError
-from puzzle_trtllm.scenario import Load, OpenScenario, Scenario
+from puzzle_trtllm.scenario import Load, OpenScenario, ReplayScenario, Scenario
 from puzzle_trtllm.serve.metrics.catalogue import METRICS
 from puzzle_trtllm.serve.metrics.provenance import Provenance
 from puzzle_trtllm.serve.metrics.queue import OfferedLoad
@@ -19,7 +19,27 @@ from puzzle_trtllm.serve.metrics.statistics import Distribution, Spread
 from puzzle_trtllm.serve.metrics.units import show_number
 
 Lengths = Literal["exact", "nominal"]
-TokenCounts = Literal["server", "responses"]
+TokenCounts = Literal["server", "tokenizer"]
+
+BUSY_CLIENT = 0.8
+"""A client process that uses more of a core than this may be what limits the load."""
+
+
+class ClientFacts(BaseModel):
+    """The load generator itself: whether it may have been the limit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    workers: int
+    """Processes that sent the load."""
+    busiest_cpu: float
+    """CPU seconds a second of the process that used most, over its share of the load."""
+
+    def __str__(self) -> str:
+        processes = "1 process" if self.workers == 1 else f"{self.workers} processes"
+        line = f"client: {processes}, {self.busiest_cpu:.0%} of a core"
+        advice = "; ITS OWN SPEED MAY BE IN THESE NUMBERS: raise --workers"
+        return line + (advice if self.busiest_cpu > BUSY_CLIENT else "")
 
 
 class LoadResult(ResultFile):
@@ -32,7 +52,8 @@ class LoadResult(ResultFile):
     lengths: Lengths
     """nominal: a stock server takes text only and stops where the model does; the scenario's lengths are wishes."""
     token_counts: TokenCounts
-    """responses: a stock server tells no counts, so every response with text counts as one token."""
+    """tokenizer: a stock server tells no counts, so its text is encoded again (token_counts.py)."""
+    client: ClientFacts | None = None
     requests: RequestCounts
     errors: dict[str, int]
     """Reason of every request that failed or was cancelled -> how many gave it."""
@@ -71,10 +92,10 @@ class BenchResult(LoadResult):
 
 
 class OpenLoopResult(LoadResult):
-    """One open-loop scenario against one server. `report` refuses it: below capacity its throughput is the load's."""
+    """One open loop or replay against one server. `report` refuses it: below capacity its throughput is the load's."""
 
     kind: Literal["open_loop_bench"] = "open_loop_bench"
-    scenario: OpenScenario
+    scenario: OpenScenario | ReplayScenario
     """The load as it was run, overrides included."""
     queue: OfferedLoad
 
@@ -82,8 +103,14 @@ class OpenLoopResult(LoadResult):
         queue = self.queue
         first, _, last = queue.mean_in_flight_by_third
         verdict = "THE QUEUE GREW WITHOUT BOUND: latencies say how long the run was" if queue.queue_grew else "steady"
+        scenario = self.scenario
+        arrivals = (
+            f"{scenario.arrival} arrivals"
+            if isinstance(scenario, OpenScenario)
+            else f"arrivals of the trace at {scenario.speed:g} times its speed"
+        )
         load = (
-            f"{self.scenario.arrival} arrivals, {show_number(queue.offered_requests_per_s)} requests/s offered, "
+            f"{arrivals}, {show_number(queue.offered_requests_per_s)} requests/s offered, "
             f"{show_number(queue.achieved_requests_per_s)} achieved; in flight {first:.1f} to {last:.1f}, {verdict};"
         )
         return load_table(self, self.scenario, load)
@@ -120,10 +147,21 @@ def metric_facts(field: Literal["unit", "formula"]) -> dict[str, str]:
     return {tag: str(getattr(metric, field)) for tag, metric in METRICS.items()}
 
 
+def show_lengths(load: Load) -> str:
+    """`1,024 in, 256 out`, and `about` where they are means."""
+    varies = load.trace is not None
+    parts = ((load.input_tokens, load.input_spread, "in"), (load.output_tokens, load.output_spread, "out"))
+    return ", ".join(f"{'about ' if varies or spread else ''}{mean:,} {way}" for mean, spread, way in parts)
+
+
 def load_table(result: LoadResult, scenario: Load, load: str) -> Table:
     """One row a metric, one column a statistic; how the requests ended stands below."""
-    title = f"{result.name}: {scenario.name}, {scenario.input_tokens:,} in, {scenario.output_tokens:,} out"
+    title = f"{result.name}: {scenario.name}, {show_lengths(scenario)}"
     caption = f"{load} for {result.steady_window_s:.1f} s; requests: {result.requests}"
+    if result.token_counts != "server":
+        caption += "\ntokens counted by the tokenizer: this server tells no counts, and lengths are not enforced"
+    if result.client is not None:
+        caption += f"\n{result.client}"
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     for column in ("metric", "unit", "mean", "p50", "p90", "p95", "p99"):
         table.add_column(column, justify="left" if column in ("metric", "unit") else "right", no_wrap=True)

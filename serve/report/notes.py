@@ -25,7 +25,7 @@ def _on_engine(engine: EngineMeasurement) -> Iterator[str]:
     if engine.lengths != "exact":
         yield f"{engine.name}: the server takes no token ids, so prompt and answer lengths are nominal."
     if engine.token_counts != "server":
-        yield f"{engine.name}: the server tells no token counts, so responses were counted."
+        yield f"{engine.name}: the server tells no token counts, so its text was encoded again to count them."
     if engine.kv_dtype == "fp8" and engine.kv_fold == "none":
         yield f"{engine.name}: FP8 KV cache with unit scales; no calibrated scale was folded into the weights."
     for effort, result in engine.efforts.items():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+import statistics
+
 import pytest
 
 from puzzle_trtllm.errors import ConfigError
-from puzzle_trtllm.scenario import OpenScenario, Scenario, load_any_scenario, load_scenario
+from puzzle_trtllm.scenario import OpenScenario, Scenario, Spread, load_any_scenario, load_scenario
 
 LENGTHS = "name: x\ninput_tokens: 1\noutput_tokens: 1\nnum_requests: 9\n"
 
@@ -38,6 +41,10 @@ def test_a_request_rate_makes_an_open_loop_of_poisson_arrivals(tmp_path):
         ("request_rate: 1\narrival: bursts\n", r"arrival: .*'poisson' or 'constant'"),
         ("concurrency: 3\narrival: poisson\n", "arrival: unknown key"),
         ("", "concurrency: missing key"),
+        ("concurrency: 3\ninput_spread: {}\n", "input_spread: .*either uniform or normal"),
+        ("concurrency: 3\ninput_spread: {uniform: 0.5, normal: 3}\n", "input_spread: .*either uniform or normal"),
+        ("concurrency: 3\noutput_spread: {uniform: 1.5}\n", "output_spread.uniform: .*less than or equal to 1"),
+        ("concurrency: 3\ntrace: {}\n", "trace: is no key of a file"),
     ],
 )
 def test_a_file_that_is_neither_is_one_line(tmp_path, text, message):
@@ -49,3 +56,20 @@ def test_a_file_that_is_neither_is_one_line(tmp_path, text, message):
 def test_who_needs_a_concurrency_refuses_an_open_loop(tmp_path):
     with pytest.raises(ConfigError, match=r"request_rate: is an open loop.*found 2\.0, expected concurrency"):
         load_scenario(written(tmp_path, "request_rate: 2\n"))
+
+
+def test_a_spread_makes_the_longest_sequence_longer(tmp_path):
+    spread = "concurrency: 1\ninput_spread: {uniform: 0.5}\noutput_spread: {normal: 20}\n"
+    file = written(tmp_path, spread)
+    file.write_text(file.read_text().replace("tokens: 1\n", "tokens: 100\n"))
+    assert load_scenario(file).sequence_tokens == 150 + 160
+
+
+@pytest.mark.parametrize(("spread", "low", "high"), [({"uniform": 0.5}, 50, 150), ({"normal": 20}, 40, 160)])
+def test_lengths_keep_their_mean_and_their_bounds(spread, low, high):
+    source = random.Random(1)
+    lengths = [Spread(**spread).draw(100, source) for _ in range(5000)]
+    assert Spread(**spread).bounds(100) == (low, high)
+    assert low <= min(lengths) < low + 15 and high - 15 < max(lengths) <= high
+    # Standard error of the mean: at most 50 / sqrt(3) / sqrt(5000) = 0.41 tokens.
+    assert statistics.mean(lengths) == pytest.approx(100, abs=1.7)

@@ -62,9 +62,10 @@ def test_tokens_and_times_come_from_the_responses():
     assert (listener.tokens, listener.statuses) == (3, ["completed"])
 
 
-def test_a_stock_server_tells_no_counts_so_responses_count():
+def test_a_stock_server_tells_no_counts_so_responses_count_until_the_tokenizer_does():
     (answer,) = run(FakeClient(lambda *_: [[5, 6], [], [7]], gives_token_ids=False), requests(1))
     assert answer.record.num_output_tokens == 2  # the empty response carries no text
+    assert [characters for _, characters in answer.pieces] == [2, 3]
 
 
 @pytest.mark.parametrize(

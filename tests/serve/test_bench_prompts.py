@@ -23,14 +23,14 @@ def test_special_tokens_are_not_ordinary(tokenizer):
 
 
 def test_prompts_have_the_exact_length_and_no_two_are_equal():
-    prompts = random_prompts(range(10, 60), num_prompts=20, input_tokens=33, seed=1)
+    prompts = random_prompts(range(10, 60), lengths=[33] * 20, seed=1)
     assert {len(prompt) for prompt in prompts} == {33}
     assert {token for prompt in prompts for token in prompt} <= set(range(10, 60))
     assert len({tuple(prompt) for prompt in prompts}) == 20
 
 
 def test_equal_seeds_give_equal_prompts_and_other_seeds_others():
-    first, again, other = (random_prompts(range(50), num_prompts=3, input_tokens=8, seed=s) for s in (1, 1, 2))
+    first, again, other = (random_prompts(range(50), lengths=[8] * 3, seed=s) for s in (1, 1, 2))
     assert first == again != other
 
 

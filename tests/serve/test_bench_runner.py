@@ -9,7 +9,7 @@ import pytest
 
 from puzzle_trtllm.errors import BenchError, ConfigError, ServeError
 from puzzle_trtllm.scenario import Scenario
-from puzzle_trtllm.serve.bench import runner, target
+from puzzle_trtllm.serve.bench import measure, target
 from puzzle_trtllm.serve.bench.interleaved import run_interleaved
 from puzzle_trtllm.serve.bench.result import BenchResult, InterleavedResult
 from puzzle_trtllm.serve.bench.runner import run_bench
@@ -104,7 +104,7 @@ def test_short_answers_are_truncated_not_completed(tokenizer_folder):
 def test_against_a_stock_server_the_result_says_what_is_not_exact(tokenizer_folder):
     client = FakeClient(one_token_a_response, gives_token_ids=False)
     result = bench(client, tokenizer_folder)
-    assert (result.lengths, result.token_counts) == ("nominal", "responses")
+    assert (result.lengths, result.token_counts) == ("nominal", "tokenizer")
     assert all(request.prompt and request.ignore_eos is None for request in client.requests)
 
 
@@ -139,7 +139,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_sent(tokenizer_fo
 def test_a_scenario_that_the_engine_cannot_hold_is_refused_before_anything_is_sent(monkeypatch, tokenizer_folder):
     engine = SimpleNamespace(llm_args={"max_seq_len": 9})
     monkeypatch.setattr(target.Engine, "open", lambda path: engine)
-    monkeypatch.setattr(runner.Provenance, "collect", classmethod(lambda cls, engine: PROVENANCE))
+    monkeypatch.setattr(measure.Provenance, "collect", classmethod(lambda cls, engine: PROVENANCE))
     client = FakeClient(one_token_a_response)
     with pytest.raises(
         BenchError, match=r"scenario tiny: longer than the engine's max_seq_len \(found 6 in \+ 4 out = 10 .*at most 9"

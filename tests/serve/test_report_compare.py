@@ -114,7 +114,7 @@ def test_notes_say_what_a_reader_must_know():
             "kv_fold": "none",
             "memory_bytes": 3000,
             "lengths": "nominal",
-            "token_counts": "responses",
+            "token_counts": "tokenizer",
             "provenance": elsewhere,
             "efforts": {**CHILD.efforts, "high": effort(0.9, 160, completed=90, truncated=7, failed=3)},
         }
@@ -124,7 +124,7 @@ def test_notes_say_what_a_reader_must_know():
         "child: the load ended with 190 completed, 2 failed.",
         "FP8 KV cache with unit scales",
         "prompt and answer lengths are nominal",
-        "so responses were counted",
+        "so its text was encoded again",
         "child, high effort: 90 completed, 7 truncated, 3 failed; accuracy is over answered problems.",
         "child, high effort: 7 of 97 answers ran out of tokens.",
         "the ranges of their rounds overlap",

@@ -1,0 +1,190 @@
+"""A trace: what users once asked of a server and when, as JSONL, one request a line, to be replayed.
+
+    {"timestamp": 27482, "input_length": 1200, "output_length": 52, "hash_ids": [46, 47, 48]}
+
+This is the form of the public Mooncake traces. Keys:
+
+    timestamp       when the request arrived, from any zero; in every line or in none, never falling back
+    output_length   tokens to generate
+    input_length    tokens of the prompt, which is then made up of random ones
+    hash_ids        with input_length, optional: one id for each `block_tokens` of the prompt, the last block may be
+                    partly filled. Blocks of equal id get equal tokens, so a prefix cache finds what it found then.
+    input_ids       the prompt's token ids, instead of input_length
+    text_input      the prompt's text, instead of input_length
+
+Other keys (session ids, kinds of requests) are ignored, and the result names them. Traces differ in two things that no
+line says: the unit of timestamps (Mooncake ms, others s) and the tokens of a block (Mooncake 512, others 16).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from puzzle_trtllm.errors import ConfigError
+
+MOONCAKE_BLOCK_TOKENS = 512
+TimeUnit = Literal["ms", "s"]
+_PROMPT_KEYS = ("input_length", "input_ids", "text_input")
+
+
+class _Line(BaseModel):
+    """One line as it is written."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+    timestamp: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    output_length: int = Field(ge=1)
+    input_length: int | None = Field(default=None, ge=1)
+    hash_ids: list[int] | None = None
+    input_ids: list[int] | None = Field(default=None, min_length=1)
+    text_input: str | None = Field(default=None, min_length=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedRequest:
+    """One request; exactly one of input_length, input_ids and text_input is set."""
+
+    time_ns: int | None
+    """Arrival, ns after the first one of the trace; None in a trace without timestamps."""
+    output_length: int
+    input_length: int | None = None
+    hash_ids: tuple[int, ...] = ()
+    input_ids: array[int] | None = None
+    text_input: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """The requests of a file, or its first ones, by arrival."""
+
+    file: Path
+    sha256: str
+    """Of the whole file."""
+    requests: tuple[TracedRequest, ...]
+    block_tokens: int
+    ignored_keys: tuple[str, ...]
+
+    @property
+    def has_times(self) -> bool:
+        return self.requests[0].time_ns is not None
+
+
+def read_trace(
+    path: str | Path,
+    *,
+    time_unit: TimeUnit = "ms",
+    block_tokens: int = MOONCAKE_BLOCK_TOKENS,
+    max_requests: int | None = None,
+    max_seconds: float | None = None,
+) -> Trace:
+    """Read a trace, or its first `max_requests` requests, or those of its first `max_seconds` of recorded time.
+
+    Raises ConfigError naming file, line and key for the first line that is wrong, or a file without requests.
+    """
+    file = Path(path)
+    requests: list[TracedRequest] = []
+    ignored: set[str] = set()
+    ns_per_unit = {"ms": 1_000_000, "s": 1_000_000_000}[time_unit]
+    first_ns = 0
+    for place, text in _lines(file):
+        line = _parse(text, place, ignored)
+        time_ns = None if line.timestamp is None else round(line.timestamp * ns_per_unit)
+        if time_ns is not None:
+            first_ns = first_ns if requests else time_ns
+            time_ns -= first_ns
+        _check_order(requests, time_ns, place)
+        if max_seconds is not None and time_ns is None:
+            raise ConfigError("missing, so no span of time can be taken", file=place, key="timestamp")
+        if max_seconds is not None and time_ns is not None and time_ns > max_seconds * 1e9:
+            break
+        requests.append(_request(line, time_ns, place, block_tokens))
+        if len(requests) == max_requests:
+            break
+    if not requests:
+        raise ConfigError("holds no request", file=file)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    return Trace(
+        file=file,
+        sha256=sha256,
+        requests=tuple(requests),
+        block_tokens=block_tokens,
+        ignored_keys=tuple(sorted(ignored)),
+    )
+
+
+def _lines(file: Path) -> Iterator[tuple[str, str]]:
+    """(file:number, text) of every line that is not blank."""
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{file}:{number}", line
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
+    except UnicodeDecodeError:
+        raise ConfigError("not UTF-8 text", file=file) from None
+
+
+def _parse(text: str, place: str, ignored: set[str]) -> _Line:
+    try:
+        value: Any = json.loads(text)
+        line = _Line.model_validate(value)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not JSON: {error.msg}", file=place) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or None
+        found = None if first["type"] == "missing" else repr(first["input"])
+        raise ConfigError(first["msg"], file=place, key=key, found=found) from None
+    ignored.update(set(value) - set(_Line.model_fields))
+    prompts = [key for key in _PROMPT_KEYS if getattr(line, key) is not None]
+    if len(prompts) != 1:
+        found = " and ".join(prompts) or "none"
+        raise ConfigError("a request needs one prompt", file=place, found=found, expected=", ".join(_PROMPT_KEYS))
+    return line
+
+
+def _check_order(requests: list[TracedRequest], time_ns: int | None, place: str) -> None:
+    if not requests:
+        return
+    before_ns = requests[-1].time_ns
+    if (before_ns is None) != (time_ns is None):
+        raise ConfigError("must stand in every line or in none", file=place, key="timestamp")
+    if before_ns is not None and time_ns is not None and time_ns < before_ns:
+        raise ConfigError("falls back behind the line before: sort the trace", file=place, key="timestamp")
+
+
+def _request(line: _Line, time_ns: int | None, place: str, block_tokens: int) -> TracedRequest:
+    blocks = line.hash_ids or []
+    if blocks:
+        if line.input_length is None:
+            raise ConfigError("belongs to input_length", file=place, key="hash_ids")
+        needed = -(-line.input_length // block_tokens)
+        if len(blocks) != needed:
+            raise ConfigError(
+                f"do not fit blocks of {block_tokens} tokens",
+                file=place,
+                key="hash_ids",
+                found=f"{len(blocks)} ids for input_length {line.input_length}",
+                expected=f"{needed}, or another --trace-block-tokens",
+            )
+    try:
+        input_ids = None if line.input_ids is None else array("i", line.input_ids)
+    except OverflowError:
+        raise ConfigError("not 32-bit integers", file=place, key="input_ids") from None
+    return TracedRequest(
+        time_ns=time_ns,
+        output_length=line.output_length,
+        input_length=line.input_length,
+        hash_ids=tuple(blocks),
+        input_ids=input_ids,
+        text_input=line.text_input,
+    )
