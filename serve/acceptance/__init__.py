@@ -1,5 +1,6 @@
 """Do two engines say the same? Greedy tokens and first-token log-probabilities, recorded on each, then compared.
 
+    python -m puzzle_trtllm.serve.acceptance slice CHECKPOINT OUT     a few real layers, where the whole is too large
     python -m puzzle_trtllm.serve.acceptance record ENGINE a.json     one file an engine, on the machine that runs it
     python -m puzzle_trtllm.serve.acceptance compare a.json b.json    no engine needed
 

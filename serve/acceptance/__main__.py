@@ -1,4 +1,4 @@
-"""`python -m puzzle_trtllm.serve.acceptance record | compare`. Exit codes: 0 the same, 1 not, 2 the user's error."""
+"""`python -m puzzle_trtllm.serve.acceptance slice | record | compare`. Exit codes: 0 same, 1 not, 2 user's error."""
 
 from __future__ import annotations
 
@@ -12,13 +12,23 @@ from puzzle_trtllm.serve.acceptance.recording import Recording, record
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one of the two commands and return its exit code."""
+    """Run one of the commands and return its exit code."""
     options = _parser().parse_args(arguments)
     try:
-        return _record(options) if options.command == "record" else _compare(options)
+        return {"slice": _slice, "record": _record, "compare": _compare}[options.command](options)
     except PuzzleError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _slice(options: argparse.Namespace) -> int:
+    from puzzle_trtllm.serve.acceptance.slicing import read_layers, slice_layers
+
+    made = slice_layers(options.checkpoint, options.out, read_layers(options.layers))
+    blocks = made.architecture.blocks
+    experts = ", ".join(str(block.num_local_experts) for block in blocks)
+    print(f"{made.path}: {len(blocks)} layers of {experts} experts, {made.weight_bytes / 2**30:.2f} GiB")
+    return 0
 
 
 def _record(options: argparse.Namespace) -> int:
@@ -52,6 +62,10 @@ def _compare(options: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m puzzle_trtllm.serve.acceptance", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    slicing = commands.add_parser("slice", help="a few layers of a checkpoint as a small checkpoint of its own")
+    slicing.add_argument("checkpoint")
+    slicing.add_argument("out")
+    slicing.add_argument("--layers", default="0,3,15,22", help="numbers in the source, in order (default 0,3,15,22)")
     recording = commands.add_parser("record", help="greedy continuations of fixed prompts by one engine")
     recording.add_argument("engine")
     recording.add_argument("out")

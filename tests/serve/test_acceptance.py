@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from puzzle_trtllm.build.engine_build import build_engine
+from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import BenchError, ConfigError
 from puzzle_trtllm.serve.acceptance.__main__ import main
 from puzzle_trtllm.serve.acceptance.comparison import common_tokens, compare
 from puzzle_trtllm.serve.acceptance.recording import Continuation, Recording, record, synthetic_prompts
+from puzzle_trtllm.serve.acceptance.slicing import slice_layers
 
 BLOCKS = [(4, 16), (2, None), (4, 40)]
 
@@ -100,3 +104,36 @@ def test_the_users_errors(engines, tmp_path, capsys):
         Recording.load(tmp_path / "x.json")
     assert main(["compare", str(tmp_path / "no.json"), "b"]) == 2
     assert "no.json: cannot be read" in capsys.readouterr().err
+
+
+class TestSlice:
+    def test_layers_keep_their_bytes_under_new_numbers(self, make_checkpoint, tmp_path, capsys):
+        folder = make_checkpoint([*BLOCKS, (2, 16)], kv_scales=[(2.0**-i, 2.0**-i) for i in range(4)])
+        assert main(["slice", str(folder), str(tmp_path / "out"), "--layers", "3,1"]) == 0
+        assert "2 layers of 2, 2 experts" in capsys.readouterr().out
+        source, made = Checkpoint.open(folder), Checkpoint.open(tmp_path / "out")
+        assert made.architecture.blocks == (source.architecture.blocks[3], source.architecture.blocks[1])
+        for name in made.tensors:
+            original = name.replace("layers.1.", "layers.x.").replace("layers.0.", "layers.3.").replace("x.", "1.")
+            assert (made.raw(name) == source.raw(original)).all()
+        assert {layer for layer, _ in made.kv_scales} == {0, 1}
+
+    def test_an_engine_can_be_built_from_it(self, make_checkpoint, tmp_path):
+        folder = make_checkpoint([*BLOCKS, (2, 16)], kv_scales=[(0.5, 0.5)] * 4)
+        slice_layers(folder, tmp_path / "slice", [0, 2])
+        config = EngineConfig(runtime="reference", kv_dtype="fp8", scenario="cpu-demo", memory_bytes=None)
+        engine = build_engine(tmp_path / "slice", tmp_path / "engine", config=config)
+        assert [block.num_local_experts for block in engine.architecture.blocks] == [4, 4]
+
+    @pytest.mark.parametrize(
+        ("layers", "message"),
+        [
+            ("0,9", "not layers of this checkpoint .found 0,9, expected different numbers from 0 to 2"),
+            ("1,1", "found 1,1"),
+            ("0-3", "--layers: not layer numbers .found 0-3"),
+        ],
+    )
+    def test_wrong_layers_are_one_line_and_leave_nothing(self, make_checkpoint, tmp_path, capsys, layers, message):
+        assert main(["slice", str(make_checkpoint(BLOCKS)), str(tmp_path / "out"), "--layers", layers]) == 2
+        assert re.search(message, capsys.readouterr().err)
+        assert not (tmp_path / "out").exists()
