@@ -21,7 +21,7 @@ from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.build.derived_values import to_nested
 from puzzle_trtllm.build.engine_build import build_engine, explain
 from puzzle_trtllm.build.gpu_args import graph_sizes
-from puzzle_trtllm.build.launch import write_dataset
+from puzzle_trtllm.build.launch import launch_scripts, write_dataset
 from puzzle_trtllm.build.planner.allocators import tuned_shares
 from puzzle_trtllm.build.planner.assumptions import Assumptions
 from puzzle_trtllm.build.planner.kv_cache import KvGeometry
@@ -30,7 +30,7 @@ from puzzle_trtllm.build.window_shares import format_shares, held_tokens, window
 from puzzle_trtllm.engine import EngineConfig, load_engine_config
 from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.llm_args_schema import check_llm_args
-from puzzle_trtllm.scenario import Scenario
+from puzzle_trtllm.scenario import Scenario, load_scenario
 from tests.build.golden_deployments import CONFIGS, GOLDEN, MODELS, deployment_files
 from tests.models import trtllm_standin
 
@@ -189,6 +189,23 @@ def toy_engine(make_checkpoint, tmp_path):
     config = EngineConfig(runtime="tensorrt_llm", gpu="h100-80gb", num_gpus=2, kv_dtype="fp8", scenario=str(scenario))
     checkpoint = make_checkpoint([(4, 16), (2, None)], kv_scales=[(0.5, 2.0)] * 2)
     return build_engine(checkpoint, tmp_path / "my engine", config=config)
+
+
+@pytest.mark.parametrize(
+    ("target", "option", "wins"),
+    [
+        ("1.2", "--extra_llm_api_options", "llm_args.yaml wins over flags"),
+        ("1.3", "--config", "llm_args.yaml wins over flags"),
+        ("late", "--config", "flags given here win over llm_args.yaml"),
+    ],
+)
+def test_scripts_speak_the_language_of_their_line(target, option, wins):
+    config = load_engine_config("h100x1-short").model_copy(update={"target": target})
+    values = to_nested(explain(CHILD, config=config))
+    scripts = launch_scripts(config, values, load_scenario(config.scenario), plugin=True)
+    for name in ("trtllm-serve.sh", "trtllm-bench.sh"):
+        assert f'{option} "$ENGINE/llm_args.yaml"' in scripts[name]
+    assert wins in scripts["trtllm-serve.sh"]
 
 
 class TestEngineFolder:
