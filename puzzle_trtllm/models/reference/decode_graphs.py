@@ -1,0 +1,169 @@
+"""Decode steps replayed as CUDA graphs: on a GPU the launches of a step cost more than its arithmetic.
+
+A graph repeats recorded launches on the same addresses, so a step is copied into buffers that stay: one set for each
+batch size that was recorded, block tables as wide as the longest sequence. A smaller batch is padded by repeating its
+last row, which computes and writes the same values once more and disturbs nobody. Steps with prompt chunks run as
+usual.
+
+Legend: S rows of a recorded batch, K KV heads, M blocks of the longest sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, blocks_needed
+from puzzle_trtllm.models.reference.model import ReferenceModel
+from puzzle_trtllm.models.reference.step import DecodeGroup, GroupStep, Step
+
+Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+"""Takes a computation on fixed buffers; gives what repeats it and returns the same output tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _GroupBuffers:
+    write_rows: Tensor
+    """int64 [S, K]"""
+    write_offsets: Tensor
+    """int64 [S, 1]"""
+    blocks: Tensor
+    """int64 [S, M]"""
+    first_keys: Tensor
+    """int64 [S]"""
+
+
+class DecodeGraphs:
+    """Runs steps of a model over one cache, pure decode steps from recordings of up to the largest batch size."""
+
+    def __init__(
+        self,
+        model: ReferenceModel,
+        cache: PagedKvCache,
+        *,
+        batch_sizes: Sequence[int],
+        max_seq_len: int,
+        record: Record,
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        # The largest first: the memory of a recording is reused by the smaller ones.
+        self._recorded = [
+            _RecordedBatch(model, cache, size, max_seq_len, record) for size in sorted(set(batch_sizes), reverse=True)
+        ][::-1]
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        return [recorded.size for recorded in self._recorded]
+
+    def forward(self, step: Step) -> Tensor:
+        """As `ReferenceModel.forward`. The logits of a replayed step are overwritten by the next one."""
+        rows = len(step.token_ids)
+        if step.num_decodes == rows == len(step.logit_rows):
+            for recorded in self._recorded:
+                if rows <= recorded.size:
+                    return recorded.replay(step)
+        return self._model.forward(step, self._cache)
+
+
+class _RecordedBatch:
+    def __init__(self, model: ReferenceModel, cache: PagedKvCache, size: int, max_seq_len: int, record: Record) -> None:
+        device, block_tokens = cache.device, cache.layout.tokens_per_block
+        heads = cache.layout.architecture.num_key_value_heads
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        self.size = size
+        self._kv_heads = heads
+        self._token_ids, self._positions = zeros(size), zeros(size)
+        self._all_rows = torch.arange(size, device=device)
+        self._groups = {
+            window: _GroupBuffers(
+                write_rows=zeros(size, heads),
+                write_offsets=zeros(size, 1),
+                blocks=zeros(size, blocks_needed(window, max_seq_len, block_tokens)),
+                first_keys=zeros(size),
+            )
+            for window in cache.pools
+        }
+        # Recording computes on row 0 of block 0 of every pool, which nobody holds yet.
+        self._repeat = record(lambda: model.forward(self._step(), cache))
+
+    def replay(self, step: Step) -> Tensor:
+        """Logits float32 `[rows of the step, V]`."""
+        rows = len(step.token_ids)
+        _fill(self._token_ids, step.token_ids)
+        _fill(self._positions, step.positions)
+        for window, own in self._groups.items():
+            group = step.groups[window]
+            assert group.decode is not None
+            _fill(own.write_rows, group.write_rows)
+            _fill(own.write_offsets, group.write_offsets)
+            _fill(own.blocks[:, : group.decode.blocks.shape[1]], group.decode.blocks)
+            _fill(own.first_keys, group.decode.first_keys)
+        return self._repeat()[:rows]
+
+    def _step(self) -> Step:
+        """A step that reads the buffers. Made anew each time, because kernels keep what they derive beside it."""
+        return Step(
+            token_ids=self._token_ids,
+            positions=self._positions,
+            num_decodes=self.size,
+            chunk_rows=None,
+            chunk_positions=None,
+            chunk_valid=None,
+            logit_rows=self._all_rows,
+            groups={
+                window: GroupStep(
+                    window=window,
+                    write_tokens=None,
+                    write_rows=own.write_rows,
+                    write_offsets=own.write_offsets,
+                    decode=DecodeGroup(
+                        window=window,
+                        num_kv_heads=self._kv_heads,
+                        blocks=own.blocks,
+                        first_keys=own.first_keys,
+                        positions=self._positions,
+                    ),
+                    prefill=None,
+                )
+                for window, own in self._groups.items()
+            },
+        )
+
+
+def _fill(buffer: Tensor, rows: Tensor) -> None:
+    """Copy the rows of a step into the buffer and repeat the last one to its end."""
+    buffer[: len(rows)] = rows
+    if len(rows) < len(buffer):
+        buffer[len(rows) :] = rows[-1]
+
+
+def cuda_recorder() -> Record:
+    """Records CUDA graphs that share one memory pool."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        # Twice before recording, on a stream of its own: kernels are compiled and libraries take their workspaces.
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                compute()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            output = compute()
+
+        def repeat() -> Tensor:
+            graph.replay()
+            return output
+
+        return repeat
+
+    return record
