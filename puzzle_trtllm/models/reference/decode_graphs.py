@@ -59,14 +59,15 @@ class DecodeGraphs:
     def batch_sizes(self) -> list[int]:
         return [recorded.size for recorded in self._recorded]
 
-    def forward(self, step: Step) -> Tensor:
-        """As `ReferenceModel.forward`. The logits of a replayed step are overwritten by the next one."""
+    def forward(self, step: Step, cache: PagedKvCache) -> Tensor:
+        """As `ReferenceModel.forward`, for the cache given before. The next replay overwrites the logits of this one."""
+        assert cache is self._cache
         rows = len(step.token_ids)
         if step.num_decodes == rows == len(step.logit_rows):
             for recorded in self._recorded:
                 if rows <= recorded.size:
                     return recorded.replay(step)
-        return self._model.forward(step, self._cache)
+        return self._model.forward(step, cache)
 
 
 class _RecordedBatch:
