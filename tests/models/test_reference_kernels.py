@@ -241,5 +241,5 @@ def test_without_a_compiler_torch_takes_over_with_one_line_in_the_log(monkeypatc
 
 def test_torch_can_be_forced_and_an_unknown_name_is_refused():
     assert choose_kernels("torch", torch.device("cpu"), dequantize_experts=True).name == "torch"
-    with pytest.raises(EngineError, match="auto, native, torch"):
+    with pytest.raises(EngineError, match="auto, native, triton, torch"):
         choose_kernels("fast", torch.device("cpu"), dequantize_experts=True)

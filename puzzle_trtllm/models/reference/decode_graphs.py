@@ -24,6 +24,13 @@ Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Takes a computation on fixed buffers; gives what repeats it and returns the same output tensor."""
 
 
+def default_batch_sizes(max_batch_size: int) -> list[int]:
+    """1, 2, 4, then every 8 up to 128, then powers of two, as TensorRT-LLM's `cuda_graph_config` has them; and the
+    largest."""
+    sizes = [1, 2, 4, *range(8, 129, 8), *(1 << power for power in range(8, max_batch_size.bit_length()))]
+    return [size for size in sizes if size < max_batch_size] + [max_batch_size]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _GroupBuffers:
     write_rows: Tensor
@@ -60,7 +67,7 @@ class DecodeGraphs:
         return [recorded.size for recorded in self._recorded]
 
     def forward(self, step: Step, cache: PagedKvCache) -> Tensor:
-        """As `ReferenceModel.forward`, for the cache given before. The next replay overwrites the logits of this one."""
+        """As `ReferenceModel.forward`, for the cache given before. The next replay overwrites these logits."""
         assert cache is self._cache
         rows = len(step.token_ids)
         if step.num_decodes == rows == len(step.logit_rows):

@@ -21,7 +21,7 @@ _SCALE_BYTES = (SCALE_BIAS - 9, SCALE_BIAS - 6)
 """Scales 2^-9 to 2^-7: an e2m1 value is 2.6 (root mean square over the sixteen codes), so the product is about 0.01."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class DummyCheckpoint:
     """Answers for a checkpoint as `load_weights` asks it."""
 

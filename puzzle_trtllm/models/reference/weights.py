@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from puzzle_trtllm.architecture import BlockConfig, PuzzleArchitecture
-from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.models.reference.kernels import ExpertMixture, Kernels, Linear
 from puzzle_trtllm.models.reference.sharding import Shard
 from puzzle_trtllm.mxfp4 import E2M1_VALUES, SCALE_BIAS
@@ -93,8 +93,21 @@ class ModelWeights:
         return sum(t.numel() * t.element_size() for t in _tensors_of(self))
 
 
+class TensorSource(Protocol):
+    """A checkpoint, or what stands in for one."""
+
+    @property
+    def architecture(self) -> PuzzleArchitecture: ...
+
+    def validate(self) -> None:
+        """Raises CheckpointError for a missing or misshapen tensor."""
+
+    def torch(self, name: str, part: tuple[slice, ...] = ()) -> Tensor:
+        """The tensor, or `part` of it, in the dtype of the checkpoint, on any device."""
+
+
 def load_weights(
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -120,7 +133,7 @@ def load_weights(
 class _Loader:
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: TensorSource,
         dtype: torch.dtype,
         device: torch.device,
         kernels: Kernels,

@@ -18,6 +18,7 @@ from puzzle_trtllm.serve.runtimes.api import KvCacheConfig
 
 _WITHOUT_MEANING_HERE = frozenset({"backend", "tokenizer", "skip_tokenizer_init", "trust_remote_code"})
 _PARALLEL = frozenset({"tensor_parallel_size", "moe_expert_parallel_size", "moe_tensor_parallel_size"})
+_NESTED = frozenset({"kv_cache_config", "cuda_graph_config"})
 _NOT_PARALLEL = ("pipeline_parallel_size", "context_parallel_size", "moe_cluster_parallel_size")
 
 
@@ -31,8 +32,14 @@ class EngineArguments:
     max_num_tokens: int = 8192
     max_seq_len: int | None = None
     stream_interval: int = 1
+    load_format: str = "auto"
+    """auto | dummy: random weights for a folder that holds nothing but config.json"""
+    cuda_graph_batch_sizes: tuple[int, ...] | None = None
+    """Of `cuda_graph_config`: decode batches to record (smaller ones are always padded); none when empty, a choice up
+    to the next argument when None."""
+    cuda_graph_max_batch_size: int | None = None
     kernels: str = "auto"
-    """auto | native | torch; an argument of the reference runtime alone, to force one of its implementations."""
+    """auto | native | triton | torch; of the reference runtime alone, to force one of its implementations"""
     kv_cache_config: KvCacheConfig = field(default_factory=KvCacheConfig)
     """Its bytes are those of one rank, as with TensorRT-LLM."""
     parallelism: Parallelism = ONE_RANK
@@ -41,6 +48,8 @@ class EngineArguments:
         for name in ("max_batch_size", "max_num_tokens", "stream_interval"):
             if getattr(self, name) < 1:
                 raise EngineError("out of range", key=name, found=getattr(self, name), expected="at least 1")
+        if self.load_format not in ("auto", "dummy"):
+            raise EngineError("unknown", key="load_format", found=self.load_format, expected="auto or dummy")
 
 
 def read_arguments(model: str | Path, arguments: Mapping[str, Any]) -> tuple[EngineArguments, list[str]]:
@@ -54,13 +63,12 @@ def read_arguments(model: str | Path, arguments: Mapping[str, Any]) -> tuple[Eng
             raise _impossible(name, arguments[name], "1: the reference runtime has tensor and expert parallelism only")
     if arguments.get("enable_attention_dp") and parallelism.tensor > 1:
         raise _impossible("enable_attention_dp", True, "false: the reference runtime deals out attention heads")
-    honoured = {f.name for f in fields(EngineArguments)} - {"model", "kv_cache_config", "parallelism"}
+    made = {"model", "kv_cache_config", "parallelism", "cuda_graph_batch_sizes", "cuda_graph_max_batch_size"}
+    honoured = {f.name for f in fields(EngineArguments)} - made
     kv_names = {f.name for f in fields(KvCacheConfig)}
     kv = arguments.get("kv_cache_config") or {}
     kv = kv if isinstance(kv, Mapping) else vars(kv)
-    ignored = [
-        name for name in arguments if name not in honoured | _PARALLEL | _WITHOUT_MEANING_HERE | {"kv_cache_config"}
-    ]
+    ignored = [name for name in arguments if name not in honoured | _PARALLEL | _WITHOUT_MEANING_HERE | _NESTED]
     ignored += [f"kv_cache_config.{name}" for name in kv if name not in kv_names]
     own = {name: value for name, value in arguments.items() if name in honoured and value is not None}
     return (
@@ -68,6 +76,7 @@ def read_arguments(model: str | Path, arguments: Mapping[str, Any]) -> tuple[Eng
             model=str(model),
             kv_cache_config=KvCacheConfig(**{name: value for name, value in kv.items() if name in kv_names}),
             parallelism=parallelism,
+            **_cuda_graphs(arguments),
             **own,
         ),
         ignored,
@@ -82,3 +91,15 @@ def check_ranks(arguments: EngineArguments, architecture: PuzzleArchitecture) ->
 
 def _impossible(key: str, found: object, expected: str) -> EngineError:
     return EngineError("impossible parallelism", key=key, found=found, expected=expected)
+
+
+def _cuda_graphs(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    config = arguments.get("cuda_graph_config", {})
+    if config is None:
+        return {"cuda_graph_batch_sizes": ()}
+    values = config if isinstance(config, Mapping) else vars(config)
+    sizes = values.get("batch_sizes")
+    return {
+        "cuda_graph_batch_sizes": tuple(sizes) if sizes else None,
+        "cuda_graph_max_batch_size": values.get("max_batch_size"),
+    }

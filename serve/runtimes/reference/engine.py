@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from puzzle_trtllm.models.reference.decode_graphs import DecodeGraphs
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.step import SequenceStep, claim_step, lay_out_step, plan_step
@@ -33,7 +34,7 @@ class ReferenceEngine:
 
     def __init__(
         self,
-        model: ReferenceModel,
+        model: ReferenceModel | DecodeGraphs,
         cache: PagedKvCache,
         *,
         max_batch_size: int,

@@ -17,6 +17,9 @@ import torch
 from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.errors import EngineError
+from puzzle_trtllm.models.reference.decode_graphs import DecodeGraphs, cuda_recorder, default_batch_sizes
+from puzzle_trtllm.models.reference.dummy import DummyCheckpoint
+from puzzle_trtllm.models.reference.kernels import Kernels
 from puzzle_trtllm.models.reference.kernels.choice import choose_kernels
 from puzzle_trtllm.models.reference.kernels.cpu import cpu_flags
 from puzzle_trtllm.models.reference.kv_cache import KvLayout, PagedKvCache, plan_layout
@@ -52,13 +55,14 @@ class LoadedEngine:
 
 def load_engine(arguments: EngineArguments, ranks: RankGroup | None = None) -> LoadedEngine:
     """Load the serving copy, or this rank's part, and make an engine. Raises PuzzleError in one line."""
-    checkpoint = Checkpoint.open(Path(arguments.model))
-    architecture = checkpoint.architecture
+    architecture = PuzzleArchitecture.from_path(arguments.model)
     shard = Shard(architecture=architecture, parallelism=arguments.parallelism, rank=ranks.rank if ranks else 0)
     device = ranks.device if ranks else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype(arguments.dtype, device)
     max_seq_len = arguments.max_seq_len or architecture.max_position_embeddings
     dequantize = _dequantized_bytes(architecture, dtype) <= MAX_DEQUANTIZED_BYTES
+    dummy = arguments.load_format == "dummy"
+    checkpoint = DummyCheckpoint(architecture, device) if dummy else Checkpoint.open(Path(arguments.model))
     kernels = choose_kernels(arguments.kernels, device, dequantize_experts=dequantize)
     weights = load_weights(checkpoint, dtype=dtype, device=device, kernels=kernels, shard=shard)
     if device.type == "cpu" and weights.num_bytes < SINGLE_THREAD_BYTES:
@@ -67,8 +71,13 @@ def load_engine(arguments: EngineArguments, ranks: RankGroup | None = None) -> L
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks.local_size))
     layout = _plan_cache(arguments, shard.local, max_seq_len, device, ranks)
     cache = PagedKvCache(layout, device, reuse=arguments.kv_cache_config.enable_block_reuse)
+    model = ReferenceModel(weights, kernels, max_seq_len=max_seq_len, ranks=ranks)
+    graph_sizes = _graph_batch_sizes(arguments, architecture, kernels, ranks)
+    recorded = None
+    if graph_sizes:
+        recorded = DecodeGraphs(model, cache, batch_sizes=graph_sizes, max_seq_len=max_seq_len, record=cuda_recorder())
     engine = ReferenceEngine(
-        ReferenceModel(weights, kernels, max_seq_len=max_seq_len, ranks=ranks),
+        recorded or model,
         cache,
         max_batch_size=arguments.max_batch_size,
         max_num_tokens=arguments.max_num_tokens,
@@ -78,6 +87,7 @@ def load_engine(arguments: EngineArguments, ranks: RankGroup | None = None) -> L
         "device": str(device),
         "compute_dtype": explain_compute_dtype(arguments.dtype, device),
         "kernels": kernels.name,
+        "cuda_graph_batch_sizes": graph_sizes,
         "kv_dtype": str(layout.dtype).removeprefix("torch."),
         "num_threads": torch.get_num_threads(),
         "max_seq_len": max_seq_len,
@@ -104,6 +114,19 @@ def load_engine(arguments: EngineArguments, ranks: RankGroup | None = None) -> L
             }
         )
     return LoadedEngine(engine=engine, facts=facts)
+
+
+def _graph_batch_sizes(
+    arguments: EngineArguments, architecture: PuzzleArchitecture, kernels: Kernels, ranks: RankGroup | None
+) -> list[int]:
+    """Decode batches to record. Only steps that never wait for the GPU can be: Triton's kernels, MXFP4 experts, one
+    rank."""
+    if kernels.name != "triton" or architecture.experts_format != "mxfp4" or ranks is not None:
+        return []
+    wanted = arguments.cuda_graph_batch_sizes
+    largest = min(arguments.cuda_graph_max_batch_size or arguments.max_batch_size, arguments.max_batch_size)
+    sizes = default_batch_sizes(largest) if wanted is None else wanted
+    return sorted({min(size, arguments.max_batch_size) for size in sizes})
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -12,24 +12,34 @@ from puzzle_trtllm.models.reference.kernels.compiler import CompileError
 from puzzle_trtllm.models.reference.kernels.native_kernels import NativeKernels
 from puzzle_trtllm.models.reference.kernels.torch_kernels import TorchKernels
 
-NAMES = ("auto", "native", "torch")
+NAMES = ("auto", "native", "triton", "torch")
 _log = logging.getLogger(__name__)
 
 
 def choose_kernels(name: str, device: torch.device, *, dequantize_experts: bool) -> Kernels:
-    """`auto` is native on a CPU where it compiles, else torch, which alone heeds `dequantize_experts`.
+    """`auto` is native on a CPU and triton on a GPU where they can be had, else torch, which alone heeds
+    `dequantize_experts`.
 
-    Raises EngineError for an unknown name, or for `native` where it cannot be had.
+    Raises EngineError for an unknown name, or for kernels that were asked for by name and cannot be had.
     """
     if name not in NAMES:
         raise EngineError("unknown", key="kernels", found=name, expected=", ".join(NAMES))
-    if name == "native" or (name == "auto" and device.type == "cpu"):
+    own = "native" if device.type == "cpu" else "triton"
+    if name != "torch":
         try:
-            if device.type != "cpu":
-                raise CompileError(f"they run on a CPU, the engine on {device}")
-            return NativeKernels()
+            if name not in ("auto", own):
+                raise CompileError(f"the engine runs on {device}, whose kernels are {own} or torch")
+            return NativeKernels() if own == "native" else _triton_kernels()
         except CompileError as error:
-            if name == "native":
-                raise EngineError(f"native kernels cannot be had: {error}", key="kernels", found=name) from None
-            _log.warning("native CPU kernels cannot be had (%s); PyTorch takes their place, more slowly", error)
+            if name != "auto":
+                raise EngineError(f"these kernels cannot be had: {error}", key="kernels", found=name) from None
+            _log.warning("%s kernels cannot be had (%s); PyTorch takes their place, more slowly", own, error)
     return TorchKernels(dequantize_experts=dequantize_experts)
+
+
+def _triton_kernels() -> Kernels:
+    try:
+        from puzzle_trtllm.models.reference.kernels.triton_kernels import TritonKernels
+    except ImportError as error:  # builds of torch without CUDA, or for systems that Triton does not support
+        raise CompileError(str(error)) from None
+    return TritonKernels()

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the customary name)
 from torch import Tensor
 
+from puzzle_trtllm.models.reference.kernels import ExpertMixture
 from puzzle_trtllm.models.reference.kernels.torch_attention import decode_attention
-from puzzle_trtllm.models.reference.kernels.torch_experts import TorchExperts, hold_as_loaded, hold_dequantized
+from puzzle_trtllm.models.reference.kernels.torch_experts import hold_as_loaded, hold_dequantized
 from puzzle_trtllm.models.reference.kv_cache import bits_of, store
 from puzzle_trtllm.models.reference.step import DecodeGroup
 from puzzle_trtllm.models.reference.weights import ExpertWeights
@@ -37,7 +38,7 @@ class TorchKernels:
     def prepare_linear(self, weight: Tensor, bias: Tensor | None) -> TorchLinear:
         return TorchLinear(weight=weight, bias=bias)
 
-    def prepare_experts(self, experts: ExpertWeights, *, limit: float) -> TorchExperts:
+    def prepare_experts(self, experts: ExpertWeights, *, limit: float) -> ExpertMixture:
         return self._hold_experts(experts, limit=limit)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

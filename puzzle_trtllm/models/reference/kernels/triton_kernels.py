@@ -1,0 +1,27 @@
+"""The kernels of a GPU: Triton for what decides a decode step, PyTorch for the rest, which CUDA graphs replay."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from puzzle_trtllm.models.reference.kernels import ExpertMixture
+from puzzle_trtllm.models.reference.kernels.torch_kernels import TorchKernels
+from puzzle_trtllm.models.reference.kernels.triton_attention import decode_attention
+from puzzle_trtllm.models.reference.kernels.triton_experts import hold_mxfp4
+from puzzle_trtllm.models.reference.step import DecodeGroup
+from puzzle_trtllm.models.reference.weights import ExpertWeights
+
+
+class TritonKernels(TorchKernels):
+    """MXFP4 experts stay MXFP4, and the cache is read where it lies."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        super().__init__(dequantize_experts=False)
+
+    def prepare_experts(self, experts: ExpertWeights, *, limit: float) -> ExpertMixture:
+        return hold_mxfp4(experts, limit=limit)
+
+    def decode_attention(self, q: Tensor, sinks: Tensor, storage: Tensor, group: DecodeGroup) -> Tensor:
+        return decode_attention(q, sinks, storage, group)
