@@ -5,8 +5,9 @@
 Builds the demo's child (as the demo does, into a scratch folder) without a memory cap, loads it once in this process
 and once behind Triton, for `stream_interval` 10 and 1 and without streaming, and lets all of them run the demo's load
 in turn, rounds in alternating order. The load generator is one and the same: in process it drives `LLM.generate_async`
-instead of a gRPC client. Prints tokens/s, the ratio to in process, and one JSON line. Wall time includes a run's start
-and end; the machine's two cores are shared by client, server, stub and engine, as in the demo.
+instead of a gRPC client. Prints tokens/s, the ratio to in process, the CPU time a response that each process spent (the
+client's is this process's), and one JSON line. Wall time includes a run's start and end; the machine's cores are shared
+by client, server, stub and engine, as in the demo.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
-from dataclasses import replace
+from contextlib import ExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import psutil
 
 from puzzle_trtllm.build.engine_build import build_engine
 from puzzle_trtllm.engine import Engine, load_engine_config
@@ -31,6 +34,7 @@ from puzzle_trtllm.serve.bench.target import Connect, Target, connect_triton, pr
 from puzzle_trtllm.serve.client.request import GenerationChunk, GenerationRequest
 from puzzle_trtllm.serve.runtimes import create_llm
 from puzzle_trtllm.serve.runtimes.reference import LLM, SamplingParams
+from puzzle_trtllm.serve.triton.process import children_of
 from puzzle_trtllm.serve.triton.server import TritonServer
 
 ABACUS = Path(__file__).parents[2] / "puzzle_trtllm" / "demo" / "abacus"
@@ -77,14 +81,63 @@ class Silent:
     def on_end(self, *_: object) -> None: ...
 
 
-async def tokens_per_s(connect: Connect, url: str, requests: list[GenerationRequest], concurrency: int) -> float:
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One run."""
+
+    tokens_per_s: float
     """All generated tokens over the wall time of the whole run."""
-    async with connect(url) as target:
-        began = time.perf_counter()
-        answers = await hold_concurrency(
-            target.stream, requests, concurrency=concurrency, is_truncated=lambda *_: False, observer=Silent()
+    responses: int
+    cpu_s: dict[str, float]
+    """User and system time by process: client, and behind Triton server, stub, engine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One way to the engine."""
+
+    connect: Connect
+    url: str
+    streaming: bool
+    processes: dict[str, psutil.Process]
+
+    def cpu_s(self) -> dict[str, float]:
+        times = {name: process.cpu_times() for name, process in self.processes.items()}
+        return {name: t.user + t.system for name, t in times.items()}
+
+    async def measure(self, requests: list[GenerationRequest], concurrency: int) -> Sample:
+        """Run the load once."""
+        responses = 0
+        async with self.connect(self.url) as target:
+
+            async def counted(request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+                nonlocal responses
+                async with aclosing(target.stream(request)) as chunks:
+                    async for chunk in chunks:
+                        responses += 1
+                        yield chunk
+
+            before, began = self.cpu_s(), time.perf_counter()
+            answers = await hold_concurrency(
+                counted, requests, concurrency=concurrency, is_truncated=lambda *_: False, observer=Silent()
+            )
+            elapsed_s, after = time.perf_counter() - began, self.cpu_s()
+        return Sample(
+            tokens_per_s=sum(a.record.num_output_tokens for a in answers) / elapsed_s,
+            responses=responses,
+            cpu_s={name: after[name] - before[name] for name in after},
         )
-        return sum(a.record.num_output_tokens for a in answers) / (time.perf_counter() - began)
+
+
+def processes_in_process(llm: LLM) -> dict[str, psutil.Process]:
+    return {"client": psutil.Process(), "engine": psutil.Process(llm.engine_pid)}
+
+
+def processes_of(server: TritonServer) -> dict[str, psutil.Process]:
+    (stub,) = server.stub_pids()
+    (engine,) = children_of(stub)
+    pids = {"server": server.pid, "stub": stub, "engine": engine}
+    return {"client": psutil.Process(), **{name: psutil.Process(pid) for name, pid in pids.items()}}
 
 
 def main() -> None:
@@ -100,21 +153,22 @@ def main() -> None:
     no_reuse = {"kv_cache_config": {"enable_block_reuse": False}}
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        runs: dict[str, tuple[Connect, str, bool]] = {}
+        runs: dict[str, Run] = {}
         for interval in (10, 1):
             folder = scratch / f"interval-{interval}"
-            build_engine(
-                options.checkpoint,
-                folder,
-                config=config.model_copy(update={"llm_args": {"stream_interval": interval, **no_reuse}}),
-            )
+            llm_args = {"stream_interval": interval, **no_reuse}
+            build_engine(options.checkpoint, folder, config=config.model_copy(update={"llm_args": llm_args}))
             engine = Engine.open(folder)
             llm = stack.enter_context(create_llm(engine))
             server = stack.enter_context(TritonServer(engine))
             for streaming in (True, False) if interval == 10 else (True,):
                 label = f"interval {interval}" if streaming else "no streaming"
-                runs[f"in process, {label}"] = (connect_in_process(llm), "", streaming)
-                runs[f"Triton, {label}"] = (connect_triton, server.grpc_url, streaming)
+                runs[f"in process, {label}"] = Run(
+                    connect=connect_in_process(llm), url="", streaming=streaming, processes=processes_in_process(llm)
+                )
+                runs[f"Triton, {label}"] = Run(
+                    connect=connect_triton, url=server.grpc_url, streaming=streaming, processes=processes_of(server)
+                )
         tokenizer = prompt_tokenizer(engine=scratch / "interval-1", tokenizer_folder=None)
         requests = load_requests(
             tokenizer,
@@ -124,25 +178,36 @@ def main() -> None:
             seed=0,
             exact=True,
         )
-        samples: dict[str, list[float]] = {name: [] for name in runs}
+        samples: dict[str, list[Sample]] = {name: [] for name in runs}
         for index in range(options.rounds + 1):  # the first round warms up
             for name in list(runs) if index % 2 == 0 else list(runs)[::-1]:
-                connect, url, streaming = runs[name]
-                load = [replace(request, streaming=streaming) for request in requests]
-                rate = asyncio.run(tokens_per_s(connect, url, load, scenario.concurrency))
+                load = [replace(request, streaming=runs[name].streaming) for request in requests]
+                sample = asyncio.run(runs[name].measure(load, scenario.concurrency))
                 if index:
-                    samples[name].append(rate)
+                    samples[name].append(sample)
     report(samples, options.rounds)
 
 
-def report(samples: dict[str, list[float]], rounds: int) -> None:
-    """The table and the JSON line; a ratio is the median of the rounds' own ratios."""
+def report(samples: dict[str, list[Sample]], rounds: int) -> None:
+    """The tables and the JSON line; a ratio is the median of the rounds' own ratios."""
     rows = {}
-    for name, rates in samples.items():
+    for name, own in samples.items():
         base = samples["in process, " + name.split(", ")[1]]
-        ratio = statistics.median(own / other for own, other in zip(rates, base, strict=True))
-        rows[name] = {"tokens_per_s": statistics.median(rates), "ratio_to_in_process": ratio}
-        print(f"{name:28} {statistics.median(rates):7.0f} tok/s ({min(rates):.0f} to {max(rates):.0f})  x{ratio:.2f}")
+        rates = [sample.tokens_per_s for sample in own]
+        ratio = statistics.median(a.tokens_per_s / b.tokens_per_s for a, b in zip(own, base, strict=True))
+        cpu_us = {
+            process: statistics.median(sample.cpu_s[process] / sample.responses for sample in own) * 1e6
+            for process in own[0].cpu_s
+        }
+        rows[name] = {
+            "tokens_per_s": statistics.median(rates),
+            "ratio_to_in_process": ratio,
+            "responses": statistics.median(sample.responses for sample in own),
+            "cpu_us_per_response": cpu_us,
+        }
+        print(f"{name:26} {statistics.median(rates):6.0f} tok/s ({min(rates):.0f} to {max(rates):.0f})  x{ratio:.3f}")
+        parts = ", ".join(f"{process} {value:.0f}" for process, value in cpu_us.items())
+        print(f"{'':26} {rows[name]['responses']:6.0f} responses; CPU us a response: {parts}")
     print(json.dumps({"rounds": rounds, "runs": rows}))
 
 
