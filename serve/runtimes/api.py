@@ -13,7 +13,11 @@ from typing import Any, Protocol
 
 
 class RequestError(RuntimeError):
-    """A request that failed on its own (bad parameters, aborted by an error); the engine lives on."""
+    """A request that the engine cannot run as it stands; the engine lives on."""
+
+
+class GenerationError(RuntimeError):
+    """A request on which the engine failed, through no fault that the caller could mend; the engine lives on."""
 
 
 class EngineDeadError(RuntimeError):

@@ -148,7 +148,7 @@ def lay_out_step(claimed: ClaimedStep, cache: PagedKvCache) -> Step:
         chunk_rows=_to(chunks[0], device) if chunks else None,
         chunk_positions=_to(chunks[1], device) if chunks else None,
         chunk_valid=_to(chunks[2], device) if chunks else None,
-        logit_rows=torch.tensor([end - 1 for s, end in zip(sequences, ends, strict=True) if s.wants_logits]).to(device),
+        logit_rows=_to(np.asarray([e - 1 for s, e in zip(sequences, ends, strict=True) if s.wants_logits]), device),
         groups={window: _plan_group(pool, claimed, chunks, cache) for window, pool in cache.pools.items()},
     )
 

@@ -1,7 +1,8 @@
 """The engine core: model, cache and scheduler, advanced one step at a time. No processes, no text, no I/O.
 
-`step` runs the scheduled rows through the model, chooses the next tokens, retires what has ended and reports. An
-exception in a step fails the sequences of that step and nobody else.
+`step` runs the scheduled rows through the model, chooses the next tokens, retires what has ended and reports. When that
+raises, the step is run again in parts, and only sequences that fail alone are failed, with the reason: one poisonous
+input, or a batch too large for the memory, does not take the others along.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from puzzle_trtllm.models.reference.step_packet import pack_step
 from puzzle_trtllm.serve.runtimes.api import RequestPerfMetrics
 from puzzle_trtllm.serve.runtimes.reference.messages import EngineStats, Submit, TokenUpdate
 from puzzle_trtllm.serve.runtimes.reference.sampling import SamplingInput, choose_tokens
-from puzzle_trtllm.serve.runtimes.reference.scheduler import Scheduler, Sequence
+from puzzle_trtllm.serve.runtimes.reference.scheduler import Scheduled, Scheduler, Sequence
 
 if TYPE_CHECKING:
     from puzzle_trtllm.models.reference.rank_group import RankGroup
@@ -78,7 +79,7 @@ class ReferenceEngine:
         try:
             self.scheduler.add(sequence)
         except ValueError as error:
-            return TokenUpdate(request_id=message.request_id, token_ids=[], error=str(error))
+            return TokenUpdate(request_id=message.request_id, token_ids=[], error=str(error), is_refusal=True)
         return None
 
     def abort(self, request_id: int) -> TokenUpdate | None:
@@ -92,16 +93,40 @@ class ReferenceEngine:
         if not scheduled:
             return []
         self._num_steps += 1
+        return self._attempt(scheduled)
+
+    def _attempt(self, scheduled: list[Scheduled]) -> list[TokenUpdate]:
         try:
             return self._run(scheduled)
         except OutOfStepError:
             raise
         except Exception as error:
+            if len(scheduled) > 1:
+                return self._run_in_parts(scheduled)
+            sequence, _ = scheduled[0]
+            self.scheduler.remove(sequence.request_id)
             reason = f"{type(error).__name__}: {error}"
-            failed = [sequence for sequence, _ in scheduled if self.scheduler.remove(sequence.request_id)]
-            return [TokenUpdate(request_id=s.request_id, token_ids=[], error=reason) for s in failed]
+            return [TokenUpdate(request_id=sequence.request_id, token_ids=[], error=reason)]
 
-    def _run(self, scheduled: list[tuple[Sequence, int]]) -> list[TokenUpdate]:
+    def _run_in_parts(self, scheduled: list[Scheduled]) -> list[TokenUpdate]:
+        """Run a step that failed once more. Nothing of it was recorded, and a decoding sequence only repeats its write;
+        but a prompt chunk may have lost the past that it reads, so its prompt begins again, and comes as far as it was
+        alone: beside others it might fail them, and they it, for ever."""
+        decodes = [(s, count) for s, count in scheduled if count == 1 and s.num_computed > 0]
+        chunks = [row for row in scheduled if row not in decodes]
+        half = (len(decodes) + 1) // 2
+        updates: list[TokenUpdate] = []
+        for part in (decodes[:half], decodes[half:]):
+            updates += self._attempt(part) if part else []
+        for s, count in chunks:
+            reached = s.num_computed + count
+            admitted = self.scheduler.begin_again(s)
+            while admitted and s.num_computed < reached and s.request_id in self.scheduler.running:
+                updates += self._attempt([(s, min(reached - s.num_computed, self.scheduler.max_num_tokens))])
+        return updates
+
+    def _run(self, scheduled: list[Scheduled]) -> list[TokenUpdate]:
+        """One step; nothing is recorded before all of it has succeeded."""
         steps = [
             SequenceStep(
                 tokens=s.tokens[s.num_computed : s.num_computed + count],
@@ -113,11 +138,11 @@ class ReferenceEngine:
         ]
         logits = self._forward(steps)
         ready = [s for s, count in scheduled if count == s.num_pending]
+        rows = [SamplingInput(rule=s.rule, tokens=s.tokens, num_generated=s.num_generated) for s in ready]
+        tokens, logprobs = choose_tokens(logits, rows)
         for s, count in scheduled:
             start, s.num_computed = s.num_computed, s.num_computed + count
             self.cache.commit(s.blocks, s.block_keys, s.tokens, start, s.num_computed)
-        rows = [SamplingInput(rule=s.rule, tokens=s.tokens, num_generated=s.num_generated) for s in ready]
-        tokens, logprobs = choose_tokens(logits, rows)
         now_ns = time.monotonic_ns()
         reports = (
             self._append(s, token, logprob, now_ns) for s, token, logprob in zip(ready, tokens, logprobs, strict=True)

@@ -84,6 +84,8 @@ class TokenUpdate:
     cumulative_logprob: float | None = None
     metrics: RequestPerfMetrics | None = None
     error: str | None = None
+    is_refusal: bool = False
+    """The error is about the request, not about the engine."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from tokenizers.decoders import DecodeStream
 from puzzle_trtllm.serve.runtimes.api import (
     CompletionOutput,
     EngineDeadError,
+    GenerationError,
     RequestError,
     RequestPerfMetrics,
     SamplingParams,
@@ -75,7 +76,7 @@ class ReferenceRequestOutput:
     # -- the consumer's side -----------------------------------------------------------------------------------------
 
     def result(self, timeout: float | None = None) -> ReferenceRequestOutput:
-        """Block until the end. Raises TimeoutError, RequestError, EngineDeadError."""
+        """Block until the end. Raises TimeoutError, RequestError, GenerationError, EngineDeadError."""
         while not self._finished:
             try:
                 self._apply(self._updates.get(timeout=timeout))
@@ -84,7 +85,7 @@ class ReferenceRequestOutput:
         return self
 
     async def aresult(self) -> ReferenceRequestOutput:
-        """Await the end. Raises RequestError, EngineDeadError."""
+        """Await the end. Raises RequestError, GenerationError, EngineDeadError."""
         async for _ in self:
             pass
         return self
@@ -122,7 +123,7 @@ class ReferenceRequestOutput:
             raise EngineDeadError(update)
         if update.error is not None:
             self._finished = True
-            raise RequestError(update.error)
+            raise RequestError(update.error) if update.is_refusal else GenerationError(update.error)
         output = self.outputs[0]
         if self._detokenizer is None:
             output.token_ids.extend(update.token_ids)

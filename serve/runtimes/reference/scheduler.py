@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, SequenceBlocks
 from puzzle_trtllm.serve.runtimes.reference.messages import DecodingRule
@@ -53,6 +54,10 @@ class Sequence:
         return self.num_prompt_tokens + self.rule.max_tokens - 1
 
 
+Scheduled: TypeAlias = tuple[Sequence, int]
+"""A sequence and the number of its pending tokens that run in this step."""
+
+
 class Scheduler:
     """The waiting queue and the running set."""
 
@@ -78,11 +83,11 @@ class Scheduler:
         sequence.block_keys = self.cache.keys(sequence.tokens)
         self.waiting.append(sequence)
 
-    def schedule(self, now_ns: int) -> list[tuple[Sequence, int]]:
+    def schedule(self, now_ns: int) -> list[Scheduled]:
         """The next step as (sequence, number of its pending tokens), decoding sequences first."""
         decodes = [(s, 1) for s in self.running.values() if s.num_pending == 1 and s.num_computed > 0]
         budget = self.max_num_tokens - len(decodes)
-        chunks: list[tuple[Sequence, int]] = []
+        chunks: list[Scheduled] = []
         prefilling = [s for s in self.running.values() if not (s.num_pending == 1 and s.num_computed > 0)]
         for sequence in self._with_admissions(prefilling, now_ns):
             if budget == 0:
@@ -106,20 +111,31 @@ class Scheduler:
                 return waiting
         return None
 
+    def begin_again(self, sequence: Sequence) -> bool:
+        """Forget what a running sequence has computed; False when it has to wait, as the first, for room to do so."""
+        self.remove(sequence.request_id)
+        admitted = self._admit(sequence)
+        if not admitted:
+            self.waiting.appendleft(sequence)
+        return admitted
+
     def _with_admissions(self, prefilling: Iterable[Sequence], now_ns: int) -> Iterable[Sequence]:
         """The sequences in prefill, then newly admitted ones for as long as they are asked for and fit."""
         yield from prefilling
-        while self.waiting and len(self.running) < self.max_batch_size:
-            sequence = self.waiting[0]
-            prefix = self.cache.find_prefix(sequence.block_keys, sequence.num_prompt_tokens)
-            if not self.cache.can_admit(sequence.max_tokens, prefix):
-                return
-            self.waiting.popleft()
-            sequence.blocks = self.cache.admit(sequence.max_tokens, prefix)
-            sequence.num_computed = sequence.num_reused = prefix.num_tokens
+        while self.waiting and len(self.running) < self.max_batch_size and self._admit(self.waiting[0]):
+            sequence = self.waiting.popleft()
+            sequence.first_scheduled_ns = now_ns
             reused, missed = self.cache.count_reuse(sequence.num_prompt_tokens, sequence.num_reused)
             self.num_reused_blocks += reused
             self.num_missed_blocks += missed
-            sequence.first_scheduled_ns = now_ns
-            self.running[sequence.request_id] = sequence
             yield sequence
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Have the sequence run, from where the cache leaves it to begin; False when it does not fit."""
+        prefix = self.cache.find_prefix(sequence.block_keys, sequence.num_prompt_tokens)
+        if not self.cache.can_admit(sequence.max_tokens, prefix):
+            return False
+        sequence.blocks = self.cache.admit(sequence.max_tokens, prefix)
+        sequence.num_computed = sequence.num_reused = prefix.num_tokens
+        self.running[sequence.request_id] = sequence
+        return True
