@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from puzzle_trtllm.serve.runtimes.api import CompletionOutput, EngineDeadError, RequestError, SamplingParams
-from puzzle_trtllm.serve.triton.metrics import MetricsThread, kv_blocks
+from puzzle_trtllm.serve.triton.metrics import KvBlocks, MetricsThread, kv_blocks
 from puzzle_trtllm.serve.triton.outbox import Outbox
 from puzzle_trtllm.serve.triton.request import ReplyFormat, RequestLimits
 from puzzle_trtllm.serve.triton.response import Snapshot
@@ -385,6 +385,9 @@ def test_the_metrics_notice_that_the_engines_process_has_gone(service, metrics) 
 
 def test_kv_blocks_come_as_dicts_or_json() -> None:
     stats = {"kvCacheStats": {"usedNumBlocks": 3, "maxNumBlocks": 10}}
-    assert kv_blocks([{}, stats]) == (3, 10)
-    assert kv_blocks(['{"kvCacheStats": {"usedNumBlocks": 3, "maxNumBlocks": 10}}']) == (3, 10)
+    counted = KvBlocks(used=3, total=10)
+    assert kv_blocks([{}, stats]) == counted
+    assert kv_blocks(['{"kvCacheStats": {"usedNumBlocks": 3, "maxNumBlocks": 10}}']) == counted
+    stats["kvCacheStats"] |= {"reusedBlocks": 4, "missedBlocks": 5}
+    assert kv_blocks([stats]) == KvBlocks(used=3, total=10, reused=4, missed=5)
     assert kv_blocks([]) is None and kv_blocks([{"iter": 1}]) is None
