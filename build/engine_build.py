@@ -23,6 +23,7 @@ import yaml
 import puzzle_trtllm
 from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.build.derived_values import DerivedValue, to_nested
+from puzzle_trtllm.build.expert_layout import warn_of_cut
 from puzzle_trtllm.build.fold import fold_scales
 from puzzle_trtllm.build.launch import write_launch_folder
 from puzzle_trtllm.build.llm_args import derive_llm_args
@@ -76,6 +77,8 @@ def build_engine(
     mode = _choose_fold(source, settings, fold or settings.fold, allow_unit_scale, label)
     folding = fold_scales(source, mode, quantized_q=settings.quantized_q)
     warnings = [*folding.warnings, *_runtime_warnings(source.architecture, settings, mode)]
+    if settings.runtime == "tensorrt_llm":
+        warnings += warn_of_cut(source.architecture, to_nested(values))
     for line in warnings:
         warn(line, quiet=quiet)
     out = Path(out)

@@ -17,6 +17,7 @@ from typing import Any
 
 from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture
 from puzzle_trtllm.build.derived_values import DerivedValue, Values, to_nested
+from puzzle_trtllm.build.expert_layout import check_expert_layout
 from puzzle_trtllm.build.gpu_args import FREE_FRACTION, Room, batch_size, find_room, moe_backend, put_gpu_args, the_gpu
 from puzzle_trtllm.build.parallelism import check_parallelism
 from puzzle_trtllm.build.window_shares import format_shares, held_tokens, window_shares
@@ -61,6 +62,8 @@ def derive_llm_args(
     if nested["kv_cache_config"]["tokens_per_block"] < 1:
         found = nested["kv_cache_config"]["tokens_per_block"]
         raise ConfigError("must be positive", file=file, key="kv_cache_config.tokens_per_block", found=found)
+    if config.runtime == "tensorrt_llm":
+        check_expert_layout(architecture, nested, file=file)
     _check_windows(architecture, nested, file)
     _check_memory(architecture, config, nested, file)
     check_llm_args(nested, target=config.target, file=file)

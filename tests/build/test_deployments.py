@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.build.derived_values import to_nested
 from puzzle_trtllm.build.engine_build import build_engine, explain
+from puzzle_trtllm.build.expert_layout import expert_cut, warn_of_cut
 from puzzle_trtllm.build.gpu_args import graph_sizes
 from puzzle_trtllm.build.launch import launch_scripts, write_dataset
 from puzzle_trtllm.build.planner.allocators import tuned_shares
@@ -142,6 +143,18 @@ class TestDerived:
             ({"num_gpus": 3}, r"moe_expert_parallel_size: impossible parallelism \(found 3, expected a divisor"),
             ({"num_gpus": 128}, r"expected a divisor of the 64 experts of layer 15"),
             ({"num_gpus": 16}, r"tensor_parallel_size: .*does not repeat KV heads \(found 16"),
+            (
+                {"num_gpus": 8, "llm_args": {"moe_expert_parallel_size": 1}},
+                r"moe_expert_parallel_size: TRITON deals experts out whole \(found 1, expected 8, or .*CUTLASS",
+            ),
+            (
+                {"num_gpus": 8, "llm_args": {"moe_tensor_parallel_size": 8}},
+                r"moe_tensor_parallel_size: impossible parallelism \(found 8, expected .* 8 / 8\)",
+            ),
+            (
+                {"llm_args": {"moe_config": {"load_balancer": {"num_slots": 144}}}},
+                r"moe_config\.load_balancer: expert load balancing needs one expert count for all layers",
+            ),
             ({"llm_args": {"moe_config": {"backed": "TRITON"}}}, r"moe_config\.backed: unknown LLM argument"),
         ],
     )
@@ -149,6 +162,24 @@ class TestDerived:
         with pytest.raises(ConfigError, match=match) as caught:
             arguments(**config)
         assert "\n" not in str(caught.value)
+
+
+class TestCutExperts:
+    def test_only_under_cutlass_and_marked_unverified(self):
+        ranks = {"moe_expert_parallel_size": 1, "moe_tensor_parallel_size": 8}
+        found = arguments(num_gpus=8, llm_args={"moe_config": {"backend": "CUTLASS"}, **ranks})
+        assert found["moe_tensor_parallel_size"] == 8
+        (warning,) = warn_of_cut(PuzzleArchitecture.from_path(CHILD), found)
+        assert warning.endswith("are unverified, and 90 MXFP4 blocks do not divide by 8")
+
+    def test_cut_by_what_expert_parallelism_leaves_over(self):
+        whole = arguments(num_gpus=8)
+        assert expert_cut(whole) == 1 and warn_of_cut(PuzzleArchitecture.from_path(CHILD), whole) == []
+        assert expert_cut({"tensor_parallel_size": 8, "moe_expert_parallel_size": 4}) == 2
+
+    def test_a_parent_may_balance_its_experts(self):
+        balanced = {"moe_config": {"load_balancer": {"num_slots": 144}}}
+        assert arguments(MODELS["parent"], num_gpus=8, llm_args=balanced)["moe_config"]["load_balancer"]
 
 
 class TestWindowShares:

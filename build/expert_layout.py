@@ -1,0 +1,64 @@
+"""How TensorRT-LLM would deal out the experts, and which of that is refused before anything is written.
+
+Ranks that expert parallelism leaves over cut the experts themselves: moe_tensor_parallel_size = tensor_parallel_size /
+moe_expert_parallel_size, whether it is written down or not. The TRITON kernels have no such cut for MXFP4 experts.
+CUTLASS has one that nobody has tried with this model, and the width of 2880 is 90 MXFP4 blocks, so most cuts go through
+a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from puzzle_trtllm.architecture import PuzzleArchitecture
+from puzzle_trtllm.build.serving_copy import serving_family
+from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.mxfp4 import BLOCK_SIZE
+
+
+def expert_cut(llm_args: Mapping[str, Any]) -> int:
+    """Into how many parts each expert is cut."""
+    tp = int(llm_args.get("tensor_parallel_size") or 1)
+    ep = int(llm_args.get("moe_expert_parallel_size") or 1)
+    return int(llm_args.get("moe_tensor_parallel_size") or tp // ep)
+
+
+def check_expert_layout(a: PuzzleArchitecture, llm_args: Mapping[str, Any], *, file: str) -> None:
+    """Raise ConfigError for experts dealt out as the kernels or the plugin cannot have them."""
+    tp, ep = llm_args["tensor_parallel_size"], llm_args.get("moe_expert_parallel_size") or 1
+    moe, cut = llm_args.get("moe_config") or {}, expert_cut(llm_args)
+    if cut * ep != tp:
+        raise ConfigError(
+            "impossible parallelism",
+            file=file,
+            key="moe_tensor_parallel_size",
+            found=cut,
+            expected=f"tensor_parallel_size / moe_expert_parallel_size, {tp} / {ep}",
+        )
+    if cut > 1 and moe.get("backend") == "TRITON":
+        raise ConfigError(
+            "TRITON deals experts out whole",
+            file=file,
+            key="moe_expert_parallel_size",
+            found=ep,
+            expected=f"{tp}, or moe_config.backend CUTLASS to cut them (unverified)",
+        )
+    if moe.get("load_balancer") is not None and serving_family(a).trtllm_model is not None:
+        raise ConfigError(
+            "expert load balancing needs one expert count for all layers",
+            file=file,
+            key="moe_config.load_balancer",
+            found="set",
+            expected="none",
+        )
+
+
+def warn_of_cut(a: PuzzleArchitecture, llm_args: Mapping[str, Any]) -> list[str]:
+    """What is unverified about cut experts; nothing where they are whole."""
+    cut = expert_cut(llm_args)
+    if cut == 1:
+        return []
+    blocks = a.intermediate_size // BLOCK_SIZE
+    aligned = "" if blocks % cut == 0 else f", and {blocks} MXFP4 blocks do not divide by {cut}"
+    return [f"experts cut into {cut} parts (expert tensor parallelism) are unverified{aligned}"]
