@@ -94,6 +94,7 @@ class TestEngineConfig:
             ({"runtime": "reference", "kv_dtype": "int8"}, "kv_dtype: .*'int8'"),
             ({"runtime": "reference", "num_gpus": 0}, "num_gpus: .*found 0"),
             ({"runtime": "reference", "memory_bytes": 0}, "memory_bytes: .*found 0"),
+            ({"runtime": "tensorrt_llm", "target": "1.1"}, r"target: .*'1.2', '1.3' or 'late' .found '1.1'"),
             ({"runtime": "reference", "batch": 3}, r"batch: unknown key .*kv_dtype"),
         ],
     )
