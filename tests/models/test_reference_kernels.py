@@ -64,7 +64,14 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("form", ["plain", "mxfp4"])
 @pytest.mark.parametrize(
     ("experts", "hidden", "ffn", "top", "tokens"),
-    [(1, 32, 32, 1, 1), (5, 64, 96, 2, 3), (7, 96, 32, 4, 40), (3, 160, 64, 3, 21), (40, 64, 32, 4, 6)],
+    [
+        (1, 32, 32, 1, 1),
+        (5, 64, 96, 2, 3),
+        (7, 96, 32, 4, 40),
+        (3, 160, 64, 3, 21),
+        (40, 64, 32, 4, 6),
+        (2, 64, 96, 2, 50),
+    ],
 )
 def test_experts_equal_the_torch_path(dtype, form, experts, hidden, ffn, top, tokens):
     torch.manual_seed(experts + tokens)

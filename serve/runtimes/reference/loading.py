@@ -36,7 +36,7 @@ MAX_DEQUANTIZED_BYTES = 1 << 30
 """The torch kernels hold experts dequantized up to this many bytes, because expanding them every step costs more than
 it saves; those of larger models stay MXFP4 and are expanded as they are used. Native kernels read MXFP4 as it is."""
 
-SINGLE_THREAD_BYTES = 64 << 20
+SINGLE_THREAD_BYTES = 16 << 20
 """Models that hold less than this run on one thread: their operations are too short to be worth sharing, and a spinning
 second thread would take the core that the server and its clients need."""
 

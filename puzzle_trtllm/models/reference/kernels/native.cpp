@@ -102,9 +102,10 @@ inline float sum_lanes(Floats v) {
   return total;
 }
 inline float max_lane(Floats v) {
-  float top = v[0];
-  for (int i = 1; i < LANES; ++i) top = std::max(top, v[i]);
-  return top;
+  constexpr Ints PARTNER = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#pragma GCC unroll 4
+  for (int distance = 8; distance > 0; distance /= 2) v = larger(v, __builtin_shuffle(v, PARTNER ^ distance));
+  return v[0];
 }
 
 // Lane i of the result is the sum of the lanes of v[i].
@@ -226,15 +227,15 @@ void attend_group(const Q* q, const float* sinks, Q* out, int64_t s, int64_t kv_
   float* sums = queries + group * padded;   // [group, padded]
   float* keys = sums + group * padded;      // [16, padded]
   float* values = keys + LANES * padded;    // [16, padded]
-  float* top = values + LANES * padded;     // [group]
-  float* share = top + group;               // [group]
-  std::fill(queries, values + LANES * padded, 0.0f);
+  float* share = values + LANES * padded;   // [group, 16]: a sum in 16 parts
+  float* top = share + group * LANES;       // [group]
+  std::fill(queries, top, 0.0f);
   const float scale = 1.0f / std::sqrt(float(dim));
   for (int64_t g = 0; g < group; ++g) {
     read_row(queries + g * padded, q + g * dim, dim);
     for (int64_t d = 0; d < dim; ++d) queries[g * padded + d] *= scale;
     top[g] = sinks[g];
-    share[g] = 1.0f;
+    share[g * LANES] = 1.0f;  // the sink's own
   }
   const KV* pool_k = static_cast<const KV*>(c.storage);
   const KV* pool_v = pool_k + c.rows * c.block_tokens * dim;
@@ -259,10 +260,10 @@ void attend_group(const Q* q, const float* sinks, Q* out, int64_t s, int64_t kv_
       Floats scores = sum_each(products);
       for (int j = int(count); j < LANES; ++j) scores[j] = -std::numeric_limits<float>::infinity();
       const float highest = std::max(top[g], max_lane(scores));
-      const float keep = std::exp(top[g] - highest);
+      const float keep = highest == top[g] ? 1.0f : std::exp(top[g] - highest);
       const Floats weights = exponential(scores - highest);
       top[g] = highest;
-      share[g] = share[g] * keep + sum_lanes(weights);
+      save(share + g * LANES, load<Floats>(share + g * LANES) * keep + weights);
       for (int64_t i = 0; i < chunks; ++i) {
         float* place = sums + g * padded + i * LANES;
         Floats total = load<Floats>(place) * keep;
@@ -272,8 +273,10 @@ void attend_group(const Q* q, const float* sinks, Q* out, int64_t s, int64_t kv_
     }
     key += count;
   }
-  for (int64_t g = 0; g < group; ++g)
-    for (int64_t d = 0; d < dim; ++d) out[g * dim + d] = from_float<Q>(sums[g * padded + d] / share[g]);
+  for (int64_t g = 0; g < group; ++g) {
+    const float factor = 1.0f / sum_lanes(load<Floats>(share + g * LANES));
+    for (int64_t d = 0; d < dim; ++d) out[g * dim + d] = from_float<Q>(sums[g * padded + d] * factor);
+  }
 }
 
 template <class Q, class KV>
@@ -283,7 +286,7 @@ void attend_all(const void* q, const float* sinks, void* out, int64_t sequences,
   const int64_t work = sequences * heads * c.head_dim * c.table_width * c.block_tokens;
 #pragma omp parallel num_threads(threads) if (work > PARALLEL_WORK)
   {
-    std::vector<float> scratch((2 * group + 2 * LANES) * padded + 2 * group);
+    std::vector<float> scratch((2 * group + 2 * LANES) * padded + (LANES + 1) * group);
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < sequences * c.kv_heads; ++item) {
       const int64_t s = item / c.kv_heads, kv_head = item % c.kv_heads;
@@ -340,6 +343,7 @@ inline Floats decode_scales(const uint8_t* from) {  // E8M0: 2^(byte - 127)
   return bits<Floats>(__builtin_convertvector(load<Bytes16>(from), Words) << 23);
 }
 
+constexpr int64_t EXPAND_ROWS = 24;  // rows from which MXFP4 tiles are expanded once instead of for every 8 rows
 constexpr int MAX_TOKENS = 8;  // tokens that go through a pair of tiles at a time
 
 // Each of the following: sums[r][n] = tile r of the pair times x[n], over `columns`.
@@ -505,6 +509,33 @@ inline Floats swiglu(Floats gate, Floats up, float limit) {
   return (up + 1.0f) * gate / (1.0f + exponential(gate * -1.702f));
 }
 
+// A pair of MXFP4 tiles as the plain kernels read them; exact.
+inline void expand_pair(const uint8_t* pair, const uint8_t* scales, int64_t columns, BFloat16* to) {
+  for (int64_t k = 0; k < 2 * columns; k += MX_BLOCK) {
+    const Floats scale = decode_scales(scales + k / MX_BLOCK * LANES);
+    for (int c = 0; c < MX_BLOCK; c += 8)
+      for (int i = 0; i < 4; ++i) {
+        const Words own = decode_pairs(load<Words>(pair + (k + c) * (LANES / 2)) >> (4 * i));
+        const Words even = bits<Words>(bits<Floats>(own << 16) * scale) >> 16;
+        const Words odd = bits<Words>(bits<Floats>(own & 0xFFFF0000u) * scale) & 0xFFFF0000u;
+        save(to + (k + c + 2 * i) * LANES, even | odd);
+      }
+  }
+}
+
+template <class W, class X, class Row, class Finish>
+void for_expert_rows(int64_t rows, const W* pair, const uint8_t* scales, int64_t columns, std::vector<X>& room, Row&& row,
+                     Finish&& finish) {
+  if constexpr (std::is_same_v<W, uint8_t> && std::is_same_v<X, BFloat16>) {
+    if (rows > EXPAND_ROWS) {
+      room.resize(2 * LANES * columns);
+      expand_pair(pair, scales, columns, room.data());
+      return for_rows<X, X>(rows, room.data(), nullptr, columns, row, finish);
+    }
+  }
+  for_rows<W, X>(rows, pair, scales, columns, row, finish);
+}
+
 template <class W> constexpr int64_t elements(int64_t values) {  // of W that hold so many weights
   return std::is_same_v<W, uint8_t> ? values / 2 : values;
 }
@@ -521,6 +552,7 @@ void mix(const Experts& e, const void* x_, const void* shares, const int64_t* ch
     // Every thread has its own rows of each matrix, which it reads from end to end.
     const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
     const int64_t scale_columns = e.inputs / MX_BLOCK;
+    std::vector<X> room;
     for (int64_t i = 0; i < e.count; ++i) {
       const int64_t from = routing.start[i], rows = routing.start[i + 1] - from;
       if (rows == 0) continue;
@@ -529,8 +561,8 @@ void mix(const Experts& e, const void* x_, const void* shares, const int64_t* ch
         const W* pair = static_cast<const W*>(e.gate_up) + elements<W>(at * 2 * LANES * e.inputs);
         const Floats gate_bias = load<Floats>(e.gate_up_bias + at * 2 * LANES);
         const Floats up_bias = load<Floats>(e.gate_up_bias + at * 2 * LANES + LANES);
-        for_rows<W, X>(
-            rows, pair, e.gate_up_scales + at * 2 * LANES * scale_columns, e.inputs,
+        for_expert_rows<W, X>(
+            rows, pair, e.gate_up_scales + at * 2 * LANES * scale_columns, e.inputs, room,
             [&](int64_t n) { return x + routing.token[from + n] * e.inputs; },
             [&](int64_t n, Floats gate, Floats up) {
               write16(hidden + (from + n) * e.hidden + tile * LANES, swiglu(gate + gate_bias, up + up_bias, e.limit));
@@ -547,9 +579,9 @@ void mix(const Experts& e, const void* x_, const void* shares, const int64_t* ch
       for (int64_t two = first; two < last; ++two) {
         const int64_t at = (i * pairs + two) * 2 * LANES;
         const Floats bias[2] = {load<Floats>(e.down_bias + at), load<Floats>(e.down_bias + at + LANES)};
-        for_rows<W, X>(
+        for_expert_rows<W, X>(
             rows, static_cast<const W*>(e.down) + elements<W>(at * e.hidden), e.down_scales + at * (e.hidden / MX_BLOCK),
-            e.hidden, [&](int64_t n) { return hidden + (from + n) * e.hidden; },
+            e.hidden, room, [&](int64_t n) { return hidden + (from + n) * e.hidden; },
             [&](int64_t n, Floats a, Floats b) {
               float* to = sums + routing.token[from + n] * e.outputs + two * 2 * LANES;
               const float share = routing.share[from + n];
