@@ -83,7 +83,7 @@ def transformers(model: str, _: str) -> tuple[Generate, Callable[[], dict[str, o
             inputs=prompts,
             generation_config=GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0),
             # Left to itself it takes most of the machine's memory.
-            continuous_batching_config=ContinuousBatchingConfig(num_blocks=1024, max_batch_tokens=8192),
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=4096),
         )
         assert all(len(result.generated_tokens) == new for result in results.values())
 
