@@ -24,6 +24,7 @@ import grpc  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.serve.client.contract import check_contract
 from puzzle_trtllm.serve.client.errors import error_of_status, error_of_words
 from puzzle_trtllm.serve.client.request import GenerationChunk, GenerationRequest, GenerationResult
 from puzzle_trtllm.serve.client.secret import grpc_metadata
@@ -65,7 +66,8 @@ class TritonLlmClient:
         self._builder = RequestBuilder(model, ())
 
     async def __aenter__(self) -> TritonLlmClient:
-        """Connect. Raises ServeError (UNAVAILABLE) when nobody answers or the model is not there."""
+        """Connect. Raises ServeError: UNAVAILABLE when nobody answers, NOT_FOUND or UNAVAILABLE when the model is not
+        there or not ready, INVALID_ARGUMENT when it is another kind of model."""
         self._channels = [self._connect() for _ in range(self._connections)]
         self._stubs = [service_pb2_grpc.GRPCInferenceServiceStub(channel) for channel in self._channels]
         try:
@@ -74,6 +76,11 @@ class TritonLlmClient:
         except grpc.aio.AioRpcError as error:
             await self._close()
             raise error_of_status(error, url=self.url) from None
+        try:
+            check_contract(reply.config, self._model, url=self.url)
+        except ServeError:
+            await self._close()
+            raise
         self._builder = RequestBuilder(self._model, [tensor.name for tensor in reply.config.input])
         return self
 

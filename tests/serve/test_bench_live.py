@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -13,7 +14,7 @@ from puzzle_trtllm.errors import BenchError, ServeError
 from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.serve.bench.interleaved import run_interleaved
 from puzzle_trtllm.serve.bench.runner import run_bench, run_open_loop
-from puzzle_trtllm.serve.client.triton_client import generate
+from puzzle_trtllm.serve.client.triton_client import TritonLlmClient, generate
 from puzzle_trtllm.serve.evaluate.runner import evaluate
 from puzzle_trtllm.serve.report import load_measurements, make_report
 from puzzle_trtllm.serve.triton.launch import TritonServer
@@ -56,6 +57,14 @@ def test_bench_counts_what_the_server_counts(server, engine):
     assert 0 < result.steady_window_tokens <= 240
     assert result.distributions["ttft_ms"].max <= result.distributions["e2e_ms"].max <= result.wall_s * 1000
     assert result.provenance.engine.manifest.memory_bytes == 1_000_000
+
+
+def test_several_workers_count_what_the_server_counts(server, engine):
+    before = counters(server)
+    result = run_bench(server.grpc_url, scenario=SCENARIO, engine=engine.path, workers=2, quiet=True, seed=13)
+    expected = (before[0] + 12, before[1] + 288)
+    wait_until(lambda: counters(server) == expected, what=f"the server's counters reach {expected}")
+    assert (result.requests.completed, result.client.workers, result.scalars["mean_output_tokens"]) == (10, 2, 24)
 
 
 def test_an_open_loop_sends_what_its_schedule_says(server, engine):
@@ -133,6 +142,29 @@ def test_a_scenario_longer_than_the_engine_is_one_clear_line(server, engine):
     # Without the engine folder nobody knows the limit but the server.
     with pytest.raises(BenchError, match=r"zero successful requests.*too long \(found 600 tokens"):
         run_bench(server.grpc_url, scenario=too_long, tokenizer_folder=engine.model_path, quiet=True)
+
+
+def test_a_server_that_is_overloaded_is_told(server, engine):
+    # 4 sequences at a time by the engine's memory; what it really does in a second is measured first.
+    capacity = run_bench(server.grpc_url, scenario=SCENARIO, engine=engine.path, quiet=True, seed=11)
+    rate = 3 * capacity.scalars["requests_per_s"]
+    load = SCENARIO.model_copy(update={"num_requests": 90})
+    result = run_open_loop(
+        server.grpc_url, scenario=load, request_rate=rate, arrival="poisson", engine=engine.path, quiet=True, seed=12
+    )
+    queue = result.queue
+    assert queue.queue_grew, queue
+    assert queue.achieved_requests_per_s < 0.8 * queue.offered_requests_per_s
+    assert result.distributions["ttft_ms"].p99 > 2 * capacity.distributions["ttft_ms"].p50
+
+
+def test_a_model_that_is_not_there_is_one_clear_line(server):
+    async def connect():
+        async with TritonLlmClient(server.grpc_url, model="tensorrt_llm_2"):
+            pass
+
+    with pytest.raises(ServeError, match="unknown model: 'tensorrt_llm_2' is not found"):
+        asyncio.run(connect())
 
 
 def test_an_unreachable_server_is_one_clear_line(engine):

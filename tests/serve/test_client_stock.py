@@ -18,7 +18,7 @@ from puzzle_trtllm.serve.client.errors import error_of_words
 from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.client.tensors import pack_strings
 from puzzle_trtllm.serve.client.triton_client import TritonLlmClient
-from puzzle_trtllm.serve.triton.contract import EXTRA_INPUTS, INPUTS
+from puzzle_trtllm.serve.triton.contract import INPUTS, OUTPUTS
 
 
 class StockServer(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -28,12 +28,16 @@ class StockServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.script = script
         self.metadata: dict[str, str] = {}
         self.cancelled = asyncio.Event()
+        self.without: set[str] = set()
+        self.decoupled = True
 
     async def ModelConfig(self, request, context):
         reply = service_pb2.ModelConfigResponse()
-        for spec in INPUTS:
-            if spec.name not in EXTRA_INPUTS:
-                reply.config.input.add(name=spec.name)
+        reply.config.model_transaction_policy.decoupled = self.decoupled
+        for tensors, specs in ((reply.config.input, INPUTS), (reply.config.output, OUTPUTS)):
+            for spec in specs:
+                if not spec.extra and spec.name not in self.without:
+                    tensors.add(name=spec.name, data_type=f"TYPE_{spec.dtype}")
         return reply
 
     async def ModelStreamInfer(self, requests, context):
@@ -157,6 +161,27 @@ def test_a_server_that_ends_without_a_word_is_an_error() -> None:
 
     with pytest.raises(ServeError, match="without a response"):
         run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"without": {"text_input"}}, "tensorrt_llm: the server's model is not an llmapi model: input text_input"),
+        ({"without": {"text_output"}}, "output text_output"),
+        ({"decoupled": False}, "the server's model cannot stream (found decoupled: false"),
+    ],
+)
+def test_another_kind_of_model_is_refused_before_anything_is_sent(change, words) -> None:
+    async def scenario():
+        async with stock_server("a") as (service, url):
+            vars(service).update(change)
+            async with TritonLlmClient(url):
+                pass
+
+    with pytest.raises(ServeError) as error:
+        run(scenario())
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert error.value.status == "INVALID_ARGUMENT"
 
 
 def test_nobody_there_is_unavailable() -> None:
