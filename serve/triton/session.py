@@ -32,7 +32,7 @@ from puzzle_trtllm.serve.triton.request import (
 )
 from puzzle_trtllm.serve.triton.response import take_snapshot
 
-_SWEEP_LIMIT_S = 0.08
+_SWEEP_LIMIT_S = 0.06
 _SWEEP_SHARE = 0.05
 """Up to that limit, the sweep takes no more than this share of the time."""
 

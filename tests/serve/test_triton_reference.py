@@ -11,15 +11,19 @@ import os
 import signal
 import urllib.request
 
+import grpc
 import pytest
+from tritonclient.grpc import service_pb2_grpc
 
 from puzzle_trtllm.build.engine_build import build_engine
 from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.client.request import GenerationRequest
+from puzzle_trtllm.serve.client.tensors import RequestBuilder, unpack_string
 from puzzle_trtllm.serve.client.triton_client import TritonLlmClient, generate
 from puzzle_trtllm.serve.runtimes import create_llm
 from puzzle_trtllm.serve.runtimes.api import SamplingParams
+from puzzle_trtllm.serve.triton.contract import EXTRA_INPUTS
 from puzzle_trtllm.serve.triton.process import children_of
 from puzzle_trtllm.serve.triton.server import TritonServer
 from tests.serve.scripted import metric, wait_until
@@ -131,6 +135,38 @@ def test_a_closed_stream_gives_its_blocks_back(server) -> None:
         lambda: (metric(server, 'puzzle_requests_total{end="cancelled"}') or 0) > cancelled, what="cancels are counted"
     )
     wait_until(lambda: metric(server, "puzzle_kv_blocks_used") == 0, what="no block in use")
+
+
+def test_a_reader_that_stops_reading_holds_up_nobody_and_loses_nothing(server) -> None:
+    """The engine ends its request while not one response has been read; others are served meanwhile."""
+    request = GenerationRequest(prompt="slow reader ", max_tokens=200, ignore_eos=True)
+    expected = generate("slow reader ", url=server.grpc_url, max_tokens=200, ignore_eos=True).text
+
+    async def once():
+        yield RequestBuilder("tensorrt_llm", EXTRA_INPUTS).build(request)
+
+    def all_ended(count: float) -> bool:
+        counted = metric(server, 'puzzle_requests_total{end="ok"}')
+        return counted == count and metric(server, "puzzle_kv_blocks_used") == 0
+
+    async def scenario() -> str:
+        await asyncio.sleep(2.5)  # the counts of earlier requests arrive within a second
+        ended = metric(server, 'puzzle_requests_total{end="ok"}') or 0
+        async with grpc.aio.insecure_channel(server.grpc_url) as channel:
+            unread = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(once())
+            async with TritonLlmClient(server.grpc_url) as client:
+                others = [GenerationRequest(prompt=f"{i}", max_tokens=200, ignore_eos=True) for i in range(4)]
+                await asyncio.gather(*(client.generate(other) for other in others))
+            await asyncio.to_thread(
+                wait_until,
+                lambda: metric(server, 'puzzle_requests_total{end="ok"}') == ended + 5,
+                what="all five ended",
+            )
+            assert metric(server, "puzzle_kv_blocks_used") == 0
+            texts = [unpack_string(r.infer_response.raw_output_contents[0]) async for r in unread]
+        return "".join(texts)
+
+    assert run(scenario()) == expected
 
 
 def test_at_last_the_engine_is_killed_and_the_stub_answers_for_it(server) -> None:

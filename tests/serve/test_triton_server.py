@@ -214,6 +214,38 @@ def test_closing_a_stream_frees_its_cache(server) -> None:
     )
 
 
+def test_a_client_that_disappears_makes_room_for_the_next(server) -> None:
+    """All places are taken and one more is refused, until a client goes, long before any request would end."""
+    wait_until(lambda: blocks_used(server) == 0, what="no blocks in use")
+
+    async def scenario() -> tuple[str, float]:
+        async with TritonLlmClient(server.grpc_url) as client:
+            request = GenerationRequest(prompt="x", max_tokens=4000)
+            streams = [client.stream(request) for _ in range(MAX_OPEN)]
+            for stream in streams:
+                await anext(stream)
+            with pytest.raises(ServeError, match="the queue is full"):
+                await client.generate(GenerationRequest(prompt="y", max_tokens=1))
+            await streams[0].aclose()
+            began = time.monotonic()
+            while True:
+                try:
+                    text = (await client.generate(GenerationRequest(prompt="y", max_tokens=1))).text
+                    break
+                except ServeError as error:
+                    assert error.status == "UNAVAILABLE"
+                    await asyncio.sleep(0.005)
+            waited_s = time.monotonic() - began
+            for stream in streams[1:]:
+                assert (await anext(stream)).finish_reason is None
+                await stream.aclose()
+            return text, waited_s
+
+    text, waited_s = run(scenario())
+    wait_until(lambda: blocks_used(server) == 0, what="the blocks are free again")
+    assert text == "y" and waited_s < 2, "a place is free within 100 ms on an idle machine; the others need 20 s"
+
+
 def test_stop_with_the_same_id_cancels_and_says_so(server) -> None:
     async def scenario():
         async with TritonLlmClient(server.grpc_url) as client:
