@@ -46,15 +46,16 @@ def experts_command(
     score: Annotated[
         str | None,
         typer.Option(
-            help="What `importance` is: votes (routed tokens), output-error (change of the layer's output without the "
-            "expert), router-mass (router weight x output norm), reap (the same per routed token). Default: the "
-            "winner of docs/calibration.md. All of them are computed and written."
+            help="What `importance` is: votes (routed tokens; the default), output-error (change of the layer's output "
+            "without the expert), router-mass (router weight x output norm), reap (the same per routed token). "
+            "All are computed and written; docs/calibration.md compares them."
         ),
     ] = None,
     removal: Annotated[
         str | None,
         typer.Option(
-            help="one-shot, or iterative: remove the least important, let its tokens go to their next choices, repeat."
+            help="one-shot, or iterative (the default): remove the least important, let its tokens go to their next "
+            "choices, repeat."
         ),
     ] = None,
     architecture: Annotated[
