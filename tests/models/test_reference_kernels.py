@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 from collections.abc import Callable
 
@@ -250,3 +251,26 @@ def test_torch_can_be_forced_and_an_unknown_name_is_refused():
     assert choose_kernels("torch", torch.device("cpu"), dequantize_experts=True).name == "torch"
     with pytest.raises(EngineError, match="auto, native, triton, torch"):
         choose_kernels("fast", torch.device("cpu"), dequantize_experts=True)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flag names an x86 level")
+@pytest.mark.parametrize("form", ["plain", "mxfp4"])
+@DTYPES
+def test_without_avx512_the_portable_code_equals_the_torch_path(form, dtype):
+    flags = tuple("-march=x86-64-v3" if flag == "-march=native" else flag for flag in compiler.FLAGS)
+    portable = NativeKernels(compiler.load_library(flags))
+    torch.manual_seed(0)
+    weights = random_experts(5, 64, 96, dtype, form)
+    x = torch.randn(70, 64).to(dtype)
+    shares, chosen = torch.randn(70, 5).softmax(-1).to(dtype).topk(2, dim=-1)
+    group, storage = paged_cache([1, 33, 150], 2, 32, 16, torch.float8_e4m3fn, 20)
+    q, sinks = torch.randn(3, 8, 32).to(dtype), torch.randn(8)
+    oracle = TorchKernels(dequantize_experts=False)
+    for run in (
+        lambda kernels: kernels.prepare_experts(weights, limit=LIMIT)(x, shares, chosen),
+        lambda kernels: kernels.decode_attention(q, sinks, storage, group),
+        lambda kernels: kernels.rms_norm(x, torch.ones(64), 1e-5),
+    ):
+        assert_close(run(portable), run(oracle))
