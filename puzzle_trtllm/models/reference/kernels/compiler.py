@@ -35,14 +35,16 @@ def load_library(flags: Sequence[str] = FLAGS, *, cache: Path | None = None) -> 
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise CompileError(f"no C++ compiler (looked for {', '.join(COMPILERS)})")
-    folder = cache or default_cache()
-    target = folder / f"native-{_key(compiler, flags)}.so"
     try:
+        folder = cache or default_cache()
+        target = folder / f"native-{_key(compiler, flags)}.so"
         if not target.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             _compile(compiler, flags, target)
         return ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError) as error:
+    except CompileError:
+        raise
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home
         raise CompileError(f"{type(error).__name__}: {error}") from None
 
 
