@@ -4,7 +4,8 @@ A human's engine config holds only what a human decides. Everything else follows
 reason, so that `build --explain` can show both. `llm_args` in the engine config overrides any single value; values
 that depend on it follow (a shorter max_seq_len shortens the windows).
 
-The memory cap: `memory_bytes` covers weights and KV cache together, so the cache gets what the weights leave. The trap:
+The memory cap: `memory_bytes` covers weights and KV cache together, of one GPU (one rank of the reference runtime), so
+the cache gets what that one's part of the weights leaves. The trap:
 `max_attention_window` sizes the memory while the model's own window masks. It needs one entry a layer, no nulls, and
 never less than the model's window; left out, a runtime would derive it from the single `sliding_window` of config.json.
 """
@@ -20,12 +21,15 @@ from puzzle_trtllm.build.derived_values import DerivedValue, Values, to_nested
 from puzzle_trtllm.build.expert_layout import check_expert_layout
 from puzzle_trtllm.build.gpu_args import FREE_FRACTION, Room, batch_size, find_room, moe_backend, put_gpu_args, the_gpu
 from puzzle_trtllm.build.parallelism import check_parallelism
+from puzzle_trtllm.build.planner.layout import Layout
+from puzzle_trtllm.build.planner.weights import weights_per_gpu
 from puzzle_trtllm.build.window_shares import format_shares, held_tokens, window_shares
 from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.llm_args_schema import check_llm_args
+from puzzle_trtllm.models.reference.sharding import count_shard_bytes, shards_of
+from puzzle_trtllm.parallelism import Parallelism
 from puzzle_trtllm.scenario import Scenario
-from puzzle_trtllm.tensors import count_weight_bytes
 
 DEFAULT_MAX_NUM_TOKENS = 8192
 DEFAULT_TOKENS_PER_BLOCK = 32
@@ -71,14 +75,17 @@ def derive_llm_args(
 
 
 def one_sequence_bytes(architecture: PuzzleArchitecture, llm_args: Mapping[str, Any]) -> int:
-    """KV bytes of one sequence of max_seq_len, in whole blocks: a window layer holds ceil(w / block) + 1 at most."""
+    """KV bytes of one sequence of max_seq_len on one rank, in whole blocks: a window layer holds ceil(w / block) + 1 at
+    most."""
     kv = llm_args["kv_cache_config"]
+    heads = architecture.num_key_value_heads
+    own = heads if llm_args.get("enable_attention_dp") else max(1, heads // llm_args["tensor_parallel_size"])
     size: int = kv["tokens_per_block"]
     whole: int = math.ceil(llm_args["max_seq_len"] / size)
     windows = [block.sliding_window for block in architecture.blocks]
     blocks = sum(whole if w is None else min(whole, math.ceil(w / size) + 1) for w in windows)
     kv_dtype: KvDtype = "fp8" if kv["dtype"] == "fp8" else "bf16"
-    return blocks * size * architecture.kv_bytes_per_token_and_layer(kv_dtype)
+    return blocks * size * architecture.kv_bytes_per_token_and_layer(kv_dtype) // heads * own
 
 
 def _parallel(values: Values, config: EngineConfig, file: str) -> None:
@@ -91,6 +98,8 @@ def _parallel(values: Values, config: EngineConfig, file: str) -> None:
         backend, _ = moe_backend(the_gpu(config, file))
         reason = f"{backend} deals whole experts out to all GPUs: their width has no aligned cut for tensor parallelism"
         values.put("moe_expert_parallel_size", tp, reason)
+    elif tp > 1:
+        values.put("moe_expert_parallel_size", tp, "whole experts to every rank, as on GPUs")
 
 
 def _check_ranks(values: Values, a: PuzzleArchitecture, config: EngineConfig, file: str) -> None:
@@ -168,7 +177,7 @@ def _kv_cache(values: Values, a: PuzzleArchitecture, config: EngineConfig) -> No
     reason = "requests with a common prefix share blocks"
     values.put("kv_cache_config.enable_block_reuse", True, reason)
     if config.memory_bytes is not None:
-        weight_bytes = count_weight_bytes(a)
+        weight_bytes = _weight_bytes_of_a_rank(a, config, to_nested(list(values.finish())))
         left = config.memory_bytes - weight_bytes
         reason = f"memory_bytes {config.memory_bytes} - {weight_bytes} of weights"
         values.put("kv_cache_config.max_gpu_total_bytes", left, reason)
@@ -203,7 +212,8 @@ def _check_windows(a: PuzzleArchitecture, llm_args: Mapping[str, Any], file: str
 def _check_memory(a: PuzzleArchitecture, config: EngineConfig, llm_args: Mapping[str, Any], file: str) -> None:
     if config.memory_bytes is None:
         return
-    left = config.memory_bytes - count_weight_bytes(a)
+    weight_bytes = _weight_bytes_of_a_rank(a, config, llm_args)
+    left = config.memory_bytes - weight_bytes
     needed = one_sequence_bytes(a, llm_args)
     if left < needed:
         raise ConfigError(
@@ -211,5 +221,13 @@ def _check_memory(a: PuzzleArchitecture, config: EngineConfig, llm_args: Mapping
             file=file,
             key="memory_bytes",
             found=config.memory_bytes,
-            expected=f"at least {count_weight_bytes(a) + needed}: {count_weight_bytes(a)} weights + {needed} KV",
+            expected=f"at least {weight_bytes + needed}: {weight_bytes} weights + {needed} KV",
         )
+
+
+def _weight_bytes_of_a_rank(a: PuzzleArchitecture, config: EngineConfig, llm_args: Mapping[str, Any]) -> int:
+    """Of the GPU, or the reference runtime's rank, that holds most."""
+    sizes = Parallelism.from_llm_args(llm_args)
+    if config.runtime == "reference":
+        return max(count_shard_bytes(shard) for shard in shards_of(a, sizes))
+    return weights_per_gpu(a, Layout(kind=config.parallel, gpus_per_replica=sizes.tensor)).total

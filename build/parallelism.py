@@ -1,10 +1,7 @@
 """Layouts that cannot run are refused here, before anything is written.
 
-- Expert parallelism deals each layer's experts out evenly, so its size must divide the expert count of every layer: the
-  smallest layer of the 88B child has 64 experts, and EP above 64 is impossible whatever the others have.
-- Tensor parallelism deals out attention heads; KV heads may be repeated when there are fewer of them than ranks, but
-  then the ranks must be a multiple of the heads. Attention data parallelism keeps all heads on every rank.
-- gpt-oss has no pipeline parallelism in TensorRT-LLM, and the reference runtime is one rank.
+What the model itself forbids is in the core (puzzle_trtllm/parallelism.py), for the reference runtime asks the same.
+gpt-oss has no pipeline parallelism in TensorRT-LLM; the reference runtime has no attention data parallelism.
 """
 
 from __future__ import annotations
@@ -15,37 +12,28 @@ from typing import Any
 from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.parallelism import Parallelism
 
 
 def check_parallelism(
     architecture: PuzzleArchitecture, config: EngineConfig, llm_args: Mapping[str, Any], *, file: str
 ) -> None:
     """Raise ConfigError when `llm_args` ask for ranks that the model or the runtime cannot have."""
+    sizes = Parallelism.from_llm_args(llm_args)
+    attention_dp = bool(llm_args.get("enable_attention_dp"))
     if config.runtime == "reference":
-        _check(config.num_gpus == 1, "num_gpus", config.num_gpus, "1: the reference runtime runs on one rank", file)
-    tp = _size(llm_args, "tensor_parallel_size")
-    ep = _size(llm_args, "moe_expert_parallel_size")
-    pp = _size(llm_args, "pipeline_parallel_size")
+        deals_heads = "the reference runtime deals out attention heads"
+        _check(config.parallel == "tp", "parallel", config.parallel, f"tp: {deals_heads}", file)
+        _check(sizes.tensor == 1 or not attention_dp, "enable_attention_dp", True, f"false: {deals_heads}", file)
+    pp = int(llm_args.get("pipeline_parallel_size") or 1)
     _check(pp == 1, "pipeline_parallel_size", pp, "1: gpt-oss has no pipeline parallelism", file)
-    _check(tp <= config.num_gpus, "tensor_parallel_size", tp, f"at most num_gpus, {config.num_gpus}", file)
-    _check(tp % ep == 0, "moe_expert_parallel_size", ep, f"a divisor of tensor_parallel_size, {tp}", file)
-    for layer, block in enumerate(architecture.blocks):
-        divides = block.num_local_experts % ep == 0
-        expected = f"a divisor of the {block.num_local_experts} experts of layer {layer}"
-        _check(divides, "moe_expert_parallel_size", ep, expected, file)
-    if not llm_args.get("enable_attention_dp"):
-        _check_heads(architecture, tp, file)
-
-
-def _check_heads(a: PuzzleArchitecture, tp: int, file: str) -> None:
-    heads, kv_heads = a.num_attention_heads, a.num_key_value_heads
-    _check(heads % tp == 0, "tensor_parallel_size", tp, f"a divisor of the {heads} attention heads", file)
-    fits = kv_heads % tp == 0 or tp % kv_heads == 0
-    _check(fits, "tensor_parallel_size", tp, f"a divisor or a multiple of the {kv_heads} KV heads", file)
-
-
-def _size(llm_args: Mapping[str, Any], key: str) -> int:
-    return int(llm_args.get(key) or 1)
+    expected = f"at most num_gpus, {config.num_gpus}"
+    _check(sizes.tensor <= config.num_gpus, "tensor_parallel_size", sizes.tensor, expected, file)
+    for problem in sizes.problems(architecture, attention_dp=attention_dp):
+        _check(False, *problem, file)
+    if config.runtime == "reference":
+        for problem in sizes.width_problems(architecture):
+            _check(False, *problem, file)
 
 
 def _check(holds: bool, key: str, found: object, expected: str, file: str) -> None:

@@ -40,8 +40,9 @@ class EngineConfig(BaseModel):
     """TensorRT-LLM line whose argument schema llm_args.yaml must satisfy."""
     gpu: str | None = None
     num_gpus: int = Field(default=1, ge=1)
+    """Ranks; the reference runtime's are processes on the CPU where there are no GPUs."""
     memory_bytes: int | None = Field(default=None, ge=1)
-    """Cap on weights plus KV cache; None leaves the runtime's own limit."""
+    """Cap on weights plus KV cache of one GPU (one rank); None leaves the runtime's own limit."""
     parallel: Literal["tp", "dep"] = "tp"
     kv_dtype: KvDtype = "bf16"
     scenario: str = "cpu-demo"
@@ -86,7 +87,7 @@ class EngineManifest(BaseModel):
     kv_dtype: KvDtype
     weight_bytes: int
     memory_bytes: int | None
-    """The cap given to weights plus KV cache, bytes."""
+    """The cap given to weights plus KV cache of one rank, bytes."""
     architecture: dict[str, Any]
     """block_configs and the shared dimensions, for readers without the model folder."""
     kv_fold: KvFold

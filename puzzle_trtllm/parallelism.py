@@ -9,7 +9,7 @@ are cut by width alone, as TensorRT-LLM does.
   smallest layer of the 88B child has 64 experts, and EP above 64 is impossible whatever the others have.
 - Tensor parallelism deals out attention heads; KV heads may be repeated when there are fewer of them than ranks, but
   then the ranks must be a multiple of the heads. Attention data parallelism keeps all heads on every rank.
-- An expert's width is cut between MXFP4 blocks of 32 values: every rank gets at least one.
+- The reference runtime cuts an expert's width between MXFP4 blocks of 32 values: every rank gets at least one.
 """
 
 from __future__ import annotations
@@ -56,12 +56,15 @@ class Parallelism:
             if block.num_local_experts % self.moe_expert:
                 expected = f"a divisor of the {block.num_local_experts} experts of layer {layer}"
                 yield "moe_expert_parallel_size", self.moe_expert, expected
+        if not attention_dp:
+            yield from self._head_problems(a)
+
+    def width_problems(self, a: PuzzleArchitecture) -> Iterator[tuple[str, int, str]]:
+        """The same, of ranks that would get no block of an expert's width."""
         unit = width_unit(a)
         if self.moe_tensor * unit > a.intermediate_size:
             expected = f"at most {a.intermediate_size // unit}: the experts' {a.intermediate_size} in blocks of {unit}"
             yield "moe_tensor_parallel_size", self.moe_tensor, expected
-        if not attention_dp:
-            yield from self._head_problems(a)
 
     def _head_problems(self, a: PuzzleArchitecture) -> Iterator[tuple[str, int, str]]:
         heads, kv_heads = a.num_attention_heads, a.num_key_value_heads

@@ -111,6 +111,25 @@ class TestMemoryCap:
             memory_bytes=self.WEIGHTS + ONE_SEQUENCE - 1,
         )
 
+    @pytest.mark.parametrize("runtime", ["reference", "tensorrt_llm"])
+    def test_is_the_cap_of_one_rank(self, runtime):
+        a = toy_architecture([(4, 16), (2, None)], intermediate_size=256)
+        cap = 10_000_000
+        alone, shared = (
+            arguments(a, runtime=runtime, num_gpus=ranks, memory_bytes=cap)["kv_cache_config"]["max_gpu_total_bytes"]
+            for ranks in (1, 2)
+        )
+        assert cap - count_weight_bytes(a) == alone < shared
+        # Everything but router, norms, O's bias and (reference runtime) the embedding is halved.
+        assert cap - shared == pytest.approx(count_weight_bytes(a) / 2, rel=0.1)
+
+    def test_each_rank_holds_its_own_kv_heads(self):
+        one = one_sequence_bytes(CHILD, arguments())
+        several = {**arguments(), "tensor_parallel_size": 2}
+        assert one_sequence_bytes(CHILD, several) == one // 2
+        assert one_sequence_bytes(CHILD, {**several, "tensor_parallel_size": 4}) == one // 2
+        assert one_sequence_bytes(CHILD, {**several, "enable_attention_dp": True}) == one
+
     def test_less_than_the_weights(self):
         refused("memory_bytes: leaves no room", memory_bytes=1)
 
@@ -169,7 +188,22 @@ class TestParallelism:
     @pytest.mark.parametrize(
         ("config", "match"),
         [
-            ({"runtime": "reference", "num_gpus": 2}, "num_gpus: .*the reference runtime runs on one rank"),
+            (
+                {"runtime": "reference", "num_gpus": 2, "parallel": "dep"},
+                "parallel: .*found dep, expected tp: the reference runtime deals out attention heads",
+            ),
+            (
+                {"runtime": "reference", "num_gpus": 2, "llm_args": {"enable_attention_dp": True}},
+                "enable_attention_dp: .*expected false: the reference runtime",
+            ),
+            (
+                {"runtime": "reference", "num_gpus": 2, "llm_args": {"moe_expert_parallel_size": 1}},
+                "moe_tensor_parallel_size: .*found 2, expected at most 1: the experts' 32 in blocks of 32",
+            ),
+            (
+                {"runtime": "reference", "num_gpus": 2},
+                "moe_expert_parallel_size: .*found 2, expected a divisor of the 3 experts of layer 1",
+            ),
             (
                 {"num_gpus": 3, "llm_args": {"moe_expert_parallel_size": 1}},
                 "tensor_parallel_size: .*found 3, expected a divisor of the 4 attention heads",
@@ -197,6 +231,10 @@ class TestParallelism:
         found = arguments(toy_architecture([(6, 16), (4, None)]), runtime="tensorrt_llm", num_gpus=2)
         assert (found["tensor_parallel_size"], found["moe_expert_parallel_size"]) == (2, 2)
         assert "enable_attention_dp" not in found
+
+    def test_the_reference_runtime_deals_whole_experts_out_too(self):
+        found = arguments(toy_architecture([(6, 16), (4, None)]), num_gpus=2)
+        assert (found["tensor_parallel_size"], found["moe_expert_parallel_size"]) == (2, 2)
 
     def test_attention_dp_needs_no_head_split(self):
         a = toy_architecture([(6, 16), (3, None)])

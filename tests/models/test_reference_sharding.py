@@ -240,4 +240,5 @@ def test_sizes_follow_from_each_other_as_in_tensorrt_llm(llm_args, expected):
 def test_what_a_model_cannot_have_is_named(llm_args, key, expected):
     a = toy_architecture(HETEROGENEOUS, **EIGHT_KV_HEADS)
     found = Parallelism.from_llm_args(llm_args)
-    assert (key, expected) in [(key, expected) for key, _, expected in found.problems(a)]
+    problems = [*found.problems(a), *found.width_problems(a)]
+    assert (key, expected) in [(key, expected) for key, _, expected in problems]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def read_arguments(model: str | Path, arguments: Mapping[str, Any]) -> tuple[Eng
 
 def check_ranks(arguments: EngineArguments, architecture: PuzzleArchitecture) -> None:
     """Raise EngineError when this model cannot be dealt out so."""
-    for key, found, expected in arguments.parallelism.problems(architecture):
+    sizes = arguments.parallelism
+    for key, found, expected in chain(sizes.problems(architecture), sizes.width_problems(architecture)):
         raise _impossible(key, found, expected)
 
 
