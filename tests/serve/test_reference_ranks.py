@@ -6,12 +6,13 @@ That the parts compute the whole is tests/models/test_reference_sharding.py's; h
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -128,6 +129,57 @@ def test_no_rank_outlives_its_front(child, how):
     front.send_signal(how)
     front.wait(10)
     assert are_gone(pids)
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+UNDER_TORCHRUN = "puzzle_trtllm.serve.runtimes.reference.torchrun"
+
+
+@contextlib.contextmanager
+def under_torchrun(script: Path, ranks_wanted: int, child: Path) -> Iterator[subprocess.Popen[str]]:
+    script.write_text(
+        "import json\n"
+        "from puzzle_trtllm.serve.runtimes.reference import LLM, SamplingParams\n"
+        f"with LLM({str(child)!r}, tensor_parallel_size={ranks_wanted}, **{ARGS!r}) as llm:\n"
+        "    print(json.dumps([rank['pid'] for rank in llm.facts['ranks']]), flush=True)\n"
+        f"    results = llm.generate({prompts()!r}, SamplingParams(max_tokens=40, ignore_eos=True))\n"
+        "    print(json.dumps([request.outputs[0].token_ids for request in results]), flush=True)\n"
+        "    llm.generate([9] * 20, SamplingParams(max_tokens=480, ignore_eos=True))\n"
+    )
+    command = [sys.executable, *TORCHRUN, "-m", UNDER_TORCHRUN, str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launch:
+        try:
+            yield launch
+        finally:
+            launch.terminate()
+
+
+@pytest.mark.slow
+def test_torchrun_may_start_the_ranks(child, expected, tmp_path):
+    with under_torchrun(tmp_path / "script.py", 2, child) as launch:
+        out, _ = launch.communicate(timeout=120)
+    pids, tokens = (json.loads(line) for line in out.splitlines())
+    assert (launch.returncode, tokens) == (0, expected)
+    assert are_gone(pids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_under_torchrun_ends_the_launch(child, tmp_path, victim):
+    with under_torchrun(tmp_path / "script.py", 2, child) as launch:
+        assert launch.stdout is not None
+        pids = json.loads(launch.stdout.readline())
+        os.kill(pids[victim], signal.SIGKILL)
+        launch.communicate(timeout=60)
+    assert launch.returncode != 0
+    assert are_gone(pids)
+
+
+@pytest.mark.slow
+def test_torchrun_with_another_number_of_ranks_is_an_error(child, tmp_path):
+    with under_torchrun(tmp_path / "script.py", 4, child) as launch:
+        _, err = launch.communicate(timeout=120)
+    assert "tensor_parallel_size: torchrun started more or fewer (found 4, expected 2)" in err
 
 
 @pytest.mark.slow
