@@ -15,34 +15,25 @@ from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.build.serving_copy import serving_family
 from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.mxfp4 import BLOCK_SIZE
+from puzzle_trtllm.parallelism import Parallelism
 
 
 def expert_cut(llm_args: Mapping[str, Any]) -> int:
     """Into how many parts each expert is cut."""
-    tp = int(llm_args.get("tensor_parallel_size") or 1)
-    ep = int(llm_args.get("moe_expert_parallel_size") or 1)
-    return int(llm_args.get("moe_tensor_parallel_size") or tp // ep)
+    return Parallelism.from_llm_args(llm_args).moe_tensor
 
 
 def check_expert_layout(a: PuzzleArchitecture, llm_args: Mapping[str, Any], *, file: str) -> None:
     """Raise ConfigError for experts dealt out as the kernels or the plugin cannot have them."""
-    tp, ep = llm_args["tensor_parallel_size"], llm_args.get("moe_expert_parallel_size") or 1
-    moe, cut = llm_args.get("moe_config") or {}, expert_cut(llm_args)
-    if cut * ep != tp:
-        raise ConfigError(
-            "impossible parallelism",
-            file=file,
-            key="moe_tensor_parallel_size",
-            found=cut,
-            expected=f"tensor_parallel_size / moe_expert_parallel_size, {tp} / {ep}",
-        )
+    sizes = Parallelism.from_llm_args(llm_args)
+    moe, cut = llm_args.get("moe_config") or {}, sizes.moe_tensor
     if cut > 1 and moe.get("backend") == "TRITON":
         raise ConfigError(
             "TRITON deals experts out whole",
             file=file,
             key="moe_expert_parallel_size",
-            found=ep,
-            expected=f"{tp}, or moe_config.backend CUTLASS to cut them (unverified)",
+            found=sizes.moe_expert,
+            expected=f"{sizes.tensor}, or moe_config.backend CUTLASS to cut them (unverified)",
         )
     if moe.get("load_balancer") is not None and serving_family(a).trtllm_model is not None:
         raise ConfigError(

@@ -50,7 +50,7 @@ class Parallelism:
                 expected = f"a divisor of tensor_parallel_size, {self.tensor}"
                 yield "moe_expert_parallel_size", self.moe_expert, expected
             else:
-                expected = f"tensor_parallel_size / moe_expert_parallel_size, {self.tensor // self.moe_expert}"
+                expected = f"tensor_parallel_size / moe_expert_parallel_size, {self.tensor} / {self.moe_expert}"
                 yield "moe_tensor_parallel_size", self.moe_tensor, expected
         for layer, block in enumerate(a.blocks):
             if block.num_local_experts % self.moe_expert:

@@ -227,7 +227,7 @@ def test_sizes_follow_from_each_other_as_in_tensorrt_llm(llm_args, expected):
         (
             {"tensor_parallel_size": 8, "moe_expert_parallel_size": 2, "moe_tensor_parallel_size": 2},
             "moe_tensor_parallel_size",
-            "tensor_parallel_size / moe_expert_parallel_size, 4",
+            "tensor_parallel_size / moe_expert_parallel_size, 8 / 2",
         ),
         (
             {"tensor_parallel_size": 16, "moe_expert_parallel_size": 16},
