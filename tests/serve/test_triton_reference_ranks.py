@@ -43,7 +43,7 @@ def test_two_ranks_behind_triton_serve_what_one_generates_until_one_is_killed(en
         (follower,) = children_of(leader)
         assert asyncio.run(asyncio.wait_for(_kill_mid_stream(server, follower), 30)) == "UNAVAILABLE"
         wait_until(lambda: not is_alive(leader) and not is_alive(follower), what="both ranks ended")
-        with pytest.raises(ServeError, match=rf"rank 1 \(process {follower}\) was killed by SIGKILL"):
+        with pytest.raises(ServeError, match="the engine is dead"):
             generate("x", url=server.grpc_url)
 
 
