@@ -32,7 +32,7 @@ E4M3_MAX = 448.0
 
 PREFIX_ROOM = 4
 """Times what running sequences hold, in window pools that are to remember prefixes. On random prompts of which a third
-could be reused (tests/bench/prefix_reuse.py), 1 found a sixth of that, 2 almost a half, 4 two thirds."""
+could be reused (tests/bench/prefix_reuse.py), 1 found a sixth of that, 2 almost a half, 4 nearly three quarters."""
 
 
 @dataclass(frozen=True, kw_only=True)
