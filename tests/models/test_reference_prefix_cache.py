@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +148,10 @@ def test_shared_blocks_make_room_for_more_sequences_where_attention_is_full():
 
 class PrefixDriver(Driver):
     """A Driver whose sequences look for their beginning in the cache, and are remembered."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self.cache = PagedKvCache(self.cache.layout, self.cache.device, reuse=True)
 
     def add(self, tokens: list[int]) -> int:
         keys = self.cache.keys(tokens)
