@@ -27,13 +27,14 @@ def report_command(
         list[str],
         typer.Option("--baseline", metavar="NAME=FILE[,FILE...] ...", help="What to compare with, headlines first."),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for report.json and report.html.")] = Path("runs/report"),
+    out: Annotated[Path, typer.Option("--out", help="Folder for report.json, .md and .html.")] = Path("runs/report"),
     title: Annotated[str, typer.Option("--title")] = "A Puzzle child against its parent",
     as_json: JsonOption = False,
 ) -> None:
     """Compare a child with its baselines.
 
-    Per-token speedup, relative request rate and accuracy retention; as a table, report.json and report.html.
+    Per-token speedup, relative request rate, accuracy retention and the frontier, with 95% intervals; as a table,
+    report.json, report.md and report.html.
     """
     from puzzle_trtllm.serve.report import make_report
 

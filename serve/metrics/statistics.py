@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from puzzle_trtllm.errors import BenchError
+from puzzle_trtllm.serve.metrics.bootstrap import Interval
 
 Z_95 = 1.959963984540054
 """Standard normal quantile of a two-sided 95% interval."""
@@ -83,6 +84,8 @@ class Ratio:
     value: float | None
     reason: str | None = None
     """Set exactly when `value` is None."""
+    interval: Interval | None = None
+    """Its 95% interval, where one was asked for."""
 
     @classmethod
     def of(cls, numerator: float, denominator: float, *, zero_reason: str) -> Ratio:

@@ -29,5 +29,13 @@ def show_ratio(ratio: Ratio | None) -> str:
     return NONE if ratio is None or ratio.value is None else f"{ratio.value:.2f}×"
 
 
+def show_interval(ratio: Ratio | None) -> str:
+    """`1.70 to 1.95`, the ratio's 95% interval; nothing when it has none."""
+    interval = None if ratio is None else ratio.interval
+    if interval is None or interval.low is None or interval.high is None:
+        return ""
+    return f"{interval.low:.2f} to {interval.high:.2f}"
+
+
 def show_percent(value: float | None, *, digits: int = 1) -> str:
     return NONE if value is None else f"{value:.{digits}%}"

@@ -9,7 +9,7 @@ from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import BenchError
 from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.serve.bench.result import BenchResult
-from puzzle_trtllm.serve.evaluate.result import EvaluationResult
+from puzzle_trtllm.serve.evaluate.result import EffortResult, EvaluationResult
 from puzzle_trtllm.serve.metrics.records import RequestCounts
 from puzzle_trtllm.serve.metrics.statistics import Spread
 from puzzle_trtllm.serve.report.measurement import EffortMeasurement, EngineMeasurement, EvaluationFacts, LayerBlock
@@ -92,8 +92,14 @@ def _evaluation_facts(evaluation: EvaluationResult) -> EvaluationFacts:
 
 
 def _efforts(evaluation: EvaluationResult) -> dict[str, EffortMeasurement]:
-    fields = set(EffortMeasurement.model_fields)
-    return {
-        effort: EffortMeasurement.model_validate(result.model_dump(include=fields))
-        for effort, result in evaluation.efforts.items()
+    return {effort: _effort(result) for effort, result in evaluation.efforts.items()}
+
+
+def _effort(result: EffortResult) -> EffortMeasurement:
+    facts = result.model_dump(include=set(EffortMeasurement.model_fields))
+    outcomes = {
+        answer.id: (answer.correct, answer.num_output_tokens)
+        for answer in result.answers
+        if answer.status in ("completed", "truncated")
     }
+    return EffortMeasurement.model_validate(facts | {"outcomes": outcomes})

@@ -2,7 +2,8 @@
 
 The child's ratios to the first baseline stand directly under it (`per_token_speedup`, and in each effort
 `relative_request_rate` and `accuracy_retention`); the same keys against another baseline stand under `vs_<name>`. A
-ratio that does not exist is null, with the reason beside it under `<key>_reason`.
+ratio that does not exist is null, with the reason beside it under `<key>_reason`; its 95% interval stands under
+`<key>_interval`, or null with `<key>_interval_reason`. `frontier` has every engine at every effort.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any
 
 from puzzle_trtllm.serve.metrics.statistics import Ratio, Spread
 from puzzle_trtllm.serve.report.compare import Comparison
+from puzzle_trtllm.serve.report.frontier import FrontierPoint
 from puzzle_trtllm.serve.report.measurement import EffortMeasurement, EngineMeasurement
 
-RESERVED_KEYS = ("kind", "schema_version", "report", "scenario", "notes", "definitions", "extra")
+RESERVED_KEYS = ("kind", "schema_version", "report", "scenario", "notes", "definitions", "frontier", "extra")
 """Top-level keys that no engine may be named after."""
 
 DEFINITIONS: Mapping[str, str] = {
@@ -24,7 +26,18 @@ DEFINITIONS: Mapping[str, str] = {
     "mean_output_tokens": "generated tokens / answered problems at one reasoning effort",
     "requests_per_s": "output_tokens_per_s / mean_output_tokens: request-level efficiency",
     "measured_requests_per_s": "answered problems / wall time of the evaluation run",
-    "relative_request_rate": "child requests_per_s / baseline requests_per_s at the same effort",
+    "relative_request_rate": "child requests_per_s / baseline requests_per_s at the same effort (same-effort "
+    "normalisation)",
+    "relative_request_rate_to_high": "child requests_per_s / baseline requests_per_s at its high effort (high-effort "
+    "normalisation)",
+    "relative_output_tokens": "child mean_output_tokens / baseline mean_output_tokens at the same effort",
+    "break_even_length_ratio": "relative_output_tokens at which the request rates are equal: per_token_speedup, taking "
+    "throughput as measured (longer answers also fill the KV cache, so the true limit lies below)",
+    "length_headroom": "break_even_length_ratio / relative_output_tokens - 1: how much longer than now answers may get",
+    "..._interval": "95%, percentiles of 4000 seeded resamples: problems in pairs for child and baseline, and rounds "
+    "where throughput is part of the ratio (a single round adds nothing to the interval)",
+    "frontier": "dominated: another engine or effort is at least as fast and as accurate, and better in one; "
+    "dominated_share: in how many of the resamples",
     "accuracy": "right answers / answered problems, with Wilson's 95% interval",
     "accuracy_retention": "child accuracy / baseline accuracy at the same effort",
     "weight_bytes": "bytes of all tensors of the served checkpoint",
@@ -42,6 +55,7 @@ def report_document(
     child: str,
     notes: Sequence[str],
     extra: Mapping[str, Any],
+    frontier: Sequence[FrontierPoint] = (),
 ) -> dict[str, Any]:
     """The content of report.json."""
     document: dict[str, Any] = {
@@ -51,6 +65,7 @@ def report_document(
         "scenario": engines[0].scenario.model_dump(),
         "notes": list(notes),
         "definitions": dict(DEFINITIONS),
+        "frontier": [_point_entry(point) for point in frontier],
         "extra": dict(extra),
     }
     for engine in engines:
@@ -60,6 +75,18 @@ def report_document(
     for comparison in others:
         document[child][f"vs_{comparison.baseline}"] = comparison_entry(comparison)
     return document
+
+
+def _point_entry(point: FrontierPoint) -> dict[str, Any]:
+    return {
+        "engine": point.engine,
+        "effort": point.effort,
+        "requests_per_s": point.requests_per_s,
+        "accuracy": point.accuracy,
+        "on_frontier": point.is_on_frontier,
+        "dominated_by": [{"engine": engine, "effort": effort} for engine, effort in point.dominated_by],
+        "dominated_share": point.dominated_share,
+    }
 
 
 def _engine_entry(engine: EngineMeasurement) -> dict[str, Any]:
@@ -107,13 +134,16 @@ def comparison_entry(comparison: Comparison) -> dict[str, Any]:
     entry: dict[str, Any] = {
         **_ratio_entry("per_token_speedup", comparison.per_token_speedup),
         "per_token_speedup_range": comparison.per_token_speedup_range and list(comparison.per_token_speedup_range),
+        **_ratio_entry("break_even_length_ratio", comparison.break_even_length_ratio),
         **_ratio_entry("weight_bytes_ratio", comparison.weight_bytes_ratio),
         **_ratio_entry("kv_bytes_per_sequence_ratio", comparison.kv_bytes_per_sequence_ratio),
         "efforts": {
             effort: {
                 **_ratio_entry("relative_request_rate", result.relative_request_rate),
+                **_ratio_entry("relative_request_rate_to_high", result.relative_request_rate_to_high),
                 **_ratio_entry("accuracy_retention", result.accuracy_retention),
                 **_ratio_entry("relative_output_tokens", result.relative_output_tokens),
+                "length_headroom": result.length_headroom,
             }
             for effort, result in comparison.efforts.items()
         },
@@ -124,7 +154,14 @@ def comparison_entry(comparison: Comparison) -> dict[str, Any]:
 
 
 def _ratio_entry(key: str, ratio: Ratio) -> dict[str, Any]:
-    return {key: ratio.value} if ratio.reason is None else {key: None, f"{key}_reason": ratio.reason}
+    if ratio.reason is not None:
+        return {key: None, f"{key}_reason": ratio.reason}
+    entry: dict[str, Any] = {key: ratio.value}
+    if ratio.interval is None:
+        return entry
+    if ratio.interval.reason is not None:
+        return entry | {f"{key}_interval": None, f"{key}_interval_reason": ratio.interval.reason}
+    return entry | {f"{key}_interval": [ratio.interval.low, ratio.interval.high]}
 
 
 def _merge(target: dict[str, Any], source: Mapping[str, Any]) -> None:

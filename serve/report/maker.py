@@ -1,4 +1,4 @@
-"""`make_report`: measured engines in; a table, report.json and report.html out."""
+"""`make_report`: measured engines in; a table, report.json, report.md and report.html out."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from puzzle_trtllm.errors import BenchError
 from puzzle_trtllm.folders import write_atomically
 from puzzle_trtllm.serve.report.compare import compare
 from puzzle_trtllm.serve.report.document import RESERVED_KEYS, report_document
+from puzzle_trtllm.serve.report.frontier import frontier_of
+from puzzle_trtllm.serve.report.markdown import render_markdown
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
 from puzzle_trtllm.serve.report.notes import notes_on
 from puzzle_trtllm.serve.report.page import render_page
 from puzzle_trtllm.serve.report.summary import Report
 from puzzle_trtllm.serve.report.table import report_table
 
-JSON_NAME, PAGE_NAME = "report.json", "report.html"
+JSON_NAME, PAGE_NAME, MARKDOWN_NAME = "report.json", "report.html", "report.md"
 
 
 def make_report(
@@ -32,18 +34,26 @@ def make_report(
     extra: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Compare `child` with each of `baselines` (names of engines), write report.json and report.html into `out`.
+    """Compare `child` with each of `baselines` (names of engines), write report.json, .html and .md into `out`.
 
-    Headlines are against the first baseline. Files already in `out` stay, but for the two reports, which are replaced.
+    Headlines are against the first baseline. Files already in `out` stay, but the three reports are replaced.
     extra: anything JSON that belongs to the run, kept under `extra`. quiet: print no table.
 
     Returns the content of report.json. Raises BenchError when names do not fit or engines cannot be compared.
     """
     report = assemble_report(engines, baselines=baselines, child=child, title=title)
-    document = report_document(report.engines, report.comparisons, child=child, notes=report.notes, extra=extra or {})
+    document = report_document(
+        report.engines,
+        report.comparisons,
+        child=child,
+        notes=report.notes,
+        extra=extra or {},
+        frontier=report.frontier,
+    )
     folder = Path(out)
     write_atomically(folder / JSON_NAME, json.dumps(document, indent=2, allow_nan=False) + "\n")
     write_atomically(folder / PAGE_NAME, render_page(report))
+    write_atomically(folder / MARKDOWN_NAME, render_markdown(report))
     if not quiet:
         Console().print(report_table(report))
     return document
@@ -61,6 +71,7 @@ def assemble_report(
         child=by_name[child],
         comparisons=tuple(compare(by_name[child], by_name[name]) for name in baselines),
         notes=tuple(notes_on(engines, baselines=baselines, child=child)),
+        frontier=frontier_of(engines),
     )
 
 

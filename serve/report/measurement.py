@@ -40,6 +40,8 @@ class EffortMeasurement(BaseModel):
     mean_output_tokens: float = Field(gt=0)
     measured_requests_per_s: float
     requests: RequestCounts
+    outcomes: dict[str, tuple[bool, int]] = Field(default_factory=dict)
+    """Id of every answered problem -> (right, generated tokens): what intervals are resampled from."""
 
 
 class EvaluationFacts(BaseModel):

@@ -12,9 +12,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from puzzle_trtllm.serve.metrics.units import show_bytes, show_number, show_percent, show_ratio
+from puzzle_trtllm.serve.metrics.units import show_bytes, show_interval, show_number, show_percent, show_ratio
 from puzzle_trtllm.serve.report.charts.frontier import frontier_chart
 from puzzle_trtllm.serve.report.charts.layer_map import layer_map
+from puzzle_trtllm.serve.report.charts.length_budget import length_budget_chart
 from puzzle_trtllm.serve.report.charts.memory import memory_chart
 from puzzle_trtllm.serve.report.charts.throughput import throughput_chart
 from puzzle_trtllm.serve.report.document import DEFINITIONS
@@ -32,7 +33,9 @@ def render_page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(bytes=show_bytes, number=show_number, ratio=show_ratio, percent=show_percent)
+    environment.filters.update(
+        bytes=show_bytes, number=show_number, ratio=show_ratio, percent=show_percent, interval=show_interval
+    )
     return environment.get_template(TEMPLATE).render(
         report=report,
         child=report.child,
@@ -50,7 +53,8 @@ def _charts(report: Report) -> dict[str, Any]:
     drawings = {
         "throughput": throughput_chart(report.engines, report.styles, report.comparisons),
         "memory": memory_chart(report.engines, report.styles),
-        "frontier": frontier_chart(report.engines, report.styles, baseline=baseline),
+        "frontier": frontier_chart(report.engines, report.styles, baseline=baseline, frontier=report.frontier),
+        "budget": length_budget_chart(report.comparisons),
         "layers": layer_map(report.child, baseline),
     }
     return {name: Markup(svg) if svg else None for name, svg in drawings.items()}  # Drawing escapes

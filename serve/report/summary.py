@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from puzzle_trtllm.serve.metrics.statistics import Ratio
 from puzzle_trtllm.serve.metrics.units import show_bytes, show_percent, show_ratio
 from puzzle_trtllm.serve.report.compare import Comparison
+from puzzle_trtllm.serve.report.frontier import FrontierPoint
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
 
 
@@ -20,6 +21,7 @@ class Report:
     child: EngineMeasurement
     comparisons: tuple[Comparison, ...]
     notes: tuple[str, ...]
+    frontier: tuple[FrontierPoint, ...] = ()
 
     def engine(self, name: str) -> EngineMeasurement:
         return next(engine for engine in self.engines if engine.name == name)

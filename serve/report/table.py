@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from puzzle_trtllm.serve.metrics.statistics import Ratio
-from puzzle_trtllm.serve.metrics.units import NONE, show_bytes, show_number, show_percent, show_ratio
+from puzzle_trtllm.serve.metrics.units import NONE, show_bytes, show_interval, show_number, show_percent, show_ratio
 from puzzle_trtllm.serve.report.compare import Comparison
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
 from puzzle_trtllm.serve.report.summary import Report, headline
@@ -43,7 +43,11 @@ def engine_table(report: Report) -> Table:
             result = comparison.efforts[effort]
             retention = show_percent(result.accuracy_retention.value)
             _add_ratio(table, report, f"  rate vs {comparison.baseline}", show_ratio(result.relative_request_rate))
+            _add_ratio(table, report, "    95% interval", show_interval(result.relative_request_rate) or NONE)
+            to_high = show_ratio(result.relative_request_rate_to_high)
+            _add_ratio(table, report, "    vs its high effort", to_high)
             _add_ratio(table, report, f"  accuracy vs {comparison.baseline}", retention)
+        _add_dominated(table, report, effort)
     return table
 
 
@@ -69,6 +73,14 @@ def _latency(tag: str) -> Show:
         return f"{show_number(found.p50)} / {show_number(found.p95)}" if found else NONE
 
     return show
+
+
+def _add_dominated(table: Table, report: Report, effort: str) -> None:
+    """Which engines are beaten in both speed and accuracy at this effort; left out where none is."""
+    dominated = {point.engine for point in report.frontier if point.effort == effort and not point.is_on_frontier}
+    if dominated:
+        words = ("dominated" if engine.name in dominated else "frontier" for engine in report.engines)
+        table.add_row("  accuracy and speed", *words)
 
 
 _ENGINE_ROWS: tuple[tuple[str, Show], ...] = (

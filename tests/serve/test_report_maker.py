@@ -109,7 +109,7 @@ def test_the_page_is_well_formed_and_loads_nothing(made):
     assert page.loads == []
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     assert not re.search(r"https?://|url\(|@import", html)
-    assert page.tags.count("svg") == 4  # throughput, memory, frontier, layer map
+    assert page.tags.count("svg") == 5  # throughput, memory, frontier, length budget, layer map
     assert "prefers-color-scheme: dark" in html
 
 

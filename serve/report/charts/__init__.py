@@ -6,5 +6,6 @@ baselines in their order and `child` is the child, in every picture. Hovering sh
     throughput.py   tokens per second, rounds and range, without the memory cap beside it
     memory.py       what the given memory holds: weights, then sequences
     frontier.py     accuracy against request rate over reasoning efforts
+    length_budget.py  how much longer answers may be before the speedup is gone
     layer_map.py    experts and attention window of every layer
 """

@@ -2,7 +2,8 @@
 
 Along x the request rate relative to the first baseline at its highest effort, logarithmic, since low effort writes many
 times fewer tokens; along y the accuracy with its 95% interval. Up and to the right is better: where the child's curve
-lies right of its parent's, it answers more requests at the same accuracy.
+lies right of its parent's, it answers more requests at the same accuracy. Dominated points are hollow, and a dashed
+line runs through the others.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from puzzle_trtllm.axes import Axis
 from puzzle_trtllm.serve.metrics.units import show_number
+from puzzle_trtllm.serve.report.frontier import FrontierPoint
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
 from puzzle_trtllm.svg import Drawing, text_width
 
@@ -21,7 +23,11 @@ LOG_ABOVE = 3.0
 
 
 def frontier_chart(
-    engines: Sequence[EngineMeasurement], styles: Mapping[str, str], *, baseline: EngineMeasurement
+    engines: Sequence[EngineMeasurement],
+    styles: Mapping[str, str],
+    *,
+    baseline: EngineMeasurement,
+    frontier: Sequence[FrontierPoint] = (),
 ) -> str | None:
     """None when nothing was evaluated, or the baseline generated nothing."""
     efforts = list(baseline.efforts)
@@ -33,9 +39,12 @@ def frontier_chart(
     x, y = _axes(list(rates.values()))
     _grid(drawing, x, y, f"request rate relative to {baseline.name} at {efforts[-1]} effort")
     _legend(drawing, engines, styles)
+    best = sorted((p.requests_per_s / unit, p.accuracy) for p in frontier if p.is_on_frontier)
+    drawing.polyline([(x(rate), y(accuracy)) for rate, accuracy in best], "front")
+    dominated = {(point.engine, point.effort): point for point in frontier if not point.is_on_frontier}
     for engine in engines:
         points = [(effort, x(rates[engine.name, effort])) for effort in engine.efforts]
-        _curve(drawing, engine, points, y, styles[engine.name], rates)
+        _curve(drawing, engine, points, y, styles[engine.name], rates, dominated)
     return drawing.render()
 
 
@@ -64,7 +73,7 @@ def _legend(drawing: Drawing, engines: Sequence[EngineMeasurement], styles: Mapp
         drawing.circle(at + 7, 16, 7, f"fill {styles[engine.name]}")
         drawing.text(at + 20, 21, engine.name, "name")
         at += 20 + text_width(engine.name, 15) + 26
-    drawing.text(WIDTH - RIGHT, 21, "L M H: low, medium, high effort", "faint", anchor="end")
+    drawing.text(WIDTH - RIGHT, 21, "L M H: low, medium, high effort; hollow: dominated", "faint", anchor="end")
 
 
 def _curve(
@@ -74,6 +83,7 @@ def _curve(
     y: Axis,
     style: str,
     rates: Mapping[tuple[str, str], float],
+    dominated: Mapping[tuple[str, str], FrontierPoint],
 ) -> None:
     drawing.polyline([(px, y(engine.efforts[effort].accuracy)) for effort, px in points], f"stroke {style}")
     for effort, px in points:
@@ -85,5 +95,9 @@ def _curve(
             f"{result.accuracy_high:.1%}), {show_number(engine.requests_per_s(effort))} requests/s ({rate}×), "
             f"{result.mean_output_tokens:.1f} tokens a request"
         )
-        drawing.circle(px, y(result.accuracy), 10, f"fill {style} ring", hover=hover)
-        drawing.text(px, y(result.accuracy) + 4.5, effort[:1].upper(), "inside", anchor="middle")
+        point = dominated.get((engine.name, effort))
+        shape, letter = ("fill", "inside") if point is None else ("hollow", "inside hollow-letter")
+        if point is not None:
+            hover += "; dominated by " + ", ".join(f"{name} at {other}" for name, other in point.dominated_by)
+        drawing.circle(px, y(result.accuracy), 10, f"{shape} {style} ring", hover=hover)
+        drawing.text(px, y(result.accuracy) + 4.5, effort[:1].upper(), letter, anchor="middle")

@@ -1,0 +1,123 @@
+"""Dominance, by hand and by definition; intervals and both normalisations of a comparison; the Markdown report."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from puzzle_trtllm.serve.metrics.statistics import Spread
+from puzzle_trtllm.serve.report import make_report
+from puzzle_trtllm.serve.report.charts.length_budget import length_budget_chart
+from puzzle_trtllm.serve.report.compare import compare
+from puzzle_trtllm.serve.report.frontier import dominates, frontier_of
+from tests.serve.measurements import effort, family, measurement
+
+PARENT, PARENT_FP8, CHILD = family()
+
+
+def with_outcomes(accuracy_of, tokens_of, size=40):
+    """An effort whose single answers are kept; its summary is theirs."""
+    outcomes = {f"p{i}": (accuracy_of(i), tokens_of(i)) for i in range(size)}
+    accuracy = sum(right for right, _ in outcomes.values()) / size
+    tokens = sum(count for _, count in outcomes.values()) / size
+    return effort(accuracy, tokens).model_copy(update={"outcomes": outcomes})
+
+
+def test_a_point_is_dominated_by_what_is_no_worse_in_both_and_better_in_one():
+    points = {(p.engine, p.effort): p for p in frontier_of([PARENT, CHILD])}
+    # requests/s and accuracy: parent L 10, .4  M 2, .8  H 1, .9; child L 20, .5  M 5, .72  H 1.25, .9.
+    assert points["parent_bf16", "low"].dominated_by == (("child", "low"),)
+    assert points["parent_bf16", "high"].dominated_by == (("child", "high"),)
+    assert points["parent_bf16", "medium"].is_on_frontier  # slower than the child's medium, and more accurate
+    assert all(points["child", name].is_on_frontier for name in ("low", "medium", "high"))
+    assert points["child", "low"].dominated_share is None  # no single answers were kept
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4)), min_size=1, max_size=8))
+def test_dominance_is_an_order_and_something_is_always_on_the_frontier(points):
+    for a in points:
+        assert not dominates(a, a)
+        for b in points:
+            assert not (dominates(a, b) and dominates(b, a))
+            for c in points:
+                assert not (dominates(a, b) and dominates(b, c)) or dominates(a, c)
+    assert any(not any(dominates(other, point) for other in points) for point in points)
+
+
+def test_the_share_of_resamples_tells_a_safe_verdict_from_chance():
+    slow = measurement("slow", [100.0] * 3, efforts={"high": with_outcomes(lambda i: i % 2 == 0, lambda i: 100 + i)})
+    fast = measurement("fast", [300.0] * 3, efforts={"high": with_outcomes(lambda i: i % 2 == 0, lambda i: 100 + i)})
+    better = measurement("better", [100.0] * 3, efforts={"high": with_outcomes(lambda i: i != 0, lambda i: 100 + i)})
+    even = measurement("even", [100.0] * 3, efforts={"high": with_outcomes(lambda i: i % 2 == 1, lambda i: 100 + i)})
+    shares = {p.engine: p.dominated_share for p in frontier_of([slow, fast, better])}
+    assert shares == {"slow": 1.0, "fast": 0.0, "better": 0.0}
+    chance = [p.dominated_share for p in frontier_of([slow, even])]
+    assert all(0.3 < share < 0.7 for share in chance)
+
+
+def test_both_normalisations():
+    efforts = compare(CHILD, PARENT).efforts
+    # child 200/10, 200/40, 200/160; the parent at high effort 100/100.
+    to_high = {name: result.relative_request_rate_to_high.value for name, result in efforts.items()}
+    assert to_high == pytest.approx({"low": 20.0, "medium": 5.0, "high": 1.25})
+    only_low = {"efforts": {"low": effort(0.4, 10)}}
+    ratio = compare(CHILD.model_copy(update=only_low), PARENT.model_copy(update=only_low)).efforts["low"]
+    assert ratio.relative_request_rate_to_high.value is None
+    assert ratio.relative_request_rate_to_high.reason == "parent_bf16 was not evaluated at high effort"
+
+
+def test_break_even_is_where_length_has_eaten_the_speedup():
+    comparison = compare(CHILD, PARENT)
+    assert comparison.break_even_length_ratio.value == pytest.approx(2.0)
+    headroom = {name: result.length_headroom for name, result in comparison.efforts.items()}
+    # 2 / (10/10), 2 / (40/50), 2 / (160/100), each - 1
+    assert headroom == pytest.approx({"low": 1.0, "medium": 1.5, "high": 0.25})
+    longer = effort(0.9, 100 * 2.0)
+    at_the_limit = CHILD.model_copy(update={"efforts": {**CHILD.efforts, "high": longer}})
+    assert compare(at_the_limit, PARENT).efforts["high"].relative_request_rate.value == pytest.approx(1.0)
+
+
+def test_intervals_come_from_single_answers_and_say_so_where_there_are_none():
+    ours = {"high": with_outcomes(lambda i: i % 4 != 0, lambda i: 100 + 3 * i)}
+    theirs = {"high": with_outcomes(lambda i: i % 5 != 0, lambda i: 90 + 2 * i)}
+    child = measurement("child", [200.0, 210.0, 190.0], efforts=ours)
+    parent = measurement("parent", [100.0, 100.0, 101.0], efforts=theirs)
+    result = compare(child, parent)
+    for ratio in (
+        result.per_token_speedup,
+        result.efforts["high"].relative_request_rate,
+        result.efforts["high"].accuracy_retention,
+        result.efforts["high"].relative_output_tokens,
+    ):
+        assert ratio.interval.low < ratio.value < ratio.interval.high
+    bare = compare(CHILD, PARENT).efforts["high"].accuracy_retention
+    assert bare.interval.reason == "the measurement keeps no single answers"
+    one_round = compare(child.model_copy(update={"output_tokens_per_s": Spread.of([200.0])}), parent)
+    assert one_round.per_token_speedup.interval.reason == "throughput was measured in a single round"
+
+
+def test_report_json_and_markdown_say_all_of_it(tmp_path):
+    make_report(family(), baselines=["parent_bf16", "parent_fp8"], child="child", out=tmp_path, quiet=True)
+    document = json.loads((tmp_path / "report.json").read_text())
+    high = document["child"]["efforts"]["high"]
+    assert (high["relative_request_rate"], high["relative_request_rate_to_high"]) == (1.25, 1.25)
+    assert (high["relative_request_rate_interval"], high["length_headroom"]) == (None, 0.25)
+    assert document["child"]["break_even_length_ratio"] == 2.0
+    dominated = {(p["engine"], p["effort"]) for p in document["frontier"] if not p["on_frontier"]}
+    assert ("parent_bf16", "low") in dominated
+    text = (tmp_path / "report.md").read_text()
+    assert "| high | requests/s, same effort | 1.25× |" in text
+    assert "| parent_bf16 | low | 40.0% | 10.0 | dominated by child low | – |" in text
+    widths = {line.count(" | ") for line in text.split("## By")[0].splitlines() if line.startswith("| ")}
+    assert len(widths) == 1
+
+
+def test_the_length_budget_marks_every_effort_or_is_left_out():
+    svg = length_budget_chart([compare(CHILD, PARENT), compare(CHILD, PARENT_FP8)])
+    assert svg.count("<circle") == 6
+    assert "gone at 2.00×" in svg and "gone at 1.25×" in svg
+    assert "high effort: 1.60× as long; may change by -22%" in svg  # against the FP8 parent: 1.25 / 1.6
+    assert length_budget_chart([]) is None
