@@ -113,7 +113,7 @@ class HarmonyDecoder:
         self._parser = HarmonyParser()
         self._stream = DecodeStream(skip_special_tokens=False)
         self._ids: list[int] = []
-        self._shown = ""
+        self._shown_length = 0
         self.analysis_tokens = 0
         """Tokens in the bodies of analysis messages so far."""
 
@@ -132,7 +132,7 @@ class HarmonyDecoder:
             self._ids.append(token_id)
             text = self._stream.step(self._tokenizer, token_id)
             if text:
-                self._shown += text
+                self._shown_length += len(text)
                 yield from _some(self._parser.text(text))
 
     def finish(self) -> Iterator[Piece]:
@@ -145,8 +145,8 @@ class HarmonyDecoder:
         """The rest of the text since the last special token: bytes that never became a character show as U+FFFD."""
         if self._ids:
             whole = self._tokenizer.decode(self._ids, skip_special_tokens=False)
-            yield from _some(self._parser.text(whole[len(self._shown) :]))
-            self._stream, self._ids, self._shown = DecodeStream(skip_special_tokens=False), [], ""
+            yield from _some(self._parser.text(whole[self._shown_length :]))
+            self._stream, self._ids, self._shown_length = DecodeStream(skip_special_tokens=False), [], 0
 
 
 def speaks_harmony(tokenizer: Tokenizer) -> bool:
