@@ -14,7 +14,7 @@ from puzzle_trtllm.serve.report.compare import Comparison
 from puzzle_trtllm.svg import Drawing
 
 WIDTH, LEFT, RIGHT = 960.0, 190.0, 40.0
-BAR, ROW, FOOT = 26.0, 78.0, 56.0
+BAR, ROW, FOOT = 26.0, 94.0, 56.0
 APART = 22.0
 """Marks nearer than this are stacked."""
 
@@ -40,20 +40,21 @@ def length_budget_chart(comparisons: Sequence[Comparison]) -> str | None:
 
 def _row(drawing: Drawing, axis: Axis, top: float, comparison: Comparison) -> None:
     limit = comparison.break_even_length_ratio.value or 0.0
-    y = top + 34
+    y = top + 50
     drawing.text(LEFT - 14, y + 10, f"vs {comparison.baseline}", "name", anchor="end")
     drawing.text(LEFT - 14, y + 26, f"gone at {show_ratio(comparison.break_even_length_ratio)}", "faint", anchor="end")
     hover = f"break-even at {limit:.2f}×"
     drawing.rect(axis(0), y, axis(limit) - axis(0), BAR, "fill pale child", radius=3, hover=hover)
     drawing.line(axis(limit), y - 5, axis(limit), y + BAR + 5, "whisker")
-    taken: list[float] = []
+    taken: list[tuple[float, int]] = []
     for effort, result in comparison.efforts.items():
         length = result.relative_output_tokens.value
         if length is None:
             continue
         x = axis(length)
-        level = sum(abs(x - other) < APART for other in taken)
-        taken.append(x)
+        beside = {level for other, level in taken if abs(x - other) < APART}
+        level = next(level for level in range(len(taken) + 1) if level not in beside)
+        taken.append((x, level))
         headroom = f"{result.length_headroom:+.0%}" if result.length_headroom is not None else "none"
         hover = f"{effort} effort: {length:.2f}× as long; may change by {headroom} until no request is gained"
         drawing.circle(x, y + BAR / 2 - level * APART, 10, "fill child ring", hover=hover)
