@@ -217,6 +217,7 @@ def test_closing_a_stream_frees_its_cache(server) -> None:
 def test_a_client_that_disappears_makes_room_for_the_next(server) -> None:
     """All places are taken and one more is refused, until a client goes, long before any request would end."""
     wait_until(lambda: blocks_used(server) == 0, what="no blocks in use")
+    cancelled = metric(server, 'puzzle_requests_total{end="cancelled"}') or 0
 
     async def scenario() -> tuple[str, float]:
         async with TritonLlmClient(server.grpc_url) as client:
@@ -242,6 +243,9 @@ def test_a_client_that_disappears_makes_room_for_the_next(server) -> None:
             return text, waited_s
 
     text, waited_s = run(scenario())
+    wait_until(
+        lambda: metric(server, 'puzzle_requests_total{end="cancelled"}') == cancelled + MAX_OPEN, what="all cancelled"
+    )
     wait_until(lambda: blocks_used(server) == 0, what="the blocks are free again")
     assert text == "y" and waited_s < 2, "a place is free within 100 ms on an idle machine; the others need 20 s"
 
