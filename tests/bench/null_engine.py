@@ -32,10 +32,13 @@ from puzzle_trtllm.serve.triton.probe import http_status
 ABACUS = Path(__file__).parents[2] / "puzzle_trtllm" / "demo" / "abacus"
 INTERVALS = (10, 1)
 MODEL = """
+import threading
+import time
+
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-INTERVAL = {interval}
+INTERVAL, FIRST_S, STEP_S = {interval}, {first_s}, {step_s}
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -48,13 +51,23 @@ class TritonPythonModel:
         for request in requests:
             left = int(pb_utils.get_input_tensor_by_name(request, "sampling_param_max_tokens").as_numpy()[0])
             sender = request.get_response_sender()
-            while left > 0:
-                ids = np.full(min(INTERVAL, left), 7, dtype=np.int32)
-                left -= len(ids)
-                tensors = [pb_utils.Tensor("text_output", text(b"x")), pb_utils.Tensor("output_ids", ids)]
-                if not left:
-                    tensors.append(pb_utils.Tensor("finish_reason", text(b"length")))
-                sender.send(pb_utils.InferenceResponse(tensors), flags=0 if left else FINAL)
+            if FIRST_S or STEP_S:
+                threading.Thread(target=answer, args=(sender, left, time.monotonic() + FIRST_S)).start()
+            else:
+                answer(sender, left, 0.0)
+
+
+def answer(sender, left, due):
+    while left > 0:
+        if due:
+            time.sleep(max(0.0, due - time.monotonic()))
+            due += STEP_S
+        ids = np.full(min(INTERVAL, left), 7, dtype=np.int32)
+        left -= len(ids)
+        tensors = [pb_utils.Tensor("text_output", text(b"x")), pb_utils.Tensor("output_ids", ids)]
+        if not left:
+            tensors.append(pb_utils.Tensor("finish_reason", text(b"length")))
+        sender.send(pb_utils.InferenceResponse(tensors), flags=0 if left else FINAL)
 """
 
 
@@ -77,15 +90,19 @@ def config() -> str:
 
 
 @contextmanager
-def null_server(interval: int) -> Iterator[str]:
-    """A running server; gives its gRPC URL."""
+def null_server(interval: int, *, first_s: float = 0.0, step_s: float = 0.0) -> Iterator[tuple[str, str]]:
+    """A running server; gives its gRPC and HTTP addresses. First responses take `first_s`, others `step_s`."""
     install = find_triton()
     ports = choose_ports("127.0.0.1", {"HTTP": 0, "gRPC": 0, "metrics": 0})
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "models" / "tensorrt_llm"
         (model / "1").mkdir(parents=True)
         (model / "config.pbtxt").write_text(config())
-        (model / "1" / "model.py").write_text(MODEL.replace("{interval}", str(interval)))
+        pace = {"{interval}": interval, "{first_s}": first_s, "{step_s}": step_s}
+        source = MODEL
+        for word, value in pace.items():
+            source = source.replace(word, str(value))
+        (model / "1" / "model.py").write_text(source)
         command = [str(install.server), "--model-repository", str(model.parent), *install.arguments(Path(scratch))]
         for name, key in (("http", "HTTP"), ("grpc", "gRPC"), ("metrics", "metrics")):
             command += [f"--{name}-address=127.0.0.1", f"--{name}-port={ports[key]}"]
@@ -102,7 +119,7 @@ def null_server(interval: int) -> Iterator[str]:
                 if process.poll() is not None or time.monotonic() > deadline_s:
                     raise SystemExit(f"tritonserver did not start:\n{log.read_text()[-2000:]}")
                 time.sleep(0.1)
-            yield f"127.0.0.1:{ports['gRPC']}"
+            yield f"127.0.0.1:{ports['gRPC']}", f"127.0.0.1:{ports['HTTP']}"
         finally:
             process.terminate()
             process.wait(60)
@@ -127,7 +144,7 @@ def main() -> None:
     workers = [int(word) for word in options.workers.split(",")]
     samples: dict[tuple[int, int], list[BenchResult]] = {(i, w): [] for i in INTERVALS for w in workers}
     with null_server(INTERVALS[0]) as slow, null_server(INTERVALS[1]) as fast:
-        urls = dict(zip(INTERVALS, (slow, fast), strict=True))
+        urls = dict(zip(INTERVALS, (slow[0], fast[0]), strict=True))
         for round_ in range(options.rounds):
             for interval, count in list(samples) if round_ % 2 == 0 else list(samples)[::-1]:
                 scale = 1 if interval > 1 else 4  # responses cost, not tokens
