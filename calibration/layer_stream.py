@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save_file
 
 from puzzle_trtllm.calibration.dataset import CalibrationDataset
 from puzzle_trtllm.calibration.forward import MAX_TOKENS_PER_BATCH, naming_layers, num_threads, progress, threads
+from puzzle_trtllm.calibration.memory import free_memory
 from puzzle_trtllm.calibration.one_layer import embed, load_layer
 from puzzle_trtllm.calibration.ranks import ALONE, Ranks
 from puzzle_trtllm.checkpoint import Checkpoint
@@ -107,6 +108,7 @@ def stream_layers(
         for layer in range(first, num_layers):
             run = _LayerPass(runs, folder, layer, num_layers, dtype=dtype, advance=partial(bar.advance, task))
             _save(visit(load_layer(source, layer, dtype=dtype, device=device), run, layer), _result(folder, layer))
+            free_memory()
             ranks.wait()  # a layer's input is needed until every rank has that layer's result
             for name in runs.names:
                 _hidden(folder, layer, name).unlink(missing_ok=True)
