@@ -110,10 +110,10 @@ def test_no_tensor_is_made_on_a_device_of_its_own(child):
 @pytest.mark.gpu
 @torch.no_grad()
 def test_on_a_gpu_as_on_the_cpu(child, tokens):
-    on_cpu = load_causal_lm(child, dtype=torch.float32)
-    on_gpu = load_causal_lm(child, dtype=torch.bfloat16).to("cuda")
-    expected, found = on_cpu(tokens).logits, on_gpu(tokens.cuda()).logits.cpu().float()
-    assert (found - expected).norm() / expected.norm() < 0.05  # bfloat16 keeps 8 bits
+    on_cpu, on_gpu = load_causal_lm(child), load_causal_lm(child).to("cuda")
+    if hasattr(on_gpu, "set_experts_implementation"):
+        on_gpu.set_experts_implementation("eager")  # grouped products of float32 are none of CUDA's
+    torch.testing.assert_close(on_gpu(tokens.cuda()).logits.cpu(), on_cpu(tokens).logits, atol=1e-3, rtol=1e-3)
     options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     cached, plain = (on_gpu.generate(tokens.cuda(), use_cache=use, **options) for use in (True, False))
     assert torch.equal(cached, plain)
