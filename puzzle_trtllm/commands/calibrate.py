@@ -74,6 +74,7 @@ def experts_command(
 
     Writes the file that `derive` reads: one importance an expert, larger means keep.
     """
+    _limit_kernel_cache()
     import torch
 
     from puzzle_trtllm.calibration import experts
@@ -96,6 +97,12 @@ def experts_command(
         print_json(_experts_json(report))
     else:
         print_table(importance_table(report))
+
+
+def _limit_kernel_cache() -> None:
+    from puzzle_trtllm.calibration.kernel_cache import limit_kernel_cache
+
+    limit_kernel_cache()
 
 
 def _experts_json(report: ExpertCalibration) -> dict[str, Any]:
@@ -177,6 +184,7 @@ def kv_command(
     Writes a checkpoint that carries the scales, and kv_report.json and .html: what they do to K and V in every layer,
     what FP8 changes in the output on held-out text, with and without calibration, and how many bytes it saves.
     """
+    _limit_kernel_cache()
     import torch
 
     from puzzle_trtllm.calibration.kv import calibrate_kv

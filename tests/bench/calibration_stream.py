@@ -48,6 +48,10 @@ DEFAULT_KINDS = KINDS[:6]
 
 PROGRAM = """
 import json, sys, time
+if sys.argv[1].startswith(("kv", "experts")):
+    from puzzle_trtllm.calibration.kernel_cache import limit_kernel_cache
+
+    limit_kernel_cache()  # as the commands do
 start = time.perf_counter()
 import torch
 from pathlib import Path

@@ -1,0 +1,36 @@
+"""The limit on oneDNN's compiled kernels: set by the commands for their own process, and never over the user's own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from puzzle_trtllm.calibration.kernel_cache import KEPT_KERNELS, VARIABLE
+
+PROGRAM = """
+import sys
+from puzzle_trtllm.cli import main
+from puzzle_trtllm.calibration import experts, kv
+
+def tell(*arguments, **options):
+    import os
+    print("kernels", os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY"))
+    sys.exit(0)
+
+experts.calibrate_experts = kv.calibrate_kv = tell
+sys.argv[1:] = ["calibrate", sys.argv[1], "folder", "out"]
+main()
+"""
+
+
+@pytest.mark.parametrize("command", ["experts", "kv"])
+@pytest.mark.parametrize(("given", "expected"), [({}, str(KEPT_KERNELS)), ({VARIABLE: "7"}, "7")])
+def test_the_commands_set_it_unless_the_user_did(command, given, expected):
+    environment = {key: value for key, value in os.environ.items() if key != VARIABLE} | given
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, command], env=environment, capture_output=True, text=True, check=False
+    )
+    assert f"kernels {expected}" in run.stdout, run.stderr
