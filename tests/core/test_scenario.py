@@ -73,3 +73,10 @@ def test_lengths_keep_their_mean_and_their_bounds(spread, low, high):
     assert low <= min(lengths) < low + 15 and high - 15 < max(lengths) <= high
     # Standard error of the mean: at most 50 / sqrt(3) / sqrt(5000) = 0.41 tokens.
     assert statistics.mean(lengths) == pytest.approx(100, abs=1.7)
+
+
+@pytest.mark.parametrize("name", ["long", "short"])
+def test_a_nodes_load_is_eight_times_that_of_one_gpu(name):
+    one, node = load_scenario(name), load_scenario(f"{name}-node")
+    assert (node.input_tokens, node.output_tokens) == (one.input_tokens, one.output_tokens)
+    assert (node.concurrency, node.num_requests) == (8 * one.concurrency, 8 * one.num_requests)
