@@ -80,7 +80,7 @@ def test_a_wrong_file_is_one_line(tmp_path, content, message):
 
 @pytest.mark.parametrize("name", ["nothing", "nothing.yaml", "/tmp/nothing/long.yaml", "sub/long"])
 def test_an_unknown_name_lists_the_known_ones(name):
-    with pytest.raises(ConfigError, match=r"no such scenario .*cpu-demo, .*long, short"):
+    with pytest.raises(ConfigError, match=r"no such scenario .*cpu-demo, .*long, long-node, short, short-node\)"):
         load_scenario(name)
 
 
