@@ -22,9 +22,9 @@ import puzzle_trtllm
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.triton.contract import MODEL_NAME
-from puzzle_trtllm.serve.triton.install import find_triton
+from puzzle_trtllm.serve.triton.install import TritonInstall, find_triton
 from puzzle_trtllm.serve.triton.log import explain_failure
-from puzzle_trtllm.serve.triton.ports import choose_ports
+from puzzle_trtllm.serve.triton.ports import choose_ports, hold_ports
 from puzzle_trtllm.serve.triton.probe import http_status, read_metrics, values_of
 from puzzle_trtllm.serve.triton.process import GuardedProcess, children_of
 from puzzle_trtllm.serve.triton.repository import write_repository
@@ -86,32 +86,16 @@ class TritonServer:
         if self._tls is not None:
             self._tls.check()
         install = find_triton()
-        self._ports = choose_ports(self.host, self._wanted)
-        if self._http_host != self.host:
-            choose_ports(self._http_host, {"HTTP": self._ports["HTTP"]})
-        self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        shm_prefix = f"puzzle_{uuid.uuid4().hex[:12]}_"
-        scratch = Path(tempfile.mkdtemp(prefix="puzzle-triton-"))
-        try:
-            repository = write_repository(self.engine, scratch / "repository", **self._repository_options)
-            command = [str(install.server), "--model-repository", str(repository), *install.arguments(scratch)]
-            self._process = GuardedProcess(
-                [*command, *self._options(shm_prefix), *self._arguments],
-                environment={**install.environment, **self._environment, **python_path(self._environment)},
-                log_file=self.log_file,
-                grace_s=self._drain_s + 5,
-                shm_prefix=shm_prefix,
-                scratch=scratch,
-            )
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
-        try:
-            self._wait_until_ready()
-        except BaseException:
-            process, self._process = self._process, None
-            process.stop(grace_s=2)
-            raise
+        with hold_ports(self.host, self._wanted) as self._ports:
+            if self._http_host != self.host:
+                choose_ports(self._http_host, {"HTTP": self._ports["HTTP"]})
+            process = self._process = self._launch(install)
+            try:
+                self._wait_until_ready()
+            except BaseException:
+                self._process = None
+                process.stop(grace_s=2)
+                raise
         return self
 
     def stop(self, *, grace_s: float | None = None) -> None:
@@ -139,6 +123,26 @@ class TritonServer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+    def _launch(self, install: TritonInstall) -> GuardedProcess:
+        """The server's process on the chosen ports, not yet ready."""
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        shm_prefix = f"puzzle_{uuid.uuid4().hex[:12]}_"
+        scratch = Path(tempfile.mkdtemp(prefix="puzzle-triton-"))
+        try:
+            repository = write_repository(self.engine, scratch / "repository", **self._repository_options)
+            command = [str(install.server), "--model-repository", str(repository), *install.arguments(scratch)]
+            return GuardedProcess(
+                [*command, *self._options(shm_prefix), *self._arguments],
+                environment={**install.environment, **self._environment, **python_path(self._environment)},
+                log_file=self.log_file,
+                grace_s=self._drain_s + 5,
+                shm_prefix=shm_prefix,
+                scratch=scratch,
+            )
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
 
     def _wait_until_ready(self) -> None:
         began_s = time.monotonic()

@@ -4,42 +4,50 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from puzzle_trtllm.errors import ServeError
 
 
-def choose_ports(host: str, wanted: dict[str, int]) -> dict[str, int]:
+@contextmanager
+def hold_ports(host: str, wanted: dict[str, int]) -> Iterator[dict[str, int]]:
     """The ports to use: those wanted (by purpose), and a free one wherever 0 was asked for.
 
-    All are held open while choosing, so that they differ. Between this and the server's own bind another process can
-    still take one. Raises ServeError naming a port that is in use.
+    Within the block no other process is given one of them when it asks for any free port, and a server that names one
+    can listen on it: Linux allows that beside a socket which is bound, with SO_REUSEADDR on both, and does not listen.
+    Raises ServeError naming a port that is in use.
     """
-    sockets: list[socket.socket] = []
-    try:
-        ports = {}
+    with ExitStack() as held:
+        ports: dict[str, int] = {}
         for purpose, port in wanted.items():
-            listener = _bind(host, port, purpose)
-            sockets.append(listener)
-            ports[purpose] = int(listener.getsockname()[1])
+            if port in ports.values():
+                raise _in_use(port, purpose)
+            ports[purpose] = int(held.enter_context(_bind(host, port, purpose)).getsockname()[1])
+        yield ports
+
+
+def choose_ports(host: str, wanted: dict[str, int]) -> dict[str, int]:
+    """As `hold_ports`, but not held: until the server's own bind another process can still take one."""
+    with hold_ports(host, wanted) as ports:
         return ports
-    finally:
-        for listener in sockets:
-            listener.close()
 
 
 def _bind(host: str, port: int, purpose: str) -> socket.socket:
+    """A socket on the port; not listening, so it only fails where somebody listens."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    bound = socket.socket(family, socket.SOCK_STREAM)
     # As servers do: a port in TIME_WAIT is free, one that is listened on is not.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host, port))
-        listener.listen(1)
+        bound.bind((host, port))
     except OSError as error:
-        listener.close()
+        bound.close()
         if error.errno == errno.EADDRINUSE:
-            raise ServeError(
-                f"port {port} ({purpose}) is in use", expected="a free port, or 0 to have one chosen"
-            ) from None
+            raise _in_use(port, purpose) from None
         raise ServeError(f"cannot listen on {host}:{port} ({purpose}): {error.strerror}") from None
-    return listener
+    return bound
+
+
+def _in_use(port: int, purpose: str) -> ServeError:
+    return ServeError(f"port {port} ({purpose}) is in use", expected="a free port, or 0 to have one chosen")

@@ -24,7 +24,7 @@ from puzzle_trtllm.serve.client.triton_client import TritonLlmClient, generate
 from puzzle_trtllm.serve.triton import install
 from puzzle_trtllm.serve.triton.install import find_triton
 from puzzle_trtllm.serve.triton.log import find_reason
-from puzzle_trtllm.serve.triton.ports import choose_ports
+from puzzle_trtllm.serve.triton.ports import choose_ports, hold_ports
 from puzzle_trtllm.serve.triton.process import children_of, is_alive
 from puzzle_trtllm.serve.triton.server import TritonServer, serve_engine
 from tests.serve.scripted import scripted_engine, wait_until
@@ -154,6 +154,29 @@ def test_a_port_in_use_is_named_before_anything_starts(engine, option: str, purp
 def test_free_ports_differ_from_each_other() -> None:
     ports = choose_ports("127.0.0.1", dict.fromkeys("abc", 0))
     assert len(set(ports.values())) == 3 and all(ports.values())
+
+
+def test_no_port_can_be_two_things(engine) -> None:
+    (port,) = choose_ports("127.0.0.1", {"any": 0}).values()
+    with pytest.raises(ServeError, match=rf"^port {port} \(gRPC\) is in use"):
+        TritonServer(engine, http_port=port, grpc_port=port).start()
+
+
+def test_a_held_port_is_the_servers_and_given_to_nobody_else() -> None:
+    """A hundred sockets at once that ask for any port, a few hundred times: without the hold some are given it."""
+    with hold_ports("127.0.0.1", {"a": 0}) as ports:
+        server = socket.create_server(("127.0.0.1", ports["a"]))
+    with server, socket.create_connection(server.getsockname()) as client:
+        assert server.accept()[1] == client.getsockname()
+    with hold_ports("127.0.0.1", {"a": 0}) as ports:
+        for _ in range(300):
+            others = [socket.socket() for _ in range(100)]
+            for other in others:
+                other.bind(("127.0.0.1", 0))
+            given = {other.getsockname()[1] for other in others}
+            for other in others:
+                other.close()
+            assert ports["a"] not in given
 
 
 def test_an_address_that_is_not_ours(engine) -> None:
