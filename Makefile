@@ -1,8 +1,10 @@
 # Every target sets up .venv first (bootstrap.py: checks the machine, then one pip run; nothing to do when up to date).
-# PYTHON names the interpreter that .venv is made from; TORCH_INDEX_URL one more package index to look for torch on.
+# PYTHON names the interpreter that .venv is made from; TORCH_INDEX_URL one more package index to look for torch on;
+# WORKERS is how many processes share the tests, file by file, each of them on one core (0: pytest runs them itself).
 
 PYTHON ?= $(shell for python in python3.11 python3; do $$python -c "" 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
+WORKERS ?= 0
 SOURCES := puzzle_trtllm build calibration serve tests bootstrap.py requirements
 
 .DEFAULT_GOAL := help
@@ -17,8 +19,8 @@ setup:  ## check this machine and set up .venv
 demo: setup  ## derive, calibrate, build, serve and measure a Puzzle child of the demo's model (runs/demo)
 	@$(BIN)/puzzle-trtllm demo --out runs/demo
 
-test: lint  ## lint, then the tests that take minutes at most
-	$(BIN)/python -m pytest
+test: lint  ## lint, then the tests that take minutes at most; WORKERS=2 shares them
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-all: lint  ## lint, then every test, the slow ones too
 	$(BIN)/python -m pytest -m "not gpu"

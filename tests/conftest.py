@@ -1,10 +1,14 @@
-"""Fixtures that every room uses: toy checkpoints in the released format, made in one line."""
+"""What every room's tests share: repeatable random numbers, a core for each worker, toy checkpoints in one line."""
 
 from __future__ import annotations
 
+import os
+import random
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
@@ -15,6 +19,25 @@ MakeCheckpoint = Callable[..., Path]
 # The same examples at every run, and no deadline: a busy machine must not fail a test.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+
+TORCH_SEED = 67280421310721
+"""What torch starts with: a test that is the first to import it draws the same numbers as one that is not."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Under `pytest -n`, a worker and the processes that its tests start have one core, as two threads of each of two
+    workers would spin in each other's way; a test of what several threads do asks for them itself."""
+    if hasattr(config, "workerinput"):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seed every generator before each test and its fixtures: no test's numbers depend on which ones ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(TORCH_SEED)
 
 
 @pytest.fixture(scope="session")

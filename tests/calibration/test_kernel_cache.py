@@ -26,8 +26,15 @@ main()
 """
 
 
-@pytest.mark.parametrize("command", ["experts", "kv"])
-@pytest.mark.parametrize(("given", "expected"), [({}, str(KEPT_KERNELS)), ({VARIABLE: "7"}, "7")])
+@pytest.mark.parametrize(
+    ("command", "given", "expected"),
+    [
+        ("experts", {}, str(KEPT_KERNELS)),
+        ("kv", {VARIABLE: "7"}, "7"),
+        pytest.param("kv", {}, str(KEPT_KERNELS), marks=pytest.mark.slow),
+        pytest.param("experts", {VARIABLE: "7"}, "7", marks=pytest.mark.slow),
+    ],
+)
 def test_the_commands_set_it_unless_the_user_did(command, given, expected):
     environment = {key: value for key, value in os.environ.items() if key != VARIABLE} | given
     run = subprocess.run(

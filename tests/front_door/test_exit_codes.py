@@ -263,6 +263,7 @@ def test_a_bug_leaves_its_traceback_and_exit_code_1() -> None:
 def test_interrupting_ends_quietly_with_130() -> None:
     program = (
         "import os, signal, sys, time, puzzle_trtllm.inspection\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job inherits it as ignored
         "def wait(*a, **k):\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "puzzle_trtllm.inspection.inspect = wait\n"
         "sys.argv = ['puzzle-trtllm', 'inspect', 'model']\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -23,6 +23,15 @@ needs_compiler = pytest.mark.skipif(
 )
 LIMIT = 2.0
 """Low, so that random gates and ups are clamped often."""
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """Work is shared out among threads here, however few cores a worker of pytest has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 def random_experts(experts: int, hidden: int, ffn: int, dtype: torch.dtype, form: str) -> ExpertWeights:
