@@ -65,20 +65,26 @@ class _ThreadRank:
         return parts
 
 
-def logits_of_chunks(folder: Path, tokens: list[int], sizes: Parallelism) -> list[torch.Tensor]:
+def logits_of_chunks(
+    folder: Path,
+    tokens: list[int],
+    sizes: Parallelism,
+    dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype = torch.float32,
+) -> list[torch.Tensor]:
     """Logits after a prompt chunk and some decode steps, from all ranks of `sizes`."""
     checkpoint = Checkpoint.open(folder)
     kernels = choose_kernels("auto", CPU, dequantize_experts=True)
     together = ThreadRanks(sizes.tensor)
 
     def run(shard: Shard) -> list[torch.Tensor]:
-        weights = load_weights(checkpoint, dtype=torch.float32, device=CPU, kernels=kernels, shard=shard)
+        weights = load_weights(checkpoint, dtype=dtype, device=CPU, kernels=kernels, shard=shard)
         ranks = together.of(shard.rank) if sizes.tensor > 1 else None
         model = ReferenceModel(weights, kernels, max_seq_len=512, ranks=ranks)  # type: ignore[arg-type]
         layout = plan_layout(
             weights.architecture,
             tokens_per_block=8,
-            dtype=torch.float32,
+            dtype=kv_dtype,
             budget_bytes=1 << 22,
             sequence_tokens=128,
             max_sequences=1,
@@ -126,6 +132,34 @@ def test_ranks_compute_what_one_rank_computes(eight_kv_heads, ranks, expert_grou
 @pytest.mark.parametrize(("ranks", "expert_groups"), [(4, 1), (8, 1), (8, 2)])
 def test_ninety_blocks_of_width_are_cut_unevenly_and_kv_heads_repeated(width_2880, ranks, expert_groups):
     _compare(width_2880, ranks, expert_groups)
+
+
+@pytest.fixture(scope="module")
+def every_expert(make_checkpoint) -> Path:
+    """All eight experts for every token: no near tie of a router turns a rounding into another expert's output."""
+    return make_checkpoint([(8, 24), (8, None), (8, 40)], experts_per_token=8, **EIGHT_KV_HEADS)
+
+
+TOLERANCE = {
+    (torch.float32, torch.bfloat16): 0.001,
+    (torch.float32, torch.float8_e4m3fn): 0.005,
+    (torch.bfloat16, torch.bfloat16): 0.03,
+    (torch.bfloat16, torch.float8_e4m3fn): 0.08,
+}
+"""By compute and cache dtype, of the largest logit. A sum of parts is not rounded as the whole is, and a K or V near
+the middle between two values of the cache's dtype then becomes the other one."""
+
+
+@pytest.mark.parametrize(("ranks", "expert_groups"), [(2, 2), (2, 1), (4, 1), (4, 4)])
+@pytest.mark.parametrize(("dtype", "kv_dtype"), TOLERANCE, ids=["fp32-kv16", "fp32-kv8", "bf16-kv16", "bf16-kv8"])
+def test_ranks_in_bfloat16_and_with_an_fp8_cache(every_expert, ranks, expert_groups, dtype, kv_dtype):
+    tokens = torch.randint(7, 90, (70,), generator=torch.Generator().manual_seed(1)).tolist()
+    sizes = Parallelism(tensor=ranks, moe_expert=expert_groups, moe_tensor=ranks // expert_groups)
+    alone, together = (logits_of_chunks(every_expert, tokens, s, dtype, kv_dtype) for s in (Parallelism(), sizes))
+    exact = logits_of_chunks(every_expert, tokens, Parallelism())
+    for one, several, reference in zip(alone, together, exact, strict=True):
+        assert (one - several).abs().max() <= TOLERANCE[dtype, kv_dtype] * one.abs().max()
+        assert not torch.equal(one.float(), reference), "computed and stored as asked for"
 
 
 def _compare(folder: Path, ranks: int, expert_groups: int) -> None:

@@ -109,6 +109,21 @@ def test_a_killed_rank_fails_every_request_within_seconds(child, victim):
         assert are_gone(pids)
 
 
+def test_a_rank_that_hangs_fails_every_request_and_is_ended(child):
+    """One that is stopped is alive and keeps its sockets open; all it does not do is answer, eight times in a row."""
+    with LLM(child, tensor_parallel_size=2, **ARGS) as llm:
+        requests = [llm.generate_async(prompt, LONG, streaming=True) for prompt in prompts()]
+        requests[0]._apply(requests[0]._updates.get(timeout=30))
+        pids = pids_of(llm)
+        stopped = time.monotonic()
+        os.kill(pids[1], signal.SIGSTOP)
+        for request in requests:
+            with pytest.raises(EngineDeadError, match=rf"rank 1 \(process {pids[1]}\) hangs: it does not answer"):
+                request.result(timeout=30)
+        assert 6 < time.monotonic() - stopped < 12
+        assert are_gone(pids)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_rank_outlives_its_front(child, how):
@@ -206,10 +221,23 @@ def test_a_stopped_rank_that_wakes_up_goes_on(child, expected):
         follower = psutil.Process(pids_of(llm)[1])
         follower.suspend()
         requests = [llm.generate_async(prompt, PARAMS) for prompt in prompts()]
-        time.sleep(1)
+        time.sleep(5)
         assert not any(request.finished for request in requests)
         follower.resume()
         assert [request.result(timeout=60).outputs[0].token_ids for request in requests] == expected
+
+
+@pytest.mark.slow
+def test_a_leader_that_was_stopped_accuses_nobody(child, expected):
+    with LLM(child, tensor_parallel_size=2, **ARGS) as llm:
+        leader = psutil.Process(llm.engine_pid)
+        requests = [llm.generate_async(prompt, PARAMS) for prompt in prompts()]
+        leader.suspend()
+        time.sleep(15)
+        leader.resume()
+        assert [request.result(timeout=60).outputs[0].token_ids for request in requests] == expected
+        time.sleep(3)
+        assert generate(llm) == expected
 
 
 @pytest.mark.slow

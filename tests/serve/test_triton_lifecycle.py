@@ -6,13 +6,12 @@ Each test that needs a tritonserver of its own starts one (3 to 6 seconds), so t
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import signal
 import socket
-import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,9 +26,11 @@ from puzzle_trtllm.serve.triton.log import find_reason
 from puzzle_trtllm.serve.triton.ports import choose_ports, hold_ports
 from puzzle_trtllm.serve.triton.process import children_of, is_alive
 from puzzle_trtllm.serve.triton.server import TritonServer, serve_engine
-from tests.serve.scripted import scripted_engine, wait_until
+from tests.serve.scripted import SCRIPTED, scripted_engine, wait_until
+from tests.serve.serving import Serving
 
-ROOT = Path(__file__).parents[2]
+EXIT_S = 5.0
+"""From a death to the end of `serve`."""
 
 
 @pytest.fixture(scope="module")
@@ -38,52 +39,17 @@ def engine(make_checkpoint, tmp_path_factory):
     return scripted_engine(tmp_path_factory.mktemp("scripted") / "engine", checkpoint, step_ms=5)
 
 
-class Serving:
-    """`serve_engine` in a process of its own, as a person runs it; it prints one JSON line when ready."""
-
-    SCRIPT = """
-import json, sys
-from puzzle_trtllm.serve.triton.server import serve_engine
-from tests.serve.scripted import SCRIPTED
-
-def ready(server):
-    stubs = server.stub_pids()
-    print(json.dumps({"url": server.grpc_url, "pid": server.pid, "stubs": sorted(stubs)}), flush=True)
-
-sys.exit(serve_engine(sys.argv[1], grpc_port=0, http_port=0, metrics_port=0, restart=sys.argv[2] == "restart",
-                      on_ready=ready, **SCRIPTED))
-"""
-
-    def __init__(self, engine, how: str = "once") -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self.SCRIPT, str(engine.path), how], stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-
-    def wait_ready(self) -> dict:
-        line = self.process.stdout.readline()
-        assert line, "serve_engine ended before it was ready"
-        self.ready = json.loads(line)
-        (self.engine_pid,) = children_of(self.ready["stubs"][0])
-        self.pids = [self.ready["pid"], *self.ready["stubs"], self.engine_pid]
-        return self.ready
-
-    def assert_all_gone(self) -> None:
-        wait_until(lambda: not any(is_alive(pid) for pid in self.pids), what="server, stub and engine ended")
-
-
 @pytest.fixture
 def serving(engine) -> Iterator:
     started: list[Serving] = []
 
     def start(how: str = "once") -> Serving:
-        started.append(Serving(engine, how))
+        started.append(Serving(engine, how, **SCRIPTED))
         return started[-1]
 
     yield start
     for each in started:
-        each.process.kill()
-        each.process.wait()
-        each.process.stdout.close()
+        each.end()
 
 
 async def stream_until_it_breaks(url: str, break_it) -> ServeError:
@@ -102,7 +68,23 @@ def test_an_engine_that_dies_in_mid_stream_answers_unavailable_and_serve_exits_1
     url = running.wait_ready()["url"]
     error = asyncio.run(stream_until_it_breaks(url, lambda: os.kill(running.engine_pid, signal.SIGKILL)))
     assert error.status == "UNAVAILABLE" and "the engine is dead" in str(error)
-    assert running.process.wait(timeout=20) == 1
+    assert running.process.wait(timeout=EXIT_S) == 1
+    running.assert_all_gone()
+
+
+def test_a_stub_that_dies_in_mid_stream_ends_the_stream_and_serve_exits_1(serving) -> None:
+    """Triton itself would leave the stream open for ever; ending the server ends it."""
+    running = serving()
+    url = running.wait_ready()["url"]
+    killed = []
+
+    def kill() -> None:
+        os.kill(running.stub_pid, signal.SIGKILL)
+        killed.append(time.monotonic())
+
+    error = asyncio.run(stream_until_it_breaks(url, kill))
+    assert error.status == "UNAVAILABLE"
+    assert running.process.wait(timeout=killed[0] + EXIT_S - time.monotonic()) == 1
     running.assert_all_gone()
 
 

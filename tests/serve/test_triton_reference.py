@@ -28,6 +28,8 @@ from puzzle_trtllm.serve.triton.process import children_of
 from puzzle_trtllm.serve.triton.server import TritonServer
 from tests.serve.scripted import metric, wait_until
 
+HTTP2_WINDOW = 65_535
+"""Bytes of a stream that may be under way unread (RFC 9113), unless the reader enlarges it."""
 PROMPTS = ["12+34=", "the quick brown fox", "x" * 50, "a", "2+2=", "carry the one"]
 
 
@@ -138,12 +140,16 @@ def test_a_closed_stream_gives_its_blocks_back(server) -> None:
 
 
 def test_a_reader_that_stops_reading_holds_up_nobody_and_loses_nothing(server) -> None:
-    """The engine ends its request while not one response has been read; others are served meanwhile."""
-    request = GenerationRequest(prompt="slow reader ", max_tokens=200, ignore_eos=True)
-    expected = generate("slow reader ", url=server.grpc_url, max_tokens=200, ignore_eos=True).text
+    """The engine ends its request while not one response has been read; others are served meanwhile.
+
+    The responses, everything so far in each, are more than the connection takes in without being read, so the server
+    is left with some: somebody who waits for this reader would wait for ever.
+    """
+    request = GenerationRequest(prompt="slow reader ", max_tokens=240, ignore_eos=True)
+    expected = generate("slow reader ", url=server.grpc_url, max_tokens=240, ignore_eos=True).text
 
     async def once():
-        yield RequestBuilder("tensorrt_llm", EXTRA_INPUTS).build(request)
+        yield RequestBuilder("tensorrt_llm", EXTRA_INPUTS - {"stream_delta"}).build(request)
 
     def all_ended(count: float) -> bool:
         counted = metric(server, 'puzzle_requests_total{end="ok"}')
@@ -152,7 +158,7 @@ def test_a_reader_that_stops_reading_holds_up_nobody_and_loses_nothing(server) -
     async def scenario() -> str:
         await asyncio.sleep(2.5)  # the counts of earlier requests arrive within a second
         ended = metric(server, 'puzzle_requests_total{end="ok"}') or 0
-        async with grpc.aio.insecure_channel(server.grpc_url) as channel:
+        async with grpc.aio.insecure_channel(server.grpc_url, options=[("grpc.http2.bdp_probe", 0)]) as channel:
             unread = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(once())
             async with TritonLlmClient(server.grpc_url) as client:
                 others = [GenerationRequest(prompt=f"{i}", max_tokens=200, ignore_eos=True) for i in range(4)]
@@ -163,8 +169,9 @@ def test_a_reader_that_stops_reading_holds_up_nobody_and_loses_nothing(server) -
                 what="all five ended",
             )
             assert metric(server, "puzzle_kv_blocks_used") == 0
-            texts = [unpack_string(r.infer_response.raw_output_contents[0]) async for r in unread]
-        return "".join(texts)
+            responses = [response async for response in unread]
+        assert sum(response.ByteSize() for response in responses) > HTTP2_WINDOW
+        return unpack_string(responses[-1].infer_response.raw_output_contents[0])
 
     assert run(scenario()) == expected
 

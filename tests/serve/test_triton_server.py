@@ -344,8 +344,10 @@ def test_a_full_queue_is_unavailable_at_once_and_only_while_it_is_full(server) -
             await asyncio.to_thread(
                 wait_until, lambda: metric(server, "puzzle_requests_waiting") == MAX_OPEN, what="a full table"
             )
+            asked = time.monotonic()
             with pytest.raises(ServeError, match=f"the queue is full: {MAX_OPEN} requests") as error:
                 await client.generate(GenerationRequest(prompt="one more", max_tokens=5))
+            assert time.monotonic() - asked < 1 and not any(task.done() for task in hanging)
             for task in hanging:
                 task.cancel()
             await asyncio.gather(*hanging, return_exceptions=True)

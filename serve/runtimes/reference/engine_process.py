@@ -70,6 +70,8 @@ def main(fd: int) -> int:
         return 1
     _log.info("engine ready: %s", ", ".join(f"{key}={value}" for key, value in loaded.facts.items()))
     connection.send(Ready(facts=loaded.facts))
+    if ranks is not None and ranks.followers is not None:
+        ranks.followers.loaded = True
     try:
         with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
             _serve(connection, loaded.engine)

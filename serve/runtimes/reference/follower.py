@@ -3,7 +3,7 @@
     python -m puzzle_trtllm.serve.runtimes.reference.follower LINK_FD RANK SIZE PORT
 
 It has no scheduler, no requests and no sampling. It dies with its leader, whatever it is doing: a thread waits for the
-link to close.
+link to close, and answers what comes through it, so that the leader can tell a long step from a process that hangs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(link_fd: int, rank: int, size: int, port: int) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     link = Connection(link_fd)
-    threading.Thread(target=_die_with, args=(link,), name="leader-watch", daemon=True).start()
+    threading.Thread(target=_answer, args=(link,), name="leader-watch", daemon=True).start()
     try:
         from puzzle_trtllm.serve.runtimes.reference.ranks import join_local
 
@@ -57,9 +57,11 @@ def follow(ranks: RankGroup) -> None:
         engine.model.forward(lay_out_step(unpack_step(packet, windows), engine.cache), engine.cache)
 
 
-def _die_with(link: Connection) -> None:
+def _answer(link: Connection) -> None:
     try:
-        link.recv()
+        while True:
+            link.recv()
+            link.send(None)
     except (EOFError, OSError):
         os._exit(1)
 
