@@ -10,17 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.models.reference.kernels.choice import choose_kernels
 from puzzle_trtllm.models.reference.kernels.torch_kernels import TorchKernels
-from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, SequenceBlocks, plan_layout
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, plan_layout
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.sharding import Shard, count_shard_bytes, shards_of
-from puzzle_trtllm.models.reference.step import ClaimedStep, SequenceStep, claim_step, lay_out_step
-from puzzle_trtllm.models.reference.step_packet import pack_step, unpack_step
+from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
 from puzzle_trtllm.models.reference.weights import load_weights
 from puzzle_trtllm.parallelism import Parallelism
 from puzzle_trtllm.tensors import count_weight_bytes, tensor_table
@@ -95,9 +92,7 @@ def logits_of_chunks(
             step = SequenceStep(
                 tokens=tokens[start : start + length], start=start, blocks=blocks, wants_logits=start + length > 20
             )
-            claimed = claim_step([step], cache)
-            packet = pack_step(claimed, list(cache.pools))
-            logits.append(model.forward(lay_out_step(unpack_step(packet, list(cache.pools)), cache), cache))
+            logits.append(model.forward(plan_step([step], cache), cache))
             start += length
         return logits
 
@@ -215,23 +210,6 @@ def test_a_rank_reads_and_holds_its_part_alone(make_checkpoint):
         assert weights.num_bytes == pytest.approx(count_shard_bytes(shard), rel=0.02)
         assert count_shard_bytes(shard) < replicated + (whole - replicated) / 8 * 1.25
     assert count_shard_bytes(Shard(architecture=a)) == whole
-
-
-blocks = st.builds(SequenceBlocks, first_block=st.integers(0, 9), blocks=st.lists(st.integers(0, 2**20), max_size=5))
-sequences = st.builds(
-    SequenceStep,
-    tokens=st.lists(st.integers(0, 2**18), min_size=1, max_size=4),
-    start=st.integers(0, 2**17),
-    blocks=st.fixed_dictionaries({128: blocks, None: blocks}),
-    wants_logits=st.booleans(),
-)
-
-
-@given(decodes=st.lists(sequences, max_size=4), chunks=st.lists(sequences, max_size=3), data=st.data())
-def test_a_step_survives_the_journey(decodes, chunks, data):
-    past = [data.draw(st.fixed_dictionaries({128: blocks, None: blocks})) for _ in chunks]
-    step = ClaimedStep(sequences=[*decodes, *chunks], num_decodes=len(decodes), past=past)
-    assert unpack_step(pack_step(step, [128, None]), [128, None]) == step
 
 
 @pytest.mark.parametrize(

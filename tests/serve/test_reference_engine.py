@@ -5,6 +5,10 @@ from __future__ import annotations
 import random
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -13,9 +17,11 @@ from hypothesis import strategies as st
 
 from puzzle_trtllm.models.reference.kernels.torch_kernels import TorchKernels
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, plan_layout
+from puzzle_trtllm.models.reference.rank_group import RankGroup
 from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
-from puzzle_trtllm.serve.runtimes.reference.messages import DecodingRule, Submit, TokenUpdate
-from puzzle_trtllm.serve.runtimes.reference.sampling import SamplingInput, choose_tokens, uniform
+from puzzle_trtllm.serve.runtimes.reference.engine_process import run
+from puzzle_trtllm.serve.runtimes.reference.messages import Abort, DecodingRule, EngineStats, Submit, TokenUpdate
+from puzzle_trtllm.serve.runtimes.reference.sampling import choose_tokens, uniform
 from puzzle_trtllm.serve.runtimes.reference.scheduler import Sequence
 from tests.toys import toy_architecture
 
@@ -190,6 +196,62 @@ def test_decoding_goes_on_while_a_long_prompt_arrives_in_chunks():
     assert tokens_of_first == 7, "one token a step, however long the other's prompt is"
 
 
+class ThreadRank(RankGroup):
+    """One of two ranks that are threads."""
+
+    def __init__(self, rank: int, link: SimpleQueue[object]) -> None:
+        self.rank = rank
+        self.link = link
+
+    def share(self, value: object = None) -> object:
+        if self.rank:
+            return self.link.get(timeout=30)
+        self.link.put(value)
+        return value
+
+
+def test_a_rank_that_hears_the_messages_and_the_choices_runs_the_same_steps():
+    """Random arrivals and aborts, and requests whose sampling fails: those alone fail, on both ranks alike."""
+    generator = random.Random(5)
+    link: SimpleQueue[object] = SimpleQueue()
+    inbox: list[list[Submit | Abort]] = []
+    poisoned = set(range(0, 60, 9))
+    for request_id in range(60):
+        rule: dict[str, object] = {"greedy": False, "seed": None if request_id in poisoned else request_id}
+        message = Submit(
+            request_id=request_id,
+            prompt_token_ids=family_prompt(generator, generator.randrange(1, 100)),
+            rule=DecodingRule(max_tokens=generator.randrange(1, 20), **rule),  # type: ignore[arg-type]
+            arrival_ns=0,
+        )
+        aborted = [Abort(request_id=generator.randrange(60))] if generator.random() < 0.3 else []
+        inbox.append([message, *aborted])
+
+    def take_part(rank: int) -> tuple[list[tuple[object, ...]], EngineStats]:
+        ranks = ThreadRank(rank, link)
+        engine = make_engine(budget=1 << 18)
+        engine.ranks = ranks
+        if rank:  # as the logits are gathered: on the leader alone
+            engine.model = SimpleNamespace(forward=lambda step, cache: torch.empty(0, VOCABULARY))  # type: ignore[assignment]
+        messages = iter(inbox)
+        reports: list[TokenUpdate] = []
+
+        def receive(wait: bool) -> list[Submit | Abort] | None:
+            return cast("list[Submit | Abort] | None", ranks.share(next(messages, None if wait else [])))
+
+        run(engine, receive, lambda report: reports.extend(report.updates))
+        told = [(r.request_id, r.token_ids, r.finish_reason, r.error is not None) for r in reports]
+        return cast("list[tuple[object, ...]]", told), engine.stats
+
+    with ThreadPoolExecutor(2) as threads:
+        (told, stats), other = threads.map(take_part, [0, 1])
+    assert (told, stats) == other
+    failed = {request_id for request_id, _, _, is_error in told if is_error}
+    assert failed and failed <= poisoned
+    assert {request_id for request_id, _, finish, _ in told if finish} == set(range(60)) - failed
+    assert stats.num_free_blocks == stats.num_blocks
+
+
 def test_reports_come_every_interval_and_lose_no_token():
     engine = make_engine()
     submit(engine, 1, 4, max_tokens=23, report_every=10)
@@ -226,7 +288,7 @@ def test_sampled_frequencies_follow_the_filtered_distribution(top_k, top_p, temp
     draws: Counter[int] = Counter()
     for seed in range(4000):
         rule = DecodingRule(max_tokens=1, greedy=False, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        row = SamplingInput(rule=rule, tokens=[1, 2], num_generated=0)
+        row = Sequence(request_id=1, rule=rule, tokens=[1, 2], num_prompt_tokens=2, arrival_ns=0)
         draws[choose_tokens(logits[None].clone(), [row])[0][0]] += 1
     assert set(draws) <= set(kept[: reached + 1].tolist())
     for token, probability in zip(kept.tolist(), head.tolist(), strict=False):
@@ -237,6 +299,6 @@ def test_penalties_lower_what_was_seen():
     logits = torch.tensor([[2.0, 1.9, -1.0, 0.5]])
     rule = DecodingRule(max_tokens=9, frequency_penalty=0.1, presence_penalty=0.2, repetition_penalty=2.0)
     work = logits.clone()
-    choose_tokens(work, [SamplingInput(rule=rule, tokens=[2, 0, 0], num_generated=2)])
+    choose_tokens(work, [Sequence(request_id=1, rule=rule, tokens=[2, 0, 0], num_prompt_tokens=1, arrival_ns=0)])
     # token 0: seen (2.0 / 2 = 1.0), generated twice (- 0.2 - 2 * 0.1 = 0.6); token 2: in the prompt only (-1.0 * 2)
     assert work[0].tolist() == pytest.approx([0.6, 1.9, -2.0, 0.5])

@@ -1,30 +1,31 @@
 """What the ranks of one engine say to each other, over torch.distributed: gloo on CPUs, NCCL between GPUs.
 
-The first rank leads. It announces each step as one short array of numbers; then all ranks compute the same step, with
-two sums a layer (after the attention's output projection and after the experts) and one gathering of the logits on the
-leader. After a sum all ranks hold the same bits, so that they route every token to the same experts.
+All ranks run the same engine on the same requests: the first one shares what it hears from the front, and what it
+chooses from the logits, so that all schedule the same steps. A step has two sums a layer (after the attention's output
+projection and after the experts) and one gathering of the logits on the leader. After a sum all ranks hold the same
+bits, so that they route every token to the same experts.
 
-Waiting for the next step may take days; waiting inside a step longer than `STEP_TIMEOUT` means that a rank hangs.
+Waiting for the next requests may take days; waiting inside a step longer than `STEP_TIMEOUT` means that a rank hangs.
 """
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 (the customary name)
-from numpy.typing import NDArray
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 STEP_TIMEOUT = timedelta(minutes=5)
 _IDLE_TIMEOUT = timedelta(days=3650)
 _LEADER = 0
-_PACKET = 1024
-"""Numbers of an announcement's first broadcast; only a longer one needs a second."""
+_PACKET_BYTES = 4096
+"""Of the first broadcast of what is shared; only a longer one needs a second."""
 
 T = TypeVar("T")
 
@@ -71,33 +72,35 @@ class RankGroup:
 
     # -- between steps -----------------------------------------------------------------------------------------------
 
-    def announce(self, numbers: NDArray[np.int32]) -> None:
-        """The leader's `numbers` to all others; an empty array ends their work."""
-        first = np.zeros(_PACKET, dtype=np.int32)
-        first[0] = len(numbers)
-        first[1 : 1 + len(numbers)] = numbers[: _PACKET - 1]
-        dist.broadcast(torch.from_numpy(first), _LEADER)
-        if len(numbers) >= _PACKET:
-            dist.broadcast(torch.from_numpy(np.ascontiguousarray(numbers[_PACKET - 1 :])), _LEADER)
+    def share(self, value: Any = None) -> Any:
+        """The leader's value (picklable), everywhere; the others give none."""
+        packet = torch.zeros(_PACKET_BYTES, dtype=torch.uint8)
+        count, head = packet[:8].view(torch.int64), packet[8:]
+        pickled = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        if self.rank == _LEADER:
+            count[0] = len(pickled)
+            head[: len(pickled)] = pickled[: len(head)]
+        dist.broadcast(packet, _LEADER)
+        if count > len(head):
+            rest = pickled[len(head) :] if self.rank == _LEADER else head.new_empty(int(count) - len(head))
+            dist.broadcast(rest, _LEADER)
+            head = torch.cat([head, rest])
+        return value if self.rank == _LEADER else pickle.loads(head.numpy().tobytes())
 
-    def follow(self) -> NDArray[np.int32]:
-        """Wait for what the leader announces."""
-        first = torch.empty(_PACKET, dtype=torch.int32)
-        dist.broadcast(first, _LEADER)
-        count = int(first[0])
-        if count < _PACKET:
-            return first[1 : 1 + count].numpy()
-        rest = torch.empty(count - _PACKET + 1, dtype=torch.int32)
-        dist.broadcast(rest, _LEADER)
-        return torch.cat([first[1:], rest]).numpy()
-
-    # -- while loading -----------------------------------------------------------------------------------------------
-
-    def share(self, value: Any) -> Any:
-        """The leader's value, everywhere."""
-        values = [value]
-        dist.broadcast_object_list(values, _LEADER)
-        return values[0]
+    def agree(self, decide: Callable[[], T]) -> T:
+        """What the leader decides, everywhere. When that raises, all raise: ranks that fail alike stay in step."""
+        if self.rank != _LEADER:
+            reason, value = self.share()
+            if reason:
+                raise RuntimeError(reason)
+            return cast("T", value)
+        try:
+            value = decide()
+        except Exception as error:
+            self.share((f"{type(error).__name__}: {error}", None))
+            raise
+        self.share(("", value))
+        return value
 
     def collect(self, value: T) -> list[T]:
         """All ranks' values in order, everywhere."""

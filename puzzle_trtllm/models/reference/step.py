@@ -21,13 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from puzzle_trtllm.models.reference.kv_cache import (
-    PagedKvCache,
-    SequenceBlocks,
-    WindowPool,
-    block_table,
-    pool_rows,
-)
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, SequenceBlocks, WindowPool, block_table, pool_rows
 
 NEVER_VISIBLE = np.iinfo(np.int64).max
 """Position of a padding key: after every query."""
@@ -105,39 +99,12 @@ class Step:
     groups: dict[int | None, GroupStep]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClaimedStep:
-    """A step whose blocks are claimed. Plain numbers: other ranks can lay the same step out from them."""
-
-    sequences: Sequence[SequenceStep]
-    """Decoding sequences first; `blocks` as claimed."""
-    num_decodes: int
-    past: Sequence[dict[int | None, SequenceBlocks]]
-    """Of each prompt chunk: the blocks that it had before."""
-
-
 def plan_step(sequences: Sequence[SequenceStep], cache: PagedKvCache) -> Step:
-    """Claim blocks for the new tokens and lay the step out. Decoding sequences (one token, a past) must come first."""
-    return lay_out_step(claim_step(sequences, cache), cache)
-
-
-def claim_step(sequences: Sequence[SequenceStep], cache: PagedKvCache) -> ClaimedStep:
-    """Claim blocks for what outlives this step."""
+    """Claim blocks for what outlives this step and lay it out. Decoding sequences (one token, a past) come first."""
     num_decodes = sum(len(s.tokens) == 1 and s.start > 0 for s in sequences)
     if any(len(s.tokens) != 1 or s.start == 0 for s in sequences[:num_decodes]):
         raise ValueError("decoding sequences must come before prompt chunks")
-    past = [
-        {w: SequenceBlocks(first_block=own.first_block, blocks=list(own.blocks)) for w, own in s.blocks.items()}
-        for s in sequences[num_decodes:]
-    ]
-    for pool in cache.pools.values():
-        _claim(pool, sequences, cache.reuse)
-    return ClaimedStep(sequences=sequences, num_decodes=num_decodes, past=past)
-
-
-def lay_out_step(claimed: ClaimedStep, cache: PagedKvCache) -> Step:
-    """The tensors of a step; of `cache` only the geometry and the device matter."""
-    sequences, num_decodes, device = claimed.sequences, claimed.num_decodes, cache.device
+    device = cache.device
     positions = np.concatenate([np.arange(s.start, s.start + len(s.tokens)) for s in sequences])
     ends = np.cumsum([len(s.tokens) for s in sequences])
     chunks = _lay_out_chunks(sequences[num_decodes:], num_decodes)
@@ -149,7 +116,7 @@ def lay_out_step(claimed: ClaimedStep, cache: PagedKvCache) -> Step:
         chunk_positions=_to(chunks[1], device) if chunks else None,
         chunk_valid=_to(chunks[2], device) if chunks else None,
         logit_rows=_to(np.asarray([e - 1 for s, e in zip(sequences, ends, strict=True) if s.wants_logits]), device),
-        groups={window: _plan_group(pool, claimed, chunks, cache) for window, pool in cache.pools.items()},
+        groups={w: _plan_group(pool, sequences, num_decodes, chunks, cache) for w, pool in cache.pools.items()},
     )
 
 
@@ -172,23 +139,23 @@ def _lay_out_chunks(sequences: Sequence[SequenceStep], first_row: int) -> _Chunk
     return rows, positions, np.flatnonzero(positions.reshape(-1) >= 0)
 
 
-def _plan_group(pool: WindowPool, claimed: ClaimedStep, chunks: _Chunks | None, cache: PagedKvCache) -> GroupStep:
-    sequences, num_decodes = claimed.sequences, claimed.num_decodes
-    num_heads = cache.layout.architecture.num_key_value_heads
-    past = [own[pool.window].blocks for own in claimed.past]
-    past_first = [own[pool.window].first_block for own in claimed.past]
+def _plan_group(
+    pool: WindowPool, sequences: Sequence[SequenceStep], num_decodes: int, chunks: _Chunks | None, cache: PagedKvCache
+) -> GroupStep:
+    num_heads, device = cache.layout.architecture.num_key_value_heads, cache.device
     prefill = None
     if chunks is not None:
-        prefill = _plan_prefill(pool, sequences[num_decodes:], past, past_first, chunks[1], num_heads, cache.device)
+        # Before the claim, which may give back what a chunk still reads.
+        prefill = _plan_prefill(pool, sequences[num_decodes:], chunks[1], num_heads, device)
+    _claim(pool, sequences, cache.reuse)
     tokens, blocks, offsets = _plan_writes(pool, sequences)
-    heads = np.arange(num_heads)
     num_rows = sum(len(s.tokens) for s in sequences)
     return GroupStep(
         window=pool.window,
-        write_tokens=None if len(tokens) == num_rows else _to(tokens, cache.device),
-        write_rows=_to(blocks[:, None] * num_heads + heads[None, :], cache.device),
-        write_offsets=_to(offsets[:, None], cache.device),
-        decode=_plan_decode(pool, sequences[:num_decodes], num_heads, cache.device) if num_decodes else None,
+        write_tokens=None if len(tokens) == num_rows else _to(tokens, device),
+        write_rows=_to(blocks[:, None] * num_heads + np.arange(num_heads)[None, :], device),
+        write_offsets=_to(offsets[:, None], device),
+        decode=_plan_decode(pool, sequences[:num_decodes], num_heads, device) if num_decodes else None,
         prefill=prefill,
     )
 
@@ -255,21 +222,20 @@ def _plan_decode(
 def _plan_prefill(
     pool: WindowPool,
     sequences: Sequence[SequenceStep],
-    past: Sequence[Sequence[int]],
-    past_first: Sequence[int],
     chunk_positions: NDArray[np.int64],
     num_heads: int,
     device: torch.device,
 ) -> PrefillGroup:
     chunk_keys = np.where(chunk_positions < 0, NEVER_VISIBLE, chunk_positions)
-    if not any(past):
+    past = [s.blocks[pool.window] for s in sequences]
+    longest = max(len(own.blocks) for own in past)
+    if longest == 0:
         return PrefillGroup(past_rows=None, key_positions=_to(chunk_keys, device))
     size = pool.tokens_per_block
-    longest = max(len(own) for own in past)
-    keys = np.asarray(past_first)[:, None] * size + np.arange(longest * size)[None, :]
+    keys = np.asarray([own.first_block for own in past])[:, None] * size + np.arange(longest * size)[None, :]
     keys[keys >= np.asarray([s.start for s in sequences])[:, None]] = NEVER_VISIBLE
     key_positions = np.concatenate([keys, chunk_keys], axis=1)
-    rows = pool_rows(block_table(past, device), num_heads, pool.num_blocks * num_heads)
+    rows = pool_rows(block_table([own.blocks for own in past], device), num_heads, pool.num_blocks * num_heads)
     return PrefillGroup(past_rows=rows, key_positions=_to(key_positions, device))
 
 

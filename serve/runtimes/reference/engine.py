@@ -15,11 +15,10 @@ from torch import Tensor
 from puzzle_trtllm.models.reference.decode_graphs import DecodeGraphs
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.model import ReferenceModel
-from puzzle_trtllm.models.reference.step import SequenceStep, claim_step, lay_out_step, plan_step
-from puzzle_trtllm.models.reference.step_packet import pack_step
+from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
 from puzzle_trtllm.serve.runtimes.api import RequestPerfMetrics
 from puzzle_trtllm.serve.runtimes.reference.messages import EngineStats, Submit, TokenUpdate
-from puzzle_trtllm.serve.runtimes.reference.sampling import SamplingInput, choose_tokens
+from puzzle_trtllm.serve.runtimes.reference.sampling import choose_tokens
 from puzzle_trtllm.serve.runtimes.reference.scheduler import Scheduled, Scheduler, Sequence
 
 if TYPE_CHECKING:
@@ -138,8 +137,7 @@ class ReferenceEngine:
         ]
         logits = self._forward(steps)
         ready = [s for s, count in scheduled if count == s.num_pending]
-        rows = [SamplingInput(rule=s.rule, tokens=s.tokens, num_generated=s.num_generated) for s in ready]
-        tokens, logprobs = choose_tokens(logits, rows)
+        tokens, logprobs = self._choose(logits, ready)
         for s, count in scheduled:
             start, s.num_computed = s.num_computed, s.num_computed + count
             self.cache.commit(s.blocks, s.block_keys, s.tokens, start, s.num_computed)
@@ -150,14 +148,17 @@ class ReferenceEngine:
         return [report for report in reports if report is not None]
 
     def _forward(self, steps: list[SequenceStep]) -> Tensor:
-        if self.ranks is None:
-            return self.model.forward(plan_step(steps, self.cache), self.cache)
-        claimed = claim_step(steps, self.cache)
         try:
-            self.ranks.announce(pack_step(claimed, list(self.cache.pools)))
-            return self.model.forward(lay_out_step(claimed, self.cache), self.cache)
+            return self.model.forward(plan_step(steps, self.cache), self.cache)
         except Exception as error:
+            if self.ranks is None:
+                raise
             raise OutOfStepError(f"{type(error).__name__}: {error}") from error
+
+    def _choose(self, logits: Tensor, ready: list[Sequence]) -> tuple[list[int], list[float | None]]:
+        if self.ranks is None or not ready:
+            return choose_tokens(logits, ready)
+        return self.ranks.agree(lambda: choose_tokens(logits, ready))
 
     def _append(self, s: Sequence, token: int, logprob: float | None, now_ns: int) -> TokenUpdate | None:
         s.tokens.append(token)

@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, NoReturn
 
@@ -26,12 +27,9 @@ from puzzle_trtllm.serve.runtimes.reference.engine import OutOfStepError, Refere
 from puzzle_trtllm.serve.runtimes.reference.messages import (
     Abort,
     EngineFailed,
-    LoadFailed,
     Ready,
-    Shutdown,
     StepReport,
     Submit,
-    TokenUpdate,
 )
 
 GAUGE_SECONDS = 0.05
@@ -44,8 +42,8 @@ _LAST_WORDS_SECONDS = 1.0
 """How long the loop leaves it to the thread that watches the ranks to say which one was lost."""
 
 if TYPE_CHECKING:
+    from puzzle_trtllm.serve.runtimes.reference.followers import Followers
     from puzzle_trtllm.serve.runtimes.reference.loading import LoadedEngine
-    from puzzle_trtllm.serve.runtimes.reference.ranks import LedRanks
 
 _log = logging.getLogger(__name__)
 
@@ -55,32 +53,37 @@ def main(fd: int) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     # Ctrl-C reaches the whole process group; who stops the engine is its front.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _keep_freed_memory()
+    keep_freed_memory()
     connection = _Front(fd)
     arguments: EngineArguments = connection.recv()
     try:
-        loaded, ranks = _load(arguments, connection)
+        loaded, followers = _load(arguments, connection)
     except Exception as error:
         if not isinstance(error, PuzzleError):
             _log.exception("the engine could not be loaded")
             if arguments.parallelism.tensor > 1:
                 time.sleep(_LAST_WORDS_SECONDS)
         reason = str(error) if isinstance(error, PuzzleError) else f"{type(error).__name__}: {error}"
-        connection.send(LoadFailed(reason=reason))
+        connection.send(EngineFailed(reason=reason))
         return 1
     _log.info("engine ready: %s", ", ".join(f"{key}={value}" for key, value in loaded.facts.items()))
     connection.send(Ready(facts=loaded.facts))
-    if ranks is not None and ranks.followers is not None:
-        ranks.followers.loaded = True
+    if followers is not None:
+        followers.loaded = True
+    ranks = loaded.engine.ranks
+
+    def receive(wait: bool) -> list[Submit | Abort] | None:
+        messages = _receive(connection, wait)
+        return messages if ranks is None else ranks.share(messages)
+
     try:
-        with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-            _serve(connection, loaded.engine)
+        run(loaded.engine, receive, connection.send)
     except OutOfStepError as error:
         _log.exception("the ranks are out of step")
         time.sleep(_LAST_WORDS_SECONDS)
         connection.fail(str(error))
-    if ranks is not None:
-        ranks.stop()
+    if followers is not None:
+        followers.stop()
     return 0
 
 
@@ -92,7 +95,8 @@ class _Front(Connection):
         self._lock = threading.Lock()
 
     def send(self, message: object) -> None:
-        with self._lock:
+        """Nothing happens when the front is gone: that is for `receive` to notice."""
+        with self._lock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
             super().send(message)
 
     def fail(self, reason: str) -> NoReturn:
@@ -104,18 +108,18 @@ class _Front(Connection):
         os._exit(1)
 
 
-def _load(arguments: EngineArguments, front: _Front) -> tuple[LoadedEngine, LedRanks | None]:
+def _load(arguments: EngineArguments, front: _Front) -> tuple[LoadedEngine, Followers | None]:
     from puzzle_trtllm.serve.runtimes.reference.loading import load_engine
 
     if arguments.parallelism.tensor == 1:
         return load_engine(arguments), None
     from puzzle_trtllm.serve.runtimes.reference.ranks import lead
 
-    ranks = lead(arguments, front_fd=front.fileno(), fail=front.fail)
-    return load_engine(arguments, ranks.group), ranks
+    ranks, followers = lead(arguments, front_fd=front.fileno(), fail=front.fail)
+    return load_engine(arguments, ranks), followers
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc reuse large buffers instead of giving them back: every step allocates the same ones, and fresh pages
     from the kernel cost more than the arithmetic on them."""
     libc = ctypes.CDLL(None)
@@ -124,35 +128,33 @@ def _keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, _INT_MAX)
 
 
-def _serve(connection: Connection, engine: ReferenceEngine) -> None:
+def run(
+    engine: ReferenceEngine,
+    receive: Callable[[bool], list[Submit | Abort] | None],
+    send: Callable[[StepReport], None],
+) -> None:
+    """Take messages and advance, on every rank alike, until `receive` (called with whether to wait) gives None."""
     reported = 0.0
-    while True:
-        updates: list[TokenUpdate] = []
-        waits = not engine.has_work or connection.poll(0)
-        if waits and not _take_messages(connection, engine, updates):
-            return
-        updates += engine.step()
+    while (messages := receive(not engine.has_work)) is not None:
+        taken = [engine.submit(m) if isinstance(m, Submit) else engine.abort(m.request_id) for m in messages]
+        updates = [update for update in taken if update is not None] + engine.step()
         now = time.monotonic()
         if updates or not engine.has_work or now - reported > GAUGE_SECONDS:
             reported = now
-            connection.send(StepReport(updates=updates, stats=engine.stats))
+            send(StepReport(updates=updates, stats=engine.stats))
 
 
-def _take_messages(connection: Connection, engine: ReferenceEngine, updates: list[TokenUpdate]) -> bool:
-    """Take one message (waiting for it) and all that are already there; False when told to stop."""
-    while True:
-        message = connection.recv()
-        update = None
-        if isinstance(message, Submit):
-            update = engine.submit(message)
-        elif isinstance(message, Abort):
-            update = engine.abort(message.request_id)
-        elif isinstance(message, Shutdown):
-            return False
-        if update is not None:
-            updates.append(update)
-        if not connection.poll(0):
-            return True
+def _receive(connection: Connection, wait: bool) -> list[Submit | Abort] | None:
+    """All messages that are there, or at least one; None when told to stop, or the front is gone."""
+    messages: list[Submit | Abort] = []
+    try:
+        while (wait and not messages) or connection.poll(0):
+            if (message := connection.recv()) is None:
+                return None
+            messages.append(message)
+    except (EOFError, OSError):
+        return None
+    return messages
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""A rank that follows: it loads its own part of the model and computes every step that the leader announces.
+"""A rank that follows: its own part of the model, and the leader's requests, so that it runs the same steps.
 
     python -m puzzle_trtllm.serve.runtimes.reference.follower LINK_FD RANK SIZE PORT
 
-It has no scheduler, no requests and no sampling. It dies with its leader, whatever it is doing: a thread waits for the
-link to close, and answers what comes through it, so that the leader can tell a long step from a process that hangs.
+It reports to nobody, and takes the leader's choice of tokens. It dies with its leader, whatever it is doing: a thread
+waits for the link to close, and answers what comes through it, so that the leader can tell a long step from a process
+that hangs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from puzzle_trtllm.errors import PuzzleError
 
 if TYPE_CHECKING:
     from puzzle_trtllm.models.reference.rank_group import RankGroup
-    from puzzle_trtllm.serve.runtimes.reference.arguments import EngineArguments
 
 _log = logging.getLogger(__name__)
 
@@ -45,16 +45,13 @@ def main(link_fd: int, rank: int, size: int, port: int) -> int:
 
 
 def follow(ranks: RankGroup) -> None:
-    """Load what the leader loads, then compute its steps until it announces the end."""
-    from puzzle_trtllm.models.reference.step import lay_out_step
-    from puzzle_trtllm.models.reference.step_packet import unpack_step
+    """Load what the leader loads, then run the engine as it does, on the messages that it shares, until the end."""
+    from puzzle_trtllm.serve.runtimes.reference.engine_process import keep_freed_memory, run
     from puzzle_trtllm.serve.runtimes.reference.loading import load_engine
 
-    arguments: EngineArguments = ranks.share(None)
-    engine = load_engine(arguments, ranks).engine
-    windows = list(engine.cache.pools)
-    while len(packet := ranks.follow()):
-        engine.model.forward(lay_out_step(unpack_step(packet, windows), engine.cache), engine.cache)
+    keep_freed_memory()
+    engine = load_engine(ranks.share(), ranks).engine
+    run(engine, receive=lambda _: ranks.share(), send=lambda _: None)
 
 
 def _answer(link: Connection) -> None:

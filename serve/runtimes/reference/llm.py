@@ -33,9 +33,7 @@ from puzzle_trtllm.serve.runtimes.reference.messages import (
     DecodingRule,
     EngineFailed,
     EngineStats,
-    LoadFailed,
     Ready,
-    Shutdown,
     StepReport,
     Submit,
 )
@@ -147,7 +145,7 @@ class LLM:
     def shutdown(self) -> None:
         """Stop the engine; open requests end with EngineDeadError. Safe to call twice."""
         self._closing = True
-        self._send(Shutdown())
+        self._send(None)
         try:
             self._process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -168,7 +166,7 @@ class LLM:
             self._connection.send(self.args)
             message = self._connection.recv()
         except (EOFError, OSError):
-            message = LoadFailed(reason=f"the engine process died with exit code {self._process.wait()}")
+            message = EngineFailed(reason=f"the engine process died with exit code {self._process.wait()}")
         if isinstance(message, Ready):
             return message.facts
         self._process.wait()
@@ -209,7 +207,7 @@ class LLM:
         if request_id in self._open:
             self._send(Abort(request_id=request_id))
 
-    def _send(self, message: Submit | Abort | Shutdown) -> None:
+    def _send(self, message: Submit | Abort | None) -> None:
         with self._send_lock, contextlib.suppress(OSError):
             self._connection.send(message)
 

@@ -50,11 +50,6 @@ class Abort:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shutdown:
-    pass
-
-
-@dataclass(frozen=True, kw_only=True)
 class Ready:
     """The engine is loaded; `facts` are shown by doctor and tests (dtype, blocks, bytes)."""
 
@@ -62,13 +57,8 @@ class Ready:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadFailed:
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class EngineFailed:
-    """The engine's last words."""
+    """The engine's last words, or why it could not be loaded."""
 
     reason: str
 

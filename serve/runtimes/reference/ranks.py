@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from socket import socket
 
-import numpy as np
 import torch
 from torch._C._distributed_c10d import TCPStore
 
@@ -21,26 +19,15 @@ _LOOPBACK = "127.0.0.1"
 _MEETING_TIMEOUT = timedelta(minutes=5)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LedRanks:
-    """All ranks of an engine, in the hands of the first."""
-
-    group: RankGroup
-    followers: Followers | None
-    """None under torchrun, which watches its processes itself."""
-
-    def stop(self) -> None:
-        """End the other ranks in good order."""
-        self.group.announce(np.empty(0, dtype=np.int32))
-        if self.followers is not None:
-            self.followers.stop()
-
-
-def lead(arguments: EngineArguments, *, front_fd: int, fail: Callable[[str], None]) -> LedRanks:
-    """Bring all ranks together and tell them what to load. `front_fd` and `fail` as in `Followers`."""
+def lead(
+    arguments: EngineArguments, *, front_fd: int, fail: Callable[[str], None]
+) -> tuple[RankGroup, Followers | None]:
+    """Bring all ranks together and tell them what to load. `front_fd` and `fail` as in `Followers`; none under
+    torchrun, which watches its processes itself."""
     size = arguments.parallelism.tensor
+    followers = None
     if launched_by_torchrun():
-        group, followers = join_torchrun(size=size), None
+        group = join_torchrun(size=size)
     else:
         meeting = socket()
         meeting.bind((_LOOPBACK, 0))
@@ -49,7 +36,7 @@ def lead(arguments: EngineArguments, *, front_fd: int, fail: Callable[[str], Non
         followers = Followers(size=size, port=port, front_fd=front_fd, fail=fail)
         group = join_local(rank=0, size=size, port=port, meeting=meeting)
     group.share(arguments)
-    return LedRanks(group=group, followers=followers)
+    return group, followers
 
 
 def join_local(*, rank: int, size: int, port: int, meeting: socket | None = None) -> RankGroup:

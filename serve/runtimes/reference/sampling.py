@@ -8,8 +8,7 @@ identically.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,20 +16,14 @@ from torch import Tensor
 
 from puzzle_trtllm.serve.runtimes.reference.messages import DecodingRule
 
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingInput:
-    """One row of logits and what is known of its sequence."""
-
-    rule: DecodingRule
-    tokens: Sequence[int]
-    """Prompt and generated tokens so far."""
-    num_generated: int
+if TYPE_CHECKING:
+    from puzzle_trtllm.serve.runtimes.reference.scheduler import Sequence
 
 
 @torch.inference_mode()
-def choose_tokens(logits: Tensor, rows: Sequence[SamplingInput]) -> tuple[list[int], list[float | None]]:
-    """Next token of each row of float32 logits `[R, V]`, and its log-probability where the rule asks for it.
+def choose_tokens(logits: Tensor, rows: list[Sequence]) -> tuple[list[int], list[float | None]]:
+    """Next token of each row of float32 logits `[R, V]`, one of each sequence, and its log-probability where the rule
+    asks for it.
 
     The log-probability is the model's own (before temperature and filters, after penalties and min_tokens).
     """
@@ -68,7 +61,7 @@ def _sample(logits: Tensor, rule: DecodingRule, *, position: int) -> int:
     return int(ids[min(int(np.searchsorted(cumulative, target, side="right")), kept - 1)])
 
 
-def _apply_penalties(logits: Tensor, row: SamplingInput) -> None:
+def _apply_penalties(logits: Tensor, row: Sequence) -> None:
     """In place: repetition over prompt and output (divide or multiply), presence and frequency over the output only."""
     rule = row.rule
     if rule.repetition_penalty != 1.0:
