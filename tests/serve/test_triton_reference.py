@@ -36,7 +36,7 @@ PROMPTS = ["12+34=", "the quick brown fox", "x" * 50, "a", "2+2=", "carry the on
 @pytest.fixture(scope="module")
 def engine(make_checkpoint, tmp_path_factory):
     checkpoint = make_checkpoint([(8, None), (4, 16), (2, 32)], experts_per_token=2)
-    config = EngineConfig(runtime="reference", llm_args={"dtype": "float32", "max_seq_len": 256, "max_batch_size": 8})
+    config = EngineConfig(runtime="reference", llm_args={"dtype": "float32", "max_seq_len": 512, "max_batch_size": 8})
     return build_engine(checkpoint, tmp_path_factory.mktemp("real") / "engine", config=config)
 
 
@@ -113,8 +113,8 @@ def post_json(url: str, body: dict) -> dict:
 
 
 def test_a_prompt_that_does_not_fit_is_the_clients_error(server) -> None:
-    with pytest.raises(ServeError, match="256") as error:
-        generate("x" * 256, url=server.grpc_url)
+    with pytest.raises(ServeError, match="512") as error:
+        generate("x" * 512, url=server.grpc_url)
     assert error.value.status == "INVALID_ARGUMENT"
 
 
@@ -145,8 +145,8 @@ def test_a_reader_that_stops_reading_holds_up_nobody_and_loses_nothing(server) -
     The responses, everything so far in each, are more than the connection takes in without being read, so the server
     is left with some: somebody who waits for this reader would wait for ever.
     """
-    request = GenerationRequest(prompt="slow reader ", max_tokens=240, ignore_eos=True)
-    expected = generate("slow reader ", url=server.grpc_url, max_tokens=240, ignore_eos=True).text
+    request = GenerationRequest(prompt="slow reader ", max_tokens=490, ignore_eos=True)
+    expected = generate("slow reader ", url=server.grpc_url, max_tokens=490, ignore_eos=True).text
 
     async def once():
         yield RequestBuilder("tensorrt_llm", EXTRA_INPUTS - {"stream_delta"}).build(request)
