@@ -41,8 +41,7 @@ def hit_rate(room: int, num_requests: int) -> float:
         num_open += 1
         while num_open > 40:
             num_open -= sum(update.finish_reason is not None for update in engine.step())
-    stats = engine.stats
-    return stats.num_reused_blocks / (stats.num_reused_blocks + stats.num_missed_blocks)
+    return float(engine.stats["kvCacheStats"]["cacheHitRate"])
 
 
 def main() -> None:

@@ -132,7 +132,7 @@ def test_a_poisonous_request_fails_alone_in_whichever_chunk_of_its_prompt_it_hid
     failed = [traces.pop(5), traces.pop(2)]
     assert [trace.error for trace in failed] == ["RuntimeError: no such embedding"] * 2
     assert [(trace.tokens, trace.error) for trace in traces] == [(trace.tokens, None) for trace in expected]
-    assert engine.stats.num_free_blocks == engine.stats.num_blocks
+    assert engine.cache.num_free == engine.cache.num_blocks
 
 
 def test_a_prompt_longer_than_a_step_alone_in_the_engine(child, monkeypatch):

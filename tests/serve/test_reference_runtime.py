@@ -266,7 +266,7 @@ def test_a_step_that_fails_fails_its_requests_and_keeps_the_engine(child):
     engine.submit(Submit(request_id=2, prompt_token_ids=prompt(1), rule=DecodingRule(max_tokens=5), arrival_ns=0))
     tokens = [token for _ in range(5) for update in engine.step() for token in update.token_ids]
     assert len(tokens) == 5
-    assert engine.stats.num_free_blocks == engine.stats.num_blocks
+    assert engine.cache.num_free == engine.cache.num_blocks
 
 
 def test_an_unknown_or_missing_runtime_is_named():

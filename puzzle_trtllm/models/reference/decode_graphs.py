@@ -11,7 +11,6 @@ Legend: S rows of a recorded batch, K KV heads, M blocks of the longest sequence
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,18 +28,6 @@ def default_batch_sizes(max_batch_size: int) -> list[int]:
     largest."""
     sizes = [1, 2, 4, *range(8, 129, 8), *(1 << power for power in range(8, max_batch_size.bit_length()))]
     return [size for size in sizes if size < max_batch_size] + [max_batch_size]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _GroupBuffers:
-    write_rows: Tensor
-    """int64 [S, K]"""
-    write_offsets: Tensor
-    """int64 [S, 1]"""
-    blocks: Tensor
-    """int64 [S, M]"""
-    first_keys: Tensor
-    """int64 [S]"""
 
 
 class DecodeGraphs:
@@ -85,64 +72,53 @@ class _RecordedBatch:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
-        self.size = size
-        self._kv_heads = heads
-        self._token_ids, self._positions = zeros(size), zeros(size)
-        self._all_rows = torch.arange(size, device=device)
-        self._groups = {
-            window: _GroupBuffers(
+        def group(window: int | None, positions: Tensor) -> GroupStep:
+            blocks = zeros(size, blocks_needed(window, max_seq_len, block_tokens))
+            return GroupStep(
+                window=window,
+                write_tokens=None,
                 write_rows=zeros(size, heads),
                 write_offsets=zeros(size, 1),
-                blocks=zeros(size, blocks_needed(window, max_seq_len, block_tokens)),
-                first_keys=zeros(size),
+                decode=DecodeGroup(
+                    window=window, num_kv_heads=heads, blocks=blocks, first_keys=zeros(size), positions=positions
+                ),
+                prefill=None,
             )
-            for window in cache.pools
-        }
-        # Recording computes on row 0 of block 0 of every pool, which nobody holds yet.
-        self._repeat = record(lambda: model.forward(self._step(), cache))
 
-    def replay(self, step: Step) -> Tensor:
-        """Logits float32 `[rows of the step, V]`."""
-        rows = len(step.token_ids)
-        _fill(self._token_ids, step.token_ids)
-        _fill(self._positions, step.positions)
-        for window, own in self._groups.items():
-            group = step.groups[window]
-            assert group.decode is not None
-            _fill(own.write_rows, group.write_rows)
-            _fill(own.write_offsets, group.write_offsets)
-            _fill(own.blocks[:, : group.decode.blocks.shape[1]], group.decode.blocks)
-            _fill(own.first_keys, group.decode.first_keys)
-        return self._repeat()[:rows]
+        def compute() -> Tensor:
+            logits = model.forward(self._step, cache)
+            for own in self._step.groups.values():
+                if own.decode is not None:
+                    own.decode.derived.clear()  # what kernels keep beside a step is computed anew in every one
+            return logits
 
-    def _step(self) -> Step:
-        """A step that reads the buffers. Made anew each time, because kernels keep what they derive beside it."""
-        return Step(
-            token_ids=self._token_ids,
-            positions=self._positions,
-            num_decodes=self.size,
+        self.size = size
+        positions = zeros(size)
+        self._step = Step(
+            token_ids=zeros(size),
+            positions=positions,
+            num_decodes=size,
             chunk_rows=None,
             chunk_positions=None,
             chunk_valid=None,
-            logit_rows=self._all_rows,
-            groups={
-                window: GroupStep(
-                    window=window,
-                    write_tokens=None,
-                    write_rows=own.write_rows,
-                    write_offsets=own.write_offsets,
-                    decode=DecodeGroup(
-                        window=window,
-                        num_kv_heads=self._kv_heads,
-                        blocks=own.blocks,
-                        first_keys=own.first_keys,
-                        positions=self._positions,
-                    ),
-                    prefill=None,
-                )
-                for window, own in self._groups.items()
-            },
+            logit_rows=torch.arange(size, device=device),
+            groups={window: group(window, positions) for window in cache.pools},
         )
+        """The buffers. Recording computes on row 0 of block 0 of every pool, which nobody holds yet."""
+        self._repeat = record(compute)
+
+    def replay(self, step: Step) -> Tensor:
+        """Logits float32 `[rows of the step, V]`."""
+        _fill(self._step.token_ids, step.token_ids)
+        _fill(self._step.positions, step.positions)
+        for window, own in self._step.groups.items():
+            group = step.groups[window]
+            assert own.decode is not None and group.decode is not None
+            _fill(own.write_rows, group.write_rows)
+            _fill(own.write_offsets, group.write_offsets)
+            _fill(own.decode.blocks[:, : group.decode.blocks.shape[1]], group.decode.blocks)
+            _fill(own.decode.first_keys, group.decode.first_keys)
+        return self._repeat()[: len(step.token_ids)]
 
 
 def _fill(buffer: Tensor, rows: Tensor) -> None:

@@ -19,6 +19,7 @@ block and head lie together, so that a gather of a sequence's blocks gives `[K, 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -45,21 +46,17 @@ class KvLayout:
     """Blocks of each window's pool."""
     dtype: torch.dtype
 
-    def block_bytes(self, window: int | None) -> int:
-        """Bytes of one block of a group, all its layers, K and V."""
-        return self.group_size(window) * block_bytes_per_layer(self.architecture, self.tokens_per_block, self.dtype)
-
-    def group_size(self, window: int | None) -> int:
-        return sum(block.sliding_window == window for block in self.architecture.blocks)
-
     @property
     def num_bytes(self) -> int:
-        return sum(count * self.block_bytes(window) for window, count in self.num_blocks.items())
+        sizes = _block_bytes(self.architecture, self.tokens_per_block, self.dtype)
+        return sum(count * sizes[window] for window, count in self.num_blocks.items())
 
 
-def block_bytes_per_layer(architecture: PuzzleArchitecture, tokens_per_block: int, dtype: torch.dtype) -> int:
-    """Bytes of one block in one layer, K and V."""
-    return 2 * tokens_per_block * architecture.num_key_value_heads * architecture.head_dim * dtype.itemsize
+def _block_bytes(a: PuzzleArchitecture, tokens_per_block: int, dtype: torch.dtype) -> dict[int | None, int]:
+    """Bytes of one block of each window's group: all its layers, K and V."""
+    layers = Counter(block.sliding_window for block in a.blocks)
+    one = 2 * tokens_per_block * a.num_key_value_heads * a.head_dim * dtype.itemsize
+    return {window: layers[window] * one for window in a.windows}
 
 
 def blocks_needed(window: int | None, num_tokens: int, tokens_per_block: int) -> int:
@@ -85,24 +82,21 @@ def plan_layout(
     the rest. If nothing is short and prompts are to find prefixes (`reuse`), window pools get up to PREFIX_ROOM times
     that much: running sequences would leave them nothing to remember.
     """
-    per_block = block_bytes_per_layer(architecture, tokens_per_block, dtype)
-    sizes = {w: sum(b.sliding_window == w for b in architecture.blocks) * per_block for w in architecture.windows}
-    needs = {w: blocks_needed(w, sequence_tokens, tokens_per_block) for w in architecture.windows}
+    sizes = _block_bytes(architecture, tokens_per_block, dtype)
+    needs = {w: blocks_needed(w, sequence_tokens, tokens_per_block) for w in sizes}
     sequence_bytes = sum(sizes[w] * needs[w] for w in sizes)
     sequences = min(budget_bytes // sequence_bytes, max_sequences)
     num_blocks = {w: sequences * needs[w] for w in sizes}
     left = budget_bytes - sequences * sequence_bytes
     if 0 < sequences < max_sequences:
-        for window in architecture.windows:
-            extra = min(left // sizes[window], needs[window])
-            num_blocks[window] += extra
-            left -= extra * sizes[window]
-    elif reuse:
-        for window in architecture.windows:
-            most = min(PREFIX_ROOM * num_blocks[window], sequences * math.ceil(sequence_tokens / tokens_per_block))
-            extra = min(left // sizes[window], most - num_blocks[window])
-            num_blocks[window] += extra
-            left -= extra * sizes[window]
+        wanted = needs
+    else:
+        whole = sequences * math.ceil(sequence_tokens / tokens_per_block) if reuse else 0
+        wanted = {w: max(0, min(PREFIX_ROOM * num_blocks[w], whole) - num_blocks[w]) for w in sizes}
+    for window, size in sizes.items():
+        extra = min(left // size, wanted[window])
+        num_blocks[window] += extra
+        left -= extra * size
     return KvLayout(architecture=architecture, tokens_per_block=tokens_per_block, num_blocks=num_blocks, dtype=dtype)
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from puzzle_trtllm.architecture import BlockConfig, PuzzleArchitecture
+from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.models.reference.dummy import DummyCheckpoint
 from puzzle_trtllm.models.reference.kernels import ExpertMixture, Kernels, Linear
 from puzzle_trtllm.models.reference.sharding import Shard
 from puzzle_trtllm.mxfp4 import E2M1_VALUES, SCALE_BIAS
@@ -93,21 +94,8 @@ class ModelWeights:
         return sum(t.numel() * t.element_size() for t in _tensors_of(self))
 
 
-class TensorSource(Protocol):
-    """A checkpoint, or what stands in for one."""
-
-    @property
-    def architecture(self) -> PuzzleArchitecture: ...
-
-    def validate(self) -> None:
-        """Raises CheckpointError for a missing or misshapen tensor."""
-
-    def torch(self, name: str, part: tuple[slice, ...] = ()) -> Tensor:
-        """The tensor, or `part` of it, in the dtype of the checkpoint, on any device."""
-
-
 def load_weights(
-    checkpoint: TensorSource,
+    checkpoint: Checkpoint | DummyCheckpoint,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -118,7 +106,7 @@ def load_weights(
     checkpoint.validate()
     architecture = checkpoint.architecture
     shard = shard or Shard(architecture=architecture)
-    loader = _Loader(checkpoint, dtype, device, kernels, shard)
+    loader = _Loader(checkpoint=checkpoint, dtype=dtype, device=device, kernels=kernels, shard=shard)
     embedding = loader.tensor("model.embed_tokens.weight")
     tied = architecture.tie_word_embeddings
     return ModelWeights(
@@ -130,20 +118,13 @@ def load_weights(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Loader:
-    def __init__(
-        self,
-        checkpoint: TensorSource,
-        dtype: torch.dtype,
-        device: torch.device,
-        kernels: Kernels,
-        shard: Shard,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.dtype = dtype
-        self.device = device
-        self.kernels = kernels
-        self.shard = shard
+    checkpoint: Checkpoint | DummyCheckpoint
+    dtype: torch.dtype
+    device: torch.device
+    kernels: Kernels
+    shard: Shard
 
     def tensor(self, name: str) -> Tensor:
         return self._stored(name).to(device=self.device, dtype=self.dtype)

@@ -8,7 +8,7 @@ input, or a batch too large for the memory, does not take the others along.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
 from puzzle_trtllm.serve.runtimes.api import RequestPerfMetrics
-from puzzle_trtllm.serve.runtimes.reference.messages import EngineStats, Submit, TokenUpdate
+from puzzle_trtllm.serve.runtimes.reference.messages import Submit, TokenUpdate
 from puzzle_trtllm.serve.runtimes.reference.sampling import choose_tokens
 from puzzle_trtllm.serve.runtimes.reference.scheduler import Scheduled, Scheduler, Sequence
 
@@ -54,17 +54,24 @@ class ReferenceEngine:
         return self.scheduler.has_work
 
     @property
-    def stats(self) -> EngineStats:
-        return EngineStats(
-            num_waiting=len(self.scheduler.waiting),
-            num_running=len(self.scheduler.running),
-            num_blocks=self.cache.num_blocks,
-            num_free_blocks=self.cache.num_free,
-            num_steps=self._num_steps,
-            num_generated_tokens=self._num_generated_tokens,
-            num_reused_blocks=self.scheduler.num_reused_blocks,
-            num_missed_blocks=self.scheduler.num_missed_blocks,
-        )
+    def stats(self) -> dict[str, Any]:
+        """The gauges, in the form of TensorRT-LLM's `get_stats`."""
+        reused, missed = self.scheduler.num_reused_blocks, self.scheduler.num_missed_blocks
+        return {
+            "iter": self._num_steps,
+            "numActiveRequests": len(self.scheduler.running),
+            "numQueuedRequests": len(self.scheduler.waiting),
+            "numGeneratedTokens": self._num_generated_tokens,
+            "kvCacheStats": {
+                "maxNumBlocks": self.cache.num_blocks,
+                "freeNumBlocks": self.cache.num_free,
+                "usedNumBlocks": self.cache.num_blocks - self.cache.num_free,
+                "tokensPerBlock": self.cache.layout.tokens_per_block,
+                "reusedBlocks": reused,
+                "missedBlocks": missed,
+                "cacheHitRate": reused / max(1, reused + missed),
+            },
+        }
 
     def submit(self, message: Submit) -> TokenUpdate | None:
         """Queue a request; an update with an error when it cannot run."""

@@ -67,7 +67,7 @@ def main(fd: int) -> int:
         connection.send(EngineFailed(reason=reason))
         return 1
     _log.info("engine ready: %s", ", ".join(f"{key}={value}" for key, value in loaded.facts.items()))
-    connection.send(Ready(facts=loaded.facts))
+    connection.send(Ready(facts=loaded.facts, stats=loaded.engine.stats))
     if followers is not None:
         followers.loaded = True
     ranks = loaded.engine.ranks

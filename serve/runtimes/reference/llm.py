@@ -32,7 +32,6 @@ from puzzle_trtllm.serve.runtimes.reference.messages import (
     Abort,
     DecodingRule,
     EngineFailed,
-    EngineStats,
     Ready,
     StepReport,
     Submit,
@@ -59,12 +58,12 @@ class LLM:
         check_ranks(self.args, PuzzleArchitecture.from_path(self.model))
         self._ids = count(1)
         self._open: dict[int, ReferenceRequestOutput] = {}
-        self._stats = EngineStats()
         self._dead: str | None = None
         self._closing = False
         self._send_lock = threading.Lock()
         self._process, self._connection = _spawn_engine()
-        self.facts = self._load()
+        ready = self._load()
+        self.facts, self._stats = ready.facts, ready.stats
         self._reader = threading.Thread(target=self._read_reports, name="reference-engine-reader", daemon=True)
         self._reader.start()
 
@@ -111,25 +110,7 @@ class LLM:
 
     def get_stats(self, timeout: float | None = None) -> list[dict[str, Any]]:
         """The gauges after the last step, in TensorRT-LLM's form."""
-        s = self._stats
-        kv = {
-            "maxNumBlocks": s.num_blocks,
-            "freeNumBlocks": s.num_free_blocks,
-            "usedNumBlocks": s.num_blocks - s.num_free_blocks,
-            "tokensPerBlock": self.args.kv_cache_config.tokens_per_block,
-            "reusedBlocks": s.num_reused_blocks,
-            "missedBlocks": s.num_missed_blocks,
-            "cacheHitRate": s.num_reused_blocks / max(1, s.num_reused_blocks + s.num_missed_blocks),
-        }
-        return [
-            {
-                "iter": s.num_steps,
-                "numActiveRequests": s.num_running,
-                "numQueuedRequests": s.num_waiting,
-                "numGeneratedTokens": s.num_generated_tokens,
-                "kvCacheStats": kv,
-            }
-        ]
+        return [self._stats]
 
     # -- life and death ----------------------------------------------------------------------------------------------
 
@@ -161,14 +142,14 @@ class LLM:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _load(self) -> dict[str, Any]:
+    def _load(self) -> Ready:
         try:
             self._connection.send(self.args)
             message = self._connection.recv()
         except (EOFError, OSError):
             message = EngineFailed(reason=f"the engine process died with exit code {self._process.wait()}")
         if isinstance(message, Ready):
-            return message.facts
+            return message
         self._process.wait()
         raise EngineError(message.reason)
 

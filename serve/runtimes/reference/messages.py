@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from puzzle_trtllm.serve.runtimes.api import RequestPerfMetrics
@@ -54,6 +54,8 @@ class Ready:
     """The engine is loaded; `facts` are shown by doctor and tests (dtype, blocks, bytes)."""
 
     facts: dict[str, Any]
+    stats: dict[str, Any]
+    """`ReferenceEngine.stats`, before the first step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,21 +81,7 @@ class TokenUpdate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineStats:
-    """Gauges after a step."""
-
-    num_waiting: int = 0
-    num_running: int = 0
-    num_blocks: int = 0
-    num_free_blocks: int = 0
-    num_steps: int = 0
-    num_generated_tokens: int = 0
-    num_reused_blocks: int = 0
-    """Prompt blocks found in the cache since the start, and those that had to be computed."""
-    num_missed_blocks: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class StepReport:
-    updates: list[TokenUpdate] = field(default_factory=list)
-    stats: EngineStats
+    updates: list[TokenUpdate]
+    stats: dict[str, Any]
+    """`ReferenceEngine.stats`"""
