@@ -1,13 +1,17 @@
 """What Triton and gRPC cost: the same engine and the same load, in process and through the server.
 
-    .venv/bin/python tests/bench/triton_overhead.py [--rounds 5] [--requests 64]
+    .venv/bin/python tests/bench/triton_overhead.py [--rounds 5] [--requests 64] [--output 128] [--output-spread 0.5]
 
 Builds the demo's child (as the demo does, into a scratch folder) without a memory cap, loads it once in this process
 and once behind Triton, for `stream_interval` 10 and 1 and without streaming, and lets all of them run the demo's load
 in turn, rounds in alternating order. The load generator is one and the same: in process it drives `LLM.generate_async`
 instead of a gRPC client. Prints tokens/s, the ratio to in process, the CPU time a response that each process spent (the
-client's is this process's), and one JSON line. Wall time includes a run's start and end; the machine's cores are shared
-by client, server, stub and engine, as in the demo.
+client's is this process's), and one JSON line.
+
+With all outputs of one length requests end together, and the next wave arrives together: in process at one instant, so
+that nothing hides what Triton costs a request then. `--output-spread 0.5` lets lengths vary from half to one and a half
+of `--output`, as real ones do. Wall time includes a run's start and end; the machine's cores are shared by client,
+server, stub and engine, as in the demo.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ import psutil
 
 from puzzle_trtllm.build.engine_build import build_engine
 from puzzle_trtllm.engine import Engine, load_engine_config
-from puzzle_trtllm.scenario import load_scenario
+from puzzle_trtllm.scenario import Spread, load_scenario
 from puzzle_trtllm.serve.bench.load import hold_concurrency
 from puzzle_trtllm.serve.bench.prompts import load_requests
 from puzzle_trtllm.serve.bench.target import Connect, Target, connect_triton, prompt_tokenizer
@@ -145,6 +149,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--output", type=int, default=128, help="mean tokens an answer")
+    parser.add_argument("--output-spread", type=float, default=0.0, help="lengths vary by this share of the mean")
     parser.add_argument("--checkpoint", type=Path, default=ABACUS)
     options = parser.parse_args()
     scenario = load_scenario("cpu-demo")
@@ -174,7 +180,8 @@ def main() -> None:
             tokenizer,
             num_requests=options.requests,
             input_tokens=scenario.input_tokens,
-            output_tokens=scenario.output_tokens,
+            output_tokens=options.output,
+            output_spread=Spread(uniform=options.output_spread) if options.output_spread else None,
             seed=0,
             exact=True,
         )
