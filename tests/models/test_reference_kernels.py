@@ -15,7 +15,7 @@ from puzzle_trtllm.models.reference.kernels import Kernels, compiler
 from puzzle_trtllm.models.reference.kernels.choice import choose_kernels
 from puzzle_trtllm.models.reference.kernels.native_kernels import NativeKernels
 from puzzle_trtllm.models.reference.kernels.torch_kernels import TorchKernels
-from puzzle_trtllm.models.reference.step import DecodeGroup
+from puzzle_trtllm.models.reference.step import GroupReads
 from puzzle_trtllm.models.reference.weights import ExpertWeights, Mxfp4Matrix
 
 needs_compiler = pytest.mark.skipif(
@@ -125,7 +125,7 @@ def test_decode_attention_equals_the_torch_path(heads, kv_heads, head_dim, block
 
 def paged_cache(
     lengths: list[int], kv_heads: int, head_dim: int, block_tokens: int, dtype: torch.dtype, window: int | None
-) -> tuple[DecodeGroup, torch.Tensor]:
+) -> tuple[GroupReads, torch.Tensor]:
     """Sequences in shuffled blocks, those before the window dropped; what no sequence owns is far from any value."""
     firsts = [0 if window is None else max(0, n - window) // block_tokens for n in lengths]
     counts = [-(-n // block_tokens) - first for n, first in zip(lengths, firsts, strict=True)]
@@ -140,7 +140,7 @@ def paged_cache(
             own = storage[:, block * kv_heads : (block + 1) * kv_heads, :filled]
             own.copy_(torch.randn(own.shape))
         start += count
-    group = DecodeGroup(
+    group = GroupReads(
         window=window,
         num_kv_heads=kv_heads,
         blocks=table,

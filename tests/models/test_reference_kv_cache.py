@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, blocks_needed, expand_e4m3, plan_layout, store
+from puzzle_trtllm.models.reference.kernels.kv_storage import expand_e4m3, store
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, blocks_needed, plan_layout
 from tests.toys import toy_architecture
 
 CPU = torch.device("cpu")

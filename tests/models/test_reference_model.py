@@ -163,14 +163,14 @@ def test_both_ways_to_multiply_the_experts_give_the_same_logits(make_checkpoint,
 
 
 def test_tiles_of_queries_change_nothing(make_checkpoint, monkeypatch):
-    from puzzle_trtllm.models.reference import attention
+    from puzzle_trtllm.models.reference.kernels import torch_attention
 
     folder = make_checkpoint(CHILD)
     tokens = tokens_of(90, seed=7)
     whole = Driver(folder)
     whole.add(tokens)
     expected = whole.step((0, 0, 90))
-    monkeypatch.setattr(attention, "MAX_SCORES", 4000)
+    monkeypatch.setattr(torch_attention, "MAX_SCORES", 4000)
     tiled = Driver(folder)
     tiled.add(tokens)
     assert (tiled.step((0, 0, 90)) - expected).abs().max() < 1e-5

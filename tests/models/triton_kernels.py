@@ -6,12 +6,20 @@ one program after another, so what is shown is the arithmetic and the addresses,
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from puzzle_trtllm.models.reference.kernels import torch_attention, torch_experts, triton_attention, triton_experts
-from puzzle_trtllm.models.reference.kv_cache import E4M3_MAX
-from puzzle_trtllm.models.reference.step import DecodeGroup
+from puzzle_trtllm.kv_scales import E4M3_MAX
+from puzzle_trtllm.models.reference.kernels import (
+    torch_attention,
+    torch_experts,
+    triton_attention,
+    triton_experts,
+    triton_prefill,
+)
+from puzzle_trtllm.models.reference.step import Chunks, GroupReads
 from puzzle_trtllm.models.reference.weights import ExpertWeights, Mxfp4Matrix
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -25,7 +33,7 @@ def random(seed: int) -> torch.Generator:
 
 def cache_of(
     lengths: list[int], window: int | None, *, kv_heads: int, head_dim: int, block_tokens: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, DecodeGroup]:
+) -> tuple[torch.Tensor, GroupReads]:
     """A pool in which the sequences' blocks lie scattered, and the group that reads it: queries at the last tokens."""
     first = [0 if window is None else max(0, n - window) // block_tokens for n in lengths]
     counts = [(n - 1) // block_tokens + 1 - f for n, f in zip(lengths, first, strict=True)]
@@ -36,7 +44,7 @@ def cache_of(
         table[row, :count] = torch.tensor([order.pop() for _ in range(count)])
     values = torch.randn(2, num_blocks * kv_heads, block_tokens, head_dim, generator=random(2)) * 3
     values[:, ::5] *= 1e-3  # E4M3's subnormal numbers too
-    group = DecodeGroup(
+    group = GroupReads(
         window=window,
         num_kv_heads=kv_heads,
         blocks=table.to(DEVICE),
@@ -60,6 +68,52 @@ def test_decode_attention(window, block_tokens, heads, kv_heads, head_dim, store
     sinks = torch.randn(heads, generator=random(4)).to(DEVICE)
     ours = triton_attention.decode_attention(q, sinks, storage, group)
     torch.testing.assert_close(ours, torch_attention.decode_attention(q, sinks, storage, group), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    ("window", "block_tokens", "heads", "kv_heads", "head_dim"),
+    [(None, 32, 8, 2, 16), (100, 16, 16, 1, 64), (1, 32, 4, 4, 32), (17, 8, 6, 2, 24)],
+)
+def test_prefill_attention(window, block_tokens, heads, kv_heads, head_dim, stored):
+    """Chunks with a long, a short and no past; of one token, of a tile exactly, and of several tiles of queries."""
+    pasts, lengths = [150, 0, 7, 33, 0], [1, 70, 128, 20, 2]
+    storage, last = cache_of(
+        [max(past, 1) for past in pasts],
+        window,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_tokens=block_tokens,
+        dtype=stored,
+    )
+    reads = replace(last, positions=torch.tensor(pasts, device=DEVICE), derived={})
+    chunks = Chunks(lengths=torch.tensor(lengths, device=DEVICE), longest=max(lengths))
+    rows = sum(lengths)
+    # Rows of a wider tensor, as behind decoding rows and beside the keys of a projection.
+    q = torch.randn(rows + 3, heads + kv_heads, head_dim, generator=random(11)).to(DEVICE)[3:, :heads]
+    kv = (torch.randn(2, rows + 3, kv_heads, head_dim, generator=random(12)) * 3).to(DEVICE, stored)[:, 3:]
+    sinks = torch.randn(heads, generator=random(13)).to(DEVICE)
+    ours = triton_prefill.prefill_attention(q, kv, sinks, storage, reads, chunks)
+    oracle = torch_attention.prefill_attention(
+        q, kv, sinks, storage, replace(reads, derived={}), replace(chunks, derived={})
+    )
+    torch.testing.assert_close(ours, oracle, atol=2e-5, rtol=1e-4)
+
+
+def test_no_past_needs_no_blocks():
+    reads = GroupReads(
+        window=None,
+        num_kv_heads=1,
+        blocks=torch.zeros(2, 0, dtype=torch.int64, device=DEVICE),
+        first_keys=torch.zeros(2, dtype=torch.int64, device=DEVICE),
+        positions=torch.zeros(2, dtype=torch.int64, device=DEVICE),
+    )
+    chunks = Chunks(lengths=torch.tensor([5, 9], device=DEVICE), longest=9)
+    q, kv = (torch.randn(shape, generator=random(14)).to(DEVICE) for shape in [(14, 4, 16), (2, 14, 1, 16)])
+    storage, sinks = torch.zeros(2, 3, 8, 16, device=DEVICE), torch.zeros(4, device=DEVICE)
+    ours = triton_prefill.prefill_attention(q, kv, sinks, storage, reads, chunks)
+    oracle = torch_attention.prefill_attention(q, kv, sinks, storage, replace(reads, derived={}), chunks)
+    torch.testing.assert_close(ours, oracle, atol=2e-5, rtol=1e-4)
 
 
 def random_experts(num_experts: int, hidden: int, ffn: int, dtype: torch.dtype) -> ExpertWeights:

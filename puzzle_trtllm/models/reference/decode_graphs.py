@@ -17,7 +17,7 @@ from torch import Tensor
 
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, blocks_needed
 from puzzle_trtllm.models.reference.model import ReferenceModel
-from puzzle_trtllm.models.reference.step import DecodeGroup, GroupStep, Step
+from puzzle_trtllm.models.reference.step import GroupReads, GroupStep, Step
 
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Takes a computation on fixed buffers; gives what repeats it and returns the same output tensor."""
@@ -75,11 +75,10 @@ class _RecordedBatch:
         def group(window: int | None, positions: Tensor) -> GroupStep:
             blocks = zeros(size, blocks_needed(window, max_seq_len, block_tokens))
             return GroupStep(
-                window=window,
                 write_tokens=None,
                 write_rows=zeros(size, heads),
                 write_offsets=zeros(size, 1),
-                decode=DecodeGroup(
+                decode=GroupReads(
                     window=window, num_kv_heads=heads, blocks=blocks, first_keys=zeros(size), positions=positions
                 ),
                 prefill=None,
@@ -98,9 +97,7 @@ class _RecordedBatch:
             token_ids=zeros(size),
             positions=positions,
             num_decodes=size,
-            chunk_rows=None,
-            chunk_positions=None,
-            chunk_valid=None,
+            chunks=None,
             logit_rows=torch.arange(size, device=device),
             groups={window: group(window, positions) for window in cache.pools},
         )

@@ -9,11 +9,10 @@ group still has what the query at R sees: the whole prefix without a window, the
 one. So that a window group has them at every R, and not only where some sequence ended, a prompt chunk also writes what
 no later chunk will see, as long as blocks are free.
 
-K and V are stored in one dtype for all layers: the compute dtype, or `float8_e4m3fn` at unit scale. An E4M3 store
-saturates at +-448 (torch's own cast would give NaN). Attention always reads K and V as stored.
+K and V are stored in one dtype for all layers: the compute dtype, or `float8_e4m3fn` at unit scale. Attention always
+reads K and V as stored. A pool is `[layers, 2, N * K, B, Dh]` (kernels/kv_storage.py).
 
-Legend: N blocks, B tokens a block, K KV heads, Dh head dim. A pool is `[layers, 2, N * K, B, Dh]`: the rows of one
-block and head lie together, so that a gather of a sequence's blocks gives `[K, tokens, Dh]` without a transpose.
+Legend: N blocks, B tokens a block, K KV heads, Dh head dim.
 """
 
 from __future__ import annotations
@@ -28,8 +27,6 @@ from torch import Tensor
 
 from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.models.reference.prefix_cache import BlockTable, extend_keys, first_visible_block
-
-E4M3_MAX = 448.0
 
 PREFIX_ROOM = 4
 """Times what running sequences hold, in window pools that are to remember prefixes. On random prompts of which a third
@@ -132,8 +129,10 @@ class WindowPool:
         self.window = window
         self.tokens_per_block = layout.tokens_per_block
         self.num_blocks = layout.num_blocks[window]
+        self.num_kv_heads = a.num_key_value_heads
+        self.device = device
         self.layers = [i for i, block in enumerate(a.blocks) if block.sliding_window == window]
-        shape = (len(self.layers), 2, self.num_blocks * a.num_key_value_heads, layout.tokens_per_block, a.head_dim)
+        shape = (len(self.layers), 2, self.num_blocks * self.num_kv_heads, layout.tokens_per_block, a.head_dim)
         self.storage = torch.zeros(shape, dtype=layout.dtype, device=device)
         self.table = BlockTable(self.num_blocks)
         self._reserved = 0
@@ -286,53 +285,3 @@ class PagedKvCache:
         """Of one layer, `[2, N * K, B, Dh]`."""
         pool, index = self._of_layer[layer]
         return pool.storage[index]
-
-
-def store(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values` as a cache of `dtype` stores them (saturating cast)."""
-    if dtype == torch.float8_e4m3fn:
-        return values.clamp(-E4M3_MAX, E4M3_MAX).to(dtype)
-    return values.to(dtype)
-
-
-def read_rows(storage: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """K and V at `rows` `[2, S, K, M]` of one layer's storage `[2, N * K, B, Dh]`, each as `[S, K, M * B, Dh]`."""
-    _, sequences, heads, _ = rows.shape
-    picked = bits_of(storage).flatten(0, 1).index_select(0, rows.flatten())
-    wide = expand_e4m3(picked, dtype) if picked.dtype == torch.uint8 else picked.to(dtype)
-    keys, values = wide.view(2, sequences, heads, -1, wide.shape[-1])
-    return keys, values
-
-
-def block_table(blocks: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Block lists of several sequences, int64 `[S, M]`, padded with block 0."""
-    longest = max((len(own) for own in blocks), default=1)
-    return torch.tensor([[*own, *[0] * (longest - len(own))] for own in blocks], dtype=torch.int64, device=device)
-
-
-def pool_rows(table: Tensor, num_heads: int, rows_of_keys: int) -> Tensor:
-    """A block table as rows of K and of V, `[2, S, K, M]`; V's follow the `rows_of_keys` = N * K rows of K."""
-    keys = table[:, None, :] * num_heads + torch.arange(num_heads, device=table.device)[None, :, None]
-    return torch.stack([keys, keys + rows_of_keys])
-
-
-def expand_e4m3(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """E4M3 codes (uint8, any shape) as bfloat16 or float32: exact, and several times faster than torch's cast on a CPU.
-
-    Both wide types start with sign and exponent as E4M3 does, so the bits are moved into place (sign-extended, shifted,
-    masked) and the difference of the exponent biases, 2^(127 - 7), is multiplied in; this is right for subnormals too.
-    The two NaN codes come out as +-480: NaN never reaches a cache whose hidden states are finite.
-    """
-    if dtype == torch.bfloat16:
-        wide, shift, mask = torch.int16, 4, -0x7810
-    elif dtype == torch.float32:
-        wide, shift, mask = torch.int32, 20, -0x78100000
-    else:
-        return codes.view(torch.float8_e4m3fn).to(dtype)
-    bits = codes.view(torch.int8).to(wide).bitwise_left_shift_(shift).bitwise_and_(mask)
-    return bits.view(dtype).mul_(2.0**120)
-
-
-def bits_of(tensor: Tensor) -> Tensor:
-    """The same memory as bytes where the dtype has no indexing kernels (float8)."""
-    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor

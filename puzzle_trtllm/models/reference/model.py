@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the customary name)
 from torch import Tensor
 
-from puzzle_trtllm.models.reference.attention import attend
 from puzzle_trtllm.models.reference.kernels import Kernels
+from puzzle_trtllm.models.reference.kernels.kv_storage import take
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.step import Step
 from puzzle_trtllm.models.reference.weights import LayerWeights, ModelWeights
@@ -58,11 +58,20 @@ class ReferenceModel:
         return logits.float()
 
     def _attention(self, layer: LayerWeights, x: Tensor, step: Step, storage: Tensor) -> Tensor:
-        a = self.architecture
+        a, kernels, decodes = self.architecture, self.kernels, step.num_decodes
         qkv = layer.qkv(x).view(len(x), -1, a.head_dim)
-        q, kv = self.kernels.rotate(qkv, self._cos, self._sin, step.positions, a.num_key_value_heads, storage.dtype)
+        q, kv = kernels.rotate(qkv, self._cos, self._sin, step.positions, a.num_key_value_heads, storage.dtype)
         group = step.groups[layer.block.sliding_window]
-        return self._sum(layer.out(attend(self.kernels, q, kv, layer.sinks, step, group, storage)))
+        attended = []
+        if group.prefill is not None and step.chunks is not None:
+            # Before the write: the past may lie in blocks that the chunk is about to take over.
+            own = q[decodes:], kv[:, decodes:], layer.sinks
+            attended = [kernels.prefill_attention(*own, storage, group.prefill, step.chunks)]
+        kept = kv if group.write_tokens is None else take(kv, group.write_tokens)
+        kernels.write(storage, group.write_rows, group.write_offsets, kept)
+        if group.decode is not None:
+            attended = [kernels.decode_attention(q[:decodes], layer.sinks, storage, group.decode), *attended]
+        return self._sum(layer.out(torch.cat(attended) if len(attended) > 1 else attended[0]))
 
     def _experts(self, layer: LayerWeights, x: Tensor) -> Tensor:
         """Each token to the top k of its layer's router logits, weighted by a softmax over those k."""

@@ -8,7 +8,7 @@ A decoding row reads its own key from the cache like any other. A prompt chunk r
 from the chunk's own K and V (rounded to the stored dtype first), so a window layer needs room only for what outlives
 the chunk.
 
-Legend: T rows, S decoding sequences, P prompt chunks, C longest chunk, K KV heads, M blocks, B tokens a block, L keys.
+Legend: T rows, S sequences, P prompt chunks, K KV heads, M blocks of the longest sequence, W rows that are kept.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, SequenceBlocks, WindowPool, block_table, pool_rows
-
-NEVER_VISIBLE = np.iinfo(np.int64).max
-"""Position of a padding key: after every query."""
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, SequenceBlocks, WindowPool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +36,11 @@ class SequenceStep:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeGroup:
-    """How decoding rows read one group: keys from `first_keys` on, those in (position - window, position] visible."""
+class GroupReads:
+    """How sequences read one group: keys from `first_keys` on, of which (position - window, position] are visible.
+
+    A prompt chunk finds here what comes before it, in positions below that of its first query.
+    """
 
     window: int | None
     num_kv_heads: int
@@ -49,34 +49,34 @@ class DecodeGroup:
     first_keys: Tensor
     """int64 [S]: position of the first key in the first block"""
     positions: Tensor
-    """int64 [S]: of the query"""
+    """int64 [S]: of the query; of a chunk the first one"""
     derived: dict[str, Tensor] = field(default_factory=dict)
     """What a kernel computes from the above once a step, for all layers of the group."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefillGroup:
-    """How prompt chunks read one group."""
+class Chunks:
+    """The prompt chunks of a step, whose rows follow one another."""
 
-    past_rows: Tensor | None
-    """int64 [2, P, K, M]; None when no chunk has a past"""
-    key_positions: Tensor
-    """int64 [P, M * B + C]: past first, then the chunk"""
+    lengths: Tensor
+    """int64 [P]"""
+    longest: int
+    derived: dict[str, Tensor] = field(default_factory=dict)
+    """What a kernel computes from the above once a step, for all layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupStep:
     """One window group in this step."""
 
-    window: int | None
     write_tokens: Tensor | None
     """int64 [W]: which of the T rows are kept; None when all are"""
     write_rows: Tensor
     """int64 [W, K]"""
     write_offsets: Tensor
     """int64 [W, 1]"""
-    decode: DecodeGroup | None
-    prefill: PrefillGroup | None
+    decode: GroupReads | None
+    prefill: GroupReads | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +88,7 @@ class Step:
     positions: Tensor
     """int64 [T]"""
     num_decodes: int
-    chunk_rows: Tensor | None
-    """int64 [P, C]: flattened row of each padded chunk token (row 0 for padding)"""
-    chunk_positions: Tensor | None
-    """int64 [P, C]; -1 for padding, which sees nothing"""
-    chunk_valid: Tensor | None
-    """int64 [T - S]: index into the padded [P * C] of each chunk row"""
+    chunks: Chunks | None
     logit_rows: Tensor
     """int64 [R]: rows whose logits are wanted, in the order of the sequences"""
     groups: dict[int | None, GroupStep]
@@ -105,58 +100,49 @@ def plan_step(sequences: Sequence[SequenceStep], cache: PagedKvCache) -> Step:
     if any(len(s.tokens) != 1 or s.start == 0 for s in sequences[:num_decodes]):
         raise ValueError("decoding sequences must come before prompt chunks")
     device = cache.device
-    positions = np.concatenate([np.arange(s.start, s.start + len(s.tokens)) for s in sequences])
-    ends = np.cumsum([len(s.tokens) for s in sequences])
-    chunks = _lay_out_chunks(sequences[num_decodes:], num_decodes)
+    lengths = [len(s.tokens) for s in sequences]
+    ends = np.cumsum(lengths)
+    chunk_lengths = lengths[num_decodes:]
     return Step(
         token_ids=torch.tensor([token for s in sequences for token in s.tokens], device=device),
-        positions=torch.from_numpy(positions).to(device),
+        positions=_to(np.concatenate([np.arange(s.start, s.start + len(s.tokens)) for s in sequences]), device),
         num_decodes=num_decodes,
-        chunk_rows=_to(chunks[0], device) if chunks else None,
-        chunk_positions=_to(chunks[1], device) if chunks else None,
-        chunk_valid=_to(chunks[2], device) if chunks else None,
+        chunks=Chunks(lengths=torch.tensor(chunk_lengths, device=device), longest=max(chunk_lengths))
+        if chunk_lengths
+        else None,
         logit_rows=_to(np.asarray([e - 1 for s, e in zip(sequences, ends, strict=True) if s.wants_logits]), device),
-        groups={w: _plan_group(pool, sequences, num_decodes, chunks, cache) for w, pool in cache.pools.items()},
+        groups={
+            window: _plan_group(pool, sequences, num_decodes, reuse=cache.reuse) for window, pool in cache.pools.items()
+        },
     )
 
 
-_Chunks = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
-
-
-def _lay_out_chunks(sequences: Sequence[SequenceStep], first_row: int) -> _Chunks | None:
-    """(rows [P, C], positions [P, C], valid [sum of lengths]) of the padded chunks."""
-    if not sequences:
-        return None
-    longest = max(len(s.tokens) for s in sequences)
-    rows = np.zeros((len(sequences), longest), dtype=np.int64)
-    positions = np.full((len(sequences), longest), -1, dtype=np.int64)
-    row = first_row
-    for index, s in enumerate(sequences):
-        count = len(s.tokens)
-        rows[index, :count] = np.arange(row, row + count)
-        positions[index, :count] = np.arange(s.start, s.start + count)
-        row += count
-    return rows, positions, np.flatnonzero(positions.reshape(-1) >= 0)
-
-
-def _plan_group(
-    pool: WindowPool, sequences: Sequence[SequenceStep], num_decodes: int, chunks: _Chunks | None, cache: PagedKvCache
-) -> GroupStep:
-    num_heads, device = cache.layout.architecture.num_key_value_heads, cache.device
-    prefill = None
-    if chunks is not None:
-        # Before the claim, which may give back what a chunk still reads.
-        prefill = _plan_prefill(pool, sequences[num_decodes:], chunks[1], num_heads, device)
-    _claim(pool, sequences, cache.reuse)
+def _plan_group(pool: WindowPool, sequences: Sequence[SequenceStep], num_decodes: int, *, reuse: bool) -> GroupStep:
+    decodes, chunks = sequences[:num_decodes], sequences[num_decodes:]
+    # Before the claim, which may give back what a chunk still reads.
+    prefill = _plan_reads(pool, chunks) if chunks else None
+    _claim(pool, sequences, reuse)
     tokens, blocks, offsets = _plan_writes(pool, sequences)
-    num_rows = sum(len(s.tokens) for s in sequences)
+    rows = blocks[:, None] * pool.num_kv_heads + np.arange(pool.num_kv_heads)
     return GroupStep(
-        window=pool.window,
-        write_tokens=None if len(tokens) == num_rows else _to(tokens, device),
-        write_rows=_to(blocks[:, None] * num_heads + np.arange(num_heads)[None, :], device),
-        write_offsets=_to(offsets[:, None], device),
-        decode=_plan_decode(pool, sequences[:num_decodes], num_heads, device) if num_decodes else None,
+        write_tokens=None if len(tokens) == sum(len(s.tokens) for s in sequences) else _to(tokens, pool.device),
+        write_rows=_to(rows, pool.device),
+        write_offsets=_to(offsets[:, None], pool.device),
+        decode=_plan_reads(pool, decodes) if decodes else None,
         prefill=prefill,
+    )
+
+
+def _plan_reads(pool: WindowPool, sequences: Sequence[SequenceStep]) -> GroupReads:
+    own = [s.blocks[pool.window] for s in sequences]
+    longest = max(len(o.blocks) for o in own)
+    table = [[*o.blocks, *[0] * (longest - len(o.blocks))] for o in own]
+    return GroupReads(
+        window=pool.window,
+        num_kv_heads=pool.num_kv_heads,
+        blocks=torch.tensor(table, dtype=torch.int64, device=pool.device),
+        first_keys=torch.tensor([o.first_block * pool.tokens_per_block for o in own], device=pool.device),
+        positions=torch.tensor([s.start for s in sequences], device=pool.device),
     )
 
 
@@ -204,39 +190,6 @@ def _spare_blocks(
         held_to = own.first_block + len(own.blocks)
         spare -= max(0, (end - 1) // pool.tokens_per_block + 1 - max(held_to, first))
     return max(0, spare)
-
-
-def _plan_decode(
-    pool: WindowPool, sequences: Sequence[SequenceStep], num_heads: int, device: torch.device
-) -> DecodeGroup:
-    own = [s.blocks[pool.window] for s in sequences]
-    return DecodeGroup(
-        window=pool.window,
-        num_kv_heads=num_heads,
-        blocks=block_table([o.blocks for o in own], device),
-        first_keys=torch.tensor([o.first_block * pool.tokens_per_block for o in own], device=device),
-        positions=torch.tensor([s.start for s in sequences], device=device),
-    )
-
-
-def _plan_prefill(
-    pool: WindowPool,
-    sequences: Sequence[SequenceStep],
-    chunk_positions: NDArray[np.int64],
-    num_heads: int,
-    device: torch.device,
-) -> PrefillGroup:
-    chunk_keys = np.where(chunk_positions < 0, NEVER_VISIBLE, chunk_positions)
-    past = [s.blocks[pool.window] for s in sequences]
-    longest = max(len(own.blocks) for own in past)
-    if longest == 0:
-        return PrefillGroup(past_rows=None, key_positions=_to(chunk_keys, device))
-    size = pool.tokens_per_block
-    keys = np.asarray([own.first_block for own in past])[:, None] * size + np.arange(longest * size)[None, :]
-    keys[keys >= np.asarray([s.start for s in sequences])[:, None]] = NEVER_VISIBLE
-    key_positions = np.concatenate([keys, chunk_keys], axis=1)
-    rows = pool_rows(block_table([own.blocks for own in past], device), num_heads, pool.num_blocks * num_heads)
-    return PrefillGroup(past_rows=rows, key_positions=_to(key_positions, device))
 
 
 def _to(array: NDArray[np.int64], device: torch.device) -> Tensor:

@@ -3,8 +3,8 @@
 An implementation is chosen once, when an engine is loaded, and must give what `TorchKernels` gives: that one runs
 everywhere and is the oracle of the others. Weights are handed over once and held in whatever form a kernel reads.
 
-Legend: T rows of a step, S decoding sequences, D hidden, H query heads, K KV heads, Dh head dim, N blocks of the pool,
-B tokens a block, W rows that are kept, E experts, k experts a token.
+Legend: T rows of a step, S decoding sequences, R rows of prompt chunks, D hidden, H query heads, K KV heads, Dh head
+dim, N blocks of the pool, B tokens a block, W rows that are kept, E experts, k experts a token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from puzzle_trtllm.models.reference.step import DecodeGroup
+    from puzzle_trtllm.models.reference.step import Chunks, GroupReads
     from puzzle_trtllm.models.reference.weights import ExpertWeights
 
 
@@ -38,7 +38,7 @@ class ExpertMixture(Protocol):
 
 
 class Kernels(Protocol):
-    """All operations of a step but the embedding, residual sums, and attention within prompt chunks."""
+    """All operations of a step but the embedding and residual sums."""
 
     name: str
 
@@ -62,8 +62,14 @@ class Kernels(Protocol):
     def write(self, storage: Tensor, rows: Tensor, offsets: Tensor, kv: Tensor) -> None:
         """Write `[2, W, K, Dh]` into one layer's storage at rows `[W, K]` and offsets `[W, 1]` in their blocks."""
 
-    def decode_attention(self, q: Tensor, sinks: Tensor, storage: Tensor, group: DecodeGroup) -> Tensor:
+    def decode_attention(self, q: Tensor, sinks: Tensor, storage: Tensor, reads: GroupReads) -> Tensor:
         """q `[S, H, Dh]`, sinks float32 `[H]`, one layer's storage `[2, N * K, B, Dh]`; gives `[S, H * Dh]`."""
+
+    def prefill_attention(
+        self, q: Tensor, kv: Tensor, sinks: Tensor, storage: Tensor, reads: GroupReads, chunks: Chunks
+    ) -> Tensor:
+        """Prompt chunks attend to their past in the storage, and to themselves: q `[R, H, Dh]`, kv `[2, R, K, Dh]` as
+        the cache stores it; gives `[R, H * Dh]`."""
 
     def route(self, logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
         """The `top` largest of router logits `[T, E]`: shares (their softmax) and expert numbers, int64, `[T, k]`."""

@@ -25,8 +25,9 @@ from puzzle_trtllm.models.reference.kernels.packing import (
     pack_bias,
     pack_linear,
 )
+from puzzle_trtllm.models.reference.kernels.torch_attention import prefill_attention
 from puzzle_trtllm.models.reference.kernels.torch_experts import hold_as_loaded
-from puzzle_trtllm.models.reference.step import DecodeGroup
+from puzzle_trtllm.models.reference.step import Chunks, GroupReads
 from puzzle_trtllm.models.reference.weights import ExpertWeights
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3}
@@ -119,7 +120,7 @@ class NativeKernels:
             rows.shape[1],
         )
 
-    def decode_attention(self, q: Tensor, sinks: Tensor, storage: Tensor, group: DecodeGroup) -> Tensor:
+    def decode_attention(self, q: Tensor, sinks: Tensor, storage: Tensor, reads: GroupReads) -> Tensor:
         sequences, heads, head_dim = q.shape
         out = q.new_empty(sequences, heads * head_dim)
         self._library.decode_attention(
@@ -132,17 +133,23 @@ class NativeKernels:
             heads,
             storage.data_ptr(),
             storage.shape[1],
-            group.num_kv_heads,
+            reads.num_kv_heads,
             storage.shape[2],
             head_dim,
-            group.blocks.data_ptr(),
-            group.blocks.shape[1],
-            group.first_keys.data_ptr(),
-            group.positions.data_ptr(),
-            group.window or 0,
+            reads.blocks.data_ptr(),
+            reads.blocks.shape[1],
+            reads.first_keys.data_ptr(),
+            reads.positions.data_ptr(),
+            reads.window or 0,
             torch.get_num_threads(),
         )
         return out
+
+    def prefill_attention(
+        self, q: Tensor, kv: Tensor, sinks: Tensor, storage: Tensor, reads: GroupReads, chunks: Chunks
+    ) -> Tensor:
+        """PyTorch's: large products, which oneDNN computes as fast as anything."""
+        return prefill_attention(q, kv, sinks, storage, reads, chunks)
 
     def route(self, logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
         rows, experts = logits.shape

@@ -1,8 +1,10 @@
-"""Decode attention in plain PyTorch: gather the blocks, one batched product, softmax with sinks.
+"""Attention with sinks over a paged cache in plain PyTorch: gather the blocks, one batched product, softmax.
 
-Query heads that share a KV head are the rows of one matrix product. Softmax runs in float32.
+Each query head has a sink: one more logit in the softmax that adds nothing to the output, so a head can attend to
+nothing. Softmax runs in float32. Query heads that share a KV head are the rows of one matrix product.
 
-Legend: S sequences, H query heads, K KV heads, Dh head dim, L keys, M blocks, B tokens a block.
+Legend: S sequences, P chunks, C longest chunk, R rows of all chunks, H query heads, K KV heads, Dh head dim, L keys, N
+blocks of the pool, M blocks of the longest sequence, B tokens a block, Q queries of a tile.
 """
 
 from __future__ import annotations
@@ -10,21 +12,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from puzzle_trtllm.models.reference.kv_cache import pool_rows, read_rows
-from puzzle_trtllm.models.reference.step import DecodeGroup
+from puzzle_trtllm.models.reference.kernels.kv_storage import pool_rows, read_rows, take
+from puzzle_trtllm.models.reference.step import Chunks, GroupReads
+
+MAX_SCORES = 1 << 24
+"""Scores computed at a time in prefill; longer prompts are cut into tiles of queries."""
+_NEVER_VISIBLE = torch.iinfo(torch.int64).max
+"""Position of a padding key: after every query."""
 
 
-def decode_attention(q: Tensor, sinks: Tensor, storage: Tensor, group: DecodeGroup) -> Tensor:
+def decode_attention(q: Tensor, sinks: Tensor, storage: Tensor, reads: GroupReads) -> Tensor:
     """One query a sequence: q `[S, H, Dh]`, storage `[2, N * K, B, Dh]`; gives `[S, H * Dh]`."""
     sequences, num_heads, head_dim = q.shape
-    kv_heads = group.num_kv_heads
-    if "rows" not in group.derived:
-        group.derived["rows"] = pool_rows(group.blocks, kv_heads, storage.shape[1])
-        group.derived["mask"] = _mask(group, storage.shape[2], kv_heads, q.dtype)
-    keys, values = read_rows(storage, group.derived["rows"], q.dtype)
+    kv_heads = reads.num_kv_heads
+    if "rows" not in reads.derived:
+        reads.derived["rows"] = pool_rows(reads.blocks, kv_heads, storage.shape[1])
+        reads.derived["mask"] = _mask(reads, storage.shape[2], kv_heads, q.dtype)
+    keys, values = read_rows(storage, reads.derived["rows"], q.dtype)
     num_keys = keys.shape[2]
     scores = torch.baddbmm(
-        group.derived["mask"],
+        reads.derived["mask"],
         q.reshape(sequences * kv_heads, -1, head_dim),
         keys.view(-1, num_keys, head_dim).transpose(1, 2),
         alpha=head_dim**-0.5,
@@ -40,12 +47,81 @@ def softmax_with_sink(scores: Tensor, sinks: Tensor) -> Tensor:
     return torch.cat([scores.float(), sink], dim=-1).softmax(dim=-1)[..., :-1]
 
 
-def _mask(group: DecodeGroup, block_tokens: int, kv_heads: int, dtype: torch.dtype) -> Tensor:
+def _mask(reads: GroupReads, block_tokens: int, kv_heads: int, dtype: torch.dtype) -> Tensor:
     """`[S * K, 1, L]`: 0 where a key is visible, -inf elsewhere."""
-    offsets = torch.arange(group.blocks.shape[1] * block_tokens, device=group.blocks.device)
-    keys, queries = group.first_keys[:, None] + offsets, group.positions[:, None]
-    hidden = keys > queries
-    if group.window is not None:
-        hidden |= keys <= queries - group.window
+    hidden = _is_hidden(_stored_positions(reads, block_tokens), reads.positions[:, None], reads.window)
     mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
-    return mask.repeat_interleave(kv_heads, dim=0)[:, None, :]
+    return mask.repeat_interleave(kv_heads, dim=0)
+
+
+def _stored_positions(reads: GroupReads, block_tokens: int) -> Tensor:
+    """`[S, M * B]`: of every key that the blocks have room for."""
+    places = torch.arange(reads.blocks.shape[1] * block_tokens, device=reads.blocks.device)
+    return reads.first_keys[:, None] + places
+
+
+def _is_hidden(keys: Tensor, queries: Tensor, window: int | None) -> Tensor:
+    """`[S, Q, L]` of positions `[S, L]` and `[S, Q]`."""
+    keys, queries = keys[:, None, :], queries[:, :, None]
+    hidden = keys > queries
+    if window is not None:
+        hidden |= keys <= queries - window
+    return hidden
+
+
+def prefill_attention(
+    q: Tensor, kv: Tensor, sinks: Tensor, storage: Tensor, reads: GroupReads, chunks: Chunks
+) -> Tensor:
+    """All chunks, padded to `[P, C]`: q `[R, H, Dh]`, their own K and V as stored `[2, R, K, Dh]`, and the past from
+    storage `[2, N * K, B, Dh]`; gives `[R, H * Dh]`."""
+    rows, valid = _pad(chunks)
+    queries, keys_at = _chunk_positions(reads, chunks, storage.shape[2])
+    keys, values = take(kv, rows).to(q.dtype).transpose(2, 3)
+    if reads.blocks.shape[1]:
+        if "rows" not in reads.derived:
+            reads.derived["rows"] = pool_rows(reads.blocks, reads.num_kv_heads, storage.shape[1])
+        past_k, past_v = read_rows(storage, reads.derived["rows"], q.dtype)
+        keys, values = torch.cat([past_k, keys], dim=2), torch.cat([past_v, values], dim=2)
+    tile = max(1, MAX_SCORES // (len(rows) * q.shape[1] * keys.shape[2]))
+    padded = q[rows]
+    tiles = [
+        _attend_tile(
+            padded[:, i : i + tile], keys, values, sinks, _is_hidden(keys_at, queries[:, i : i + tile], reads.window)
+        )
+        for i in range(0, chunks.longest, tile)
+    ]
+    output = torch.cat(tiles, dim=1) if len(tiles) > 1 else tiles[0]
+    return output.view(rows.numel(), -1)[valid]
+
+
+def _attend_tile(q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, hidden: Tensor) -> Tensor:
+    """q `[P, Q, H, Dh]`, keys and values `[P, K, L, Dh]`, hidden `[P, Q, L]`; gives `[P, Q, H * Dh]`."""
+    chunks, num_queries, _, head_dim = q.shape
+    kv_heads = keys.shape[1]
+    grouped = q.view(chunks, num_queries, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
+    scores = torch.matmul(grouped, keys[:, :, None].transpose(-1, -2)) * head_dim**-0.5
+    scores = scores.masked_fill_(hidden[:, None, None], float("-inf"))
+    weights = softmax_with_sink(scores, sinks.view(kv_heads, -1, 1, 1)).to(values.dtype)
+    output = torch.matmul(weights, values[:, :, None])
+    return output.permute(0, 3, 1, 2, 4).reshape(chunks, num_queries, -1)
+
+
+def _pad(chunks: Chunks) -> tuple[Tensor, Tensor]:
+    """`[P, C]`: the row of each padded token, 0 for padding; `[R]`: where in it each row is."""
+    if "rows" not in chunks.derived:
+        offsets, lengths = torch.arange(chunks.longest, device=chunks.lengths.device), chunks.lengths[:, None]
+        is_token = offsets < lengths
+        chunks.derived["rows"] = torch.where(is_token, lengths.cumsum(0) - lengths + offsets, 0)
+        chunks.derived["valid"] = is_token.flatten().nonzero()[:, 0]
+    return chunks.derived["rows"], chunks.derived["valid"]
+
+
+def _chunk_positions(reads: GroupReads, chunks: Chunks, block_tokens: int) -> tuple[Tensor, Tensor]:
+    """Of queries `[P, C]`, -1 for padding, which sees nothing; of keys `[P, M * B + C]`, the past first."""
+    if "queries" not in reads.derived:
+        offsets, starts = torch.arange(chunks.longest, device=reads.positions.device), reads.positions[:, None]
+        own = torch.where(offsets < chunks.lengths[:, None], starts + offsets, -1)
+        past = _stored_positions(reads, block_tokens)
+        keys = torch.cat([torch.where(past < starts, past, -1), own], dim=1)
+        reads.derived["queries"], reads.derived["keys"] = own, keys.masked_fill(keys < 0, _NEVER_VISIBLE)
+    return reads.derived["queries"], reads.derived["keys"]

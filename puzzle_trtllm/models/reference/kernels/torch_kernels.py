@@ -9,10 +9,10 @@ import torch.nn.functional as F  # noqa: N812 (the customary name)
 from torch import Tensor
 
 from puzzle_trtllm.models.reference.kernels import ExpertMixture
-from puzzle_trtllm.models.reference.kernels.torch_attention import decode_attention
+from puzzle_trtllm.models.reference.kernels.kv_storage import bits_of, store
+from puzzle_trtllm.models.reference.kernels.torch_attention import decode_attention, prefill_attention
 from puzzle_trtllm.models.reference.kernels.torch_experts import hold_as_loaded, hold_dequantized
-from puzzle_trtllm.models.reference.kv_cache import bits_of, store
-from puzzle_trtllm.models.reference.step import DecodeGroup
+from puzzle_trtllm.models.reference.step import Chunks, GroupReads
 from puzzle_trtllm.models.reference.weights import ExpertWeights
 
 
@@ -58,8 +58,13 @@ class TorchKernels:
         halves = torch.arange(2, device=storage.device)[:, None, None]
         bits_of(storage)[halves, rows, offsets] = bits_of(kv)
 
-    def decode_attention(self, q: Tensor, sinks: Tensor, storage: Tensor, group: DecodeGroup) -> Tensor:
-        return decode_attention(q, sinks, storage, group)
+    def decode_attention(self, q: Tensor, sinks: Tensor, storage: Tensor, reads: GroupReads) -> Tensor:
+        return decode_attention(q, sinks, storage, reads)
+
+    def prefill_attention(
+        self, q: Tensor, kv: Tensor, sinks: Tensor, storage: Tensor, reads: GroupReads, chunks: Chunks
+    ) -> Tensor:
+        return prefill_attention(q, kv, sinks, storage, reads, chunks)
 
     def route(self, logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
         values, chosen = logits.topk(top, dim=-1)

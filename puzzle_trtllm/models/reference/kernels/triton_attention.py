@@ -5,7 +5,7 @@ a second kernel joins the shares of a head and adds its sink, which takes part i
 output. The query heads that share a KV head are the rows of one product. Nothing that is launched depends on the
 lengths, so a CUDA graph may hold it: a program finds its own range of keys and returns at once when there is none.
 
-E4M3 is expanded by moving bits, as `kv_cache.expand_e4m3` does: exact, and on GPUs that know no FP8 too.
+E4M3 is expanded by moving bits, as `kv_storage.expand_e4m3` does: exact, and on GPUs that know no FP8 too.
 
 Legend: S sequences, H query heads, K KV heads, G = H / K, Dh head dim, N blocks of the pool, B tokens a block, M blocks
 of the longest sequence, W shares of the keys.
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from puzzle_trtllm.models.reference.step import DecodeGroup
+from puzzle_trtllm.models.reference.step import GroupReads
 
 KEYS_AT_ONCE = 64
 KEYS_OF_A_SHARE = 1024
@@ -28,11 +28,11 @@ MIN_ROWS = 16
 """tl.dot wants at least so many rows; fewer query heads are padded."""
 
 
-def decode_attention(q: Tensor, sinks: Tensor, storage: Tensor, group: DecodeGroup) -> Tensor:
+def decode_attention(q: Tensor, sinks: Tensor, storage: Tensor, reads: GroupReads) -> Tensor:
     """One query a sequence: q `[S, H, Dh]`, storage `[2, N * K, B, Dh]`; gives `[S, H * Dh]`."""
     sequences, num_heads, head_dim = q.shape
-    kv_heads, block_tokens = group.num_kv_heads, storage.shape[2]
-    most_keys = group.blocks.shape[1] * block_tokens
+    kv_heads, block_tokens = reads.num_kv_heads, storage.shape[2]
+    most_keys = reads.blocks.shape[1] * block_tokens
     shares = max(1, min(MAX_SHARES, triton.cdiv(most_keys, KEYS_OF_A_SHARE)))
     outputs = q.new_empty((sequences, num_heads, shares, head_dim), dtype=torch.float32)
     maxima = q.new_empty((sequences, num_heads, shares), dtype=torch.float32)
@@ -42,22 +42,22 @@ def decode_attention(q: Tensor, sinks: Tensor, storage: Tensor, group: DecodeGro
     _attend_share[(sequences, kv_heads, shares)](
         q.contiguous(),
         storage.view(torch.uint8) if is_e4m3 else storage,
-        group.blocks,
-        group.first_keys,
-        group.positions,
+        reads.blocks,
+        reads.first_keys,
+        reads.positions,
         outputs,
         maxima,
         sums,
         head_dim**-0.5,
         storage.stride(0),
-        group.blocks.shape[1],
+        reads.blocks.shape[1],
         HEADS=num_heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
         PADDED_DIM=triton.next_power_of_2(head_dim),
         ROWS=max(MIN_ROWS, rows),
         BLOCK_TOKENS=block_tokens,
-        WINDOW=group.window or 0,
+        WINDOW=reads.window or 0,
         SHARES=shares,
         KEYS=KEYS_AT_ONCE,
         IS_E4M3=is_e4m3,
@@ -137,17 +137,9 @@ def _attend_share(
         row = (block * KV_HEADS + kv_head) * BLOCK_TOKENS + place % BLOCK_TOKENS
         address = row[:, None] * HEAD_DIM + dims[None, :]
         there = visible[:, None] & dim_is_real[None, :]
-        k_LD = _widen(tl.load(storage_ptr + address, mask=there, other=0), q_RD.dtype, IS_E4M3)
-        scores = tl.dot(q_RD, tl.trans(k_LD), input_precision="ieee") * scale
-        scores = tl.where(visible[None, :], scores, float("-inf"))
-        larger = tl.maximum(maximum, tl.max(scores, axis=1))
-        weights = tl.exp(scores - larger[:, None])
-        shrink = tl.exp(maximum - larger)
-        total = total * shrink + tl.sum(weights, axis=1)
-        v_LD = _widen(tl.load(storage_ptr + values_offset + address, mask=there, other=0), q_RD.dtype, IS_E4M3)
-        product = tl.dot(weights.to(q_RD.dtype), v_LD, input_precision="ieee")
-        output = output * shrink[:, None] + product
-        maximum = larger
+        k_LD = widen(tl.load(storage_ptr + address, mask=there, other=0), q_RD.dtype, IS_E4M3)
+        v_LD = widen(tl.load(storage_ptr + values_offset + address, mask=there, other=0), q_RD.dtype, IS_E4M3)
+        maximum, total, output = attend_to(q_RD, k_LD, v_LD, visible[None, :], scale, maximum, total, output)
 
     slot = (sequence * HEADS + heads) * SHARES + share
     tl.store(maxima_ptr + slot, maximum, mask=row_is_real)
@@ -195,7 +187,19 @@ def _join_shares(
 
 
 @triton.jit
-def _widen(stored, dtype: tl.constexpr, IS_E4M3: tl.constexpr):
+def attend_to(q_RD, k_LD, v_LD, visible_RL, scale, maximum, total, output):
+    """Running maximum, sum and output of a softmax after more keys."""
+    scores = tl.dot(q_RD, tl.trans(k_LD), input_precision="ieee") * scale
+    scores = tl.where(visible_RL, scores, float("-inf"))
+    larger = tl.maximum(maximum, tl.max(scores, axis=1))
+    weights = tl.exp(scores - larger[:, None])
+    shrink = tl.exp(maximum - larger)
+    product = tl.dot(weights.to(q_RD.dtype), v_LD, input_precision="ieee")
+    return larger, total * shrink + tl.sum(weights, axis=1), output * shrink[:, None] + product
+
+
+@triton.jit
+def widen(stored, dtype: tl.constexpr, IS_E4M3: tl.constexpr):
     """K or V as stored, in the queries' dtype; E4M3 bits become the upper bits of a float32 and are rescaled by 2^120,
     with the subnormals (which a GPU may flush in between) computed from their three bits instead."""
     if IS_E4M3:
