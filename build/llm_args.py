@@ -27,9 +27,9 @@ from puzzle_trtllm.build.window_shares import format_shares, held_tokens, window
 from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.llm_args_schema import check_llm_args
-from puzzle_trtllm.models.reference.sharding import count_shard_bytes, shards_of
 from puzzle_trtllm.parallelism import Parallelism
 from puzzle_trtllm.scenario import Scenario
+from puzzle_trtllm.sharding import count_shard_bytes, shards_of
 
 DEFAULT_MAX_NUM_TOKENS = 8192
 DEFAULT_TOKENS_PER_BLOCK = 32

@@ -14,10 +14,10 @@ from puzzle_trtllm.models.reference.dummy import DummyCheckpoint
 from puzzle_trtllm.models.reference.kernels.torch_kernels import TorchKernels
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, plan_layout
 from puzzle_trtllm.models.reference.model import ReferenceModel
-from puzzle_trtllm.models.reference.sharding import shards_of
 from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
 from puzzle_trtllm.models.reference.weights import load_weights
 from puzzle_trtllm.parallelism import Parallelism
+from puzzle_trtllm.sharding import shards_of
 from puzzle_trtllm.tensors import tensor_table
 
 CPU = torch.device("cpu")

@@ -16,10 +16,10 @@ from puzzle_trtllm.models.reference.kernels.choice import choose_kernels
 from puzzle_trtllm.models.reference.kernels.torch_kernels import TorchKernels
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, plan_layout
 from puzzle_trtllm.models.reference.model import ReferenceModel
-from puzzle_trtllm.models.reference.sharding import Shard, count_shard_bytes, shards_of
 from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
 from puzzle_trtllm.models.reference.weights import load_weights
 from puzzle_trtllm.parallelism import Parallelism
+from puzzle_trtllm.sharding import Shard, count_shard_bytes, shards_of
 from puzzle_trtllm.tensors import count_weight_bytes, tensor_table
 from tests.toys import toy_architecture
 

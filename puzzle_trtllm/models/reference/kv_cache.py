@@ -135,7 +135,8 @@ class WindowPool:
         shape = (len(self.layers), 2, self.num_blocks * self.num_kv_heads, layout.tokens_per_block, a.head_dim)
         self.storage = torch.zeros(shape, dtype=layout.dtype, device=device)
         self.table = BlockTable(self.num_blocks)
-        self._reserved = 0
+        self.num_reserved = 0
+        """Blocks that admitted sequences may claim, those they have claimed included."""
 
     @property
     def num_free(self) -> int:
@@ -148,28 +149,27 @@ class WindowPool:
         Sharing saves blocks only without a window: there a sequence keeps what it shares to its end. With one it drops
         shared blocks, which frees nothing, and takes new ones.
         """
-        return self.num_blocks - self._reserved + (self.table.num_shares if self.window is None else 0)
+        return self.num_blocks - self.num_reserved + (self.table.num_shares if self.window is None else 0)
 
     def has_room(self, count: int, prefix: Sequence[int] = ()) -> bool:
         """Whether a sequence that claims up to `count` blocks, among them those of `prefix`, can be admitted."""
         saved = sum(self.table.is_in_use(block) for block in prefix) if self.window is None else 0
         return count - saved <= self.num_unreserved
 
-    def reserve(self, count: int) -> None:
-        self._reserved += count
-
-    def unreserve(self, count: int) -> None:
-        self._reserved -= count
+    def count_missing(self, sequence: SequenceBlocks, start: int, end: int) -> int:
+        """Blocks that `sequence` has to take to hold tokens `start..end`."""
+        held_to = sequence.first_block + len(sequence.blocks)
+        return max(0, (end - 1) // self.tokens_per_block + 1 - max(held_to, start // self.tokens_per_block))
 
     def extend(self, sequence: SequenceBlocks, start: int, end: int) -> None:
         """Make `sequence` hold tokens `start..end`; blocks before the one of `start` are given back.
 
         The caller has reserved enough blocks, so they cannot run out.
         """
+        missing = self.count_missing(sequence, start, end)
         self.drop_before(sequence, start)
-        missing = (end - 1) // self.tokens_per_block + 1 - sequence.first_block - len(sequence.blocks)
         sequence.blocks += [self.table.take() for _ in range(missing)]
-        sequence.num_taken += max(missing, 0)
+        sequence.num_taken += missing
 
     def release(self, sequence: SequenceBlocks) -> None:
         self.table.give_back(sequence.blocks)
@@ -253,7 +253,7 @@ class PagedKvCache:
     def admit(self, num_tokens: int, prefix: Prefix = NO_PREFIX) -> dict[int | None, SequenceBlocks]:
         """Reserve for a sequence that may grow to `num_tokens`; give its block lists, which hold the prefix."""
         for window, need in self.demand(num_tokens).items():
-            self.pools[window].reserve(need)
+            self.pools[window].num_reserved += need
         for window, found in prefix.blocks.items():
             self.pools[window].table.share(found.blocks)
         return {window: prefix.blocks.get(window) or SequenceBlocks() for window in self.pools}
@@ -279,7 +279,7 @@ class PagedKvCache:
         """Give back all blocks and the reservation of a sequence admitted with `num_tokens`."""
         for window, need in self.demand(num_tokens).items():
             self.pools[window].release(blocks[window])
-            self.pools[window].unreserve(need)
+            self.pools[window].num_reserved -= need
 
     def storage(self, layer: int) -> Tensor:
         """Of one layer, `[2, N * K, B, Dh]`."""

@@ -155,9 +155,12 @@ def _claim(pool: WindowPool, sequences: Sequence[SequenceStep], reuse: bool) -> 
     size = pool.tokens_per_block
     ends = [s.start + len(s.tokens) for s in sequences]
     firsts = [0 if pool.window is None else max(0, end - pool.window) // size for end in ends]
-    spare = _spare_blocks(pool, sequences, firsts, ends) if reuse and pool.window is not None else 0
+    spare = 0
+    if reuse and pool.window is not None:
+        claims = zip(sequences, firsts, ends, strict=True)
+        spare = pool.num_free - sum(pool.count_missing(s.blocks[pool.window], f * size, end) for s, f, end in claims)
     for s, first, end in zip(sequences, firsts, ends, strict=True):
-        extra = min(max(0, first - s.start // size), spare)
+        extra = max(0, min(first - s.start // size, spare))
         spare -= extra
         pool.extend(s.blocks[pool.window], (first - extra) * size, end)
 
@@ -178,18 +181,6 @@ def _plan_writes(
         offsets.append(kept % size)
         row += len(s.tokens)
     return np.concatenate(rows), np.concatenate(blocks), np.concatenate(offsets)
-
-
-def _spare_blocks(
-    pool: WindowPool, sequences: Sequence[SequenceStep], firsts: Sequence[int], ends: Sequence[int]
-) -> int:
-    """Free blocks that the step does not need, if each sequence claims the blocks from its `firsts` to its `ends`."""
-    spare = pool.num_free
-    for s, first, end in zip(sequences, firsts, ends, strict=True):
-        own = s.blocks[pool.window]
-        held_to = own.first_block + len(own.blocks)
-        spare -= max(0, (end - 1) // pool.tokens_per_block + 1 - max(held_to, first))
-    return max(0, spare)
 
 
 def _to(array: NDArray[np.int64], device: torch.device) -> Tensor:

@@ -19,8 +19,8 @@ from puzzle_trtllm.architecture import BlockConfig, PuzzleArchitecture
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.models.reference.dummy import DummyCheckpoint
 from puzzle_trtllm.models.reference.kernels import ExpertMixture, Kernels, Linear
-from puzzle_trtllm.models.reference.sharding import Shard
 from puzzle_trtllm.mxfp4 import E2M1_VALUES, SCALE_BIAS
+from puzzle_trtllm.sharding import Shard
 
 
 @dataclass(frozen=True, kw_only=True)

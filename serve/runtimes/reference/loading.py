@@ -24,10 +24,10 @@ from puzzle_trtllm.models.reference.kernels.choice import choose_kernels
 from puzzle_trtllm.models.reference.kernels.cpu import cpu_flags
 from puzzle_trtllm.models.reference.kv_cache import KvLayout, PagedKvCache, plan_layout
 from puzzle_trtllm.models.reference.model import ReferenceModel
-from puzzle_trtllm.models.reference.sharding import Shard, count_shard_bytes
 from puzzle_trtllm.models.reference.weights import load_weights
 from puzzle_trtllm.serve.runtimes.reference.arguments import EngineArguments
 from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
+from puzzle_trtllm.sharding import Shard, count_shard_bytes
 
 if TYPE_CHECKING:
     from puzzle_trtllm.models.reference.rank_group import RankGroup
