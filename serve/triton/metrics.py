@@ -11,6 +11,7 @@ noticed.
     puzzle_kv_blocks_used, _total   as the runtime counts them (absent until it says)
     puzzle_kv_blocks_reused_total, puzzle_kv_blocks_missed_total
                                     prompt blocks found in the cache and not, if the runtime counts them
+    puzzle_engine_steps_total       forward passes, if the runtime counts them: output tokens over steps is the batch
     puzzle_prompt_tokens_total, puzzle_output_tokens_total, puzzle_responses_total
     puzzle_requests_total{end="ok"|"cancelled"|...}
 
@@ -41,6 +42,7 @@ _COUNTERS = {
     "puzzle_prompt_tokens_total": "prompt tokens of requests that got a token",
     "puzzle_output_tokens_total": "tokens generated",
     "puzzle_responses_total": "responses sent",
+    "puzzle_engine_steps_total": "forward passes of the engine",
     "puzzle_kv_blocks_reused_total": "blocks of prompts found in the KV cache",
     "puzzle_kv_blocks_missed_total": "blocks of prompts that had to be computed",
 }
@@ -58,10 +60,7 @@ class KvBlocks:
 
 def kv_blocks(stats: Any) -> KvBlocks | None:
     """From what `LLM.get_stats` gave: dicts, or JSON texts of them, the newest last."""
-    if not stats:
-        return None
-    newest = json.loads(stats[-1]) if isinstance(stats[-1], str) else stats[-1]
-    blocks = newest.get("kvCacheStats") or {}
+    blocks = _newest(stats).get("kvCacheStats") or {}
     if not blocks.get("maxNumBlocks"):
         return None  # a runtime that has not made a step yet may say 0
     return KvBlocks(
@@ -70,6 +69,19 @@ def kv_blocks(stats: Any) -> KvBlocks | None:
         reused=blocks.get("reusedBlocks"),
         missed=blocks.get("missedBlocks"),
     )
+
+
+def num_steps(stats: Any) -> int | None:
+    """The engine's forward passes so far, from the same."""
+    steps: int | None = _newest(stats).get("iter")
+    return steps
+
+
+def _newest(stats: Any) -> dict[str, Any]:
+    newest: dict[str, Any] = {}
+    if stats:
+        newest = json.loads(stats[-1]) if isinstance(stats[-1], str) else stats[-1]
+    return newest
 
 
 class MetricsThread:
@@ -141,7 +153,7 @@ class MetricsThread:
         if not self._stats_wanted:
             return
         try:
-            blocks = kv_blocks(self._llm.get_stats(timeout=PERIOD_S))
+            stats = self._llm.get_stats(timeout=PERIOD_S)
         except EngineDeadError as error:
             self._session.engine_died(str(error))
         except TimeoutError:
@@ -150,7 +162,9 @@ class MetricsThread:
             self._stats_wanted = False
             self._log(f"the runtime gives no statistics: {type(error).__name__}: {error}")
         else:
-            if blocks is not None:
+            if (steps := num_steps(stats)) is not None:
+                self._count_to("puzzle_engine_steps_total", steps)
+            if (blocks := kv_blocks(stats)) is not None:
                 self._set("puzzle_kv_blocks_used", blocks.used)
                 self._set("puzzle_kv_blocks_total", blocks.total)
                 for name, count in (("reused", blocks.reused), ("missed", blocks.missed)):

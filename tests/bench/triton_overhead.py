@@ -8,6 +8,12 @@ in turn, rounds in alternating order. The load generator is one and the same: in
 instead of a gRPC client. Prints tokens/s, the ratio to in process, the CPU time a response that each process spent (the
 client's is this process's), and one JSON line.
 
+A shared host's clock may change by half between two runs. So what Triton costs is also counted in what no clock
+changes, the steps that the engine makes for the load (more of them when a finished request's successor comes late) and
+the share of the time in which it computes (less when it waits for requests, or for a core):
+
+    at equal speed = steps in process / steps * share / share in process
+
 With all outputs of one length requests end together, and the next wave arrives together: in process at one instant, so
 that nothing hides what Triton costs a request then. `--output-spread 0.5` lets lengths vary from half to one and a half
 of `--output`, as real ones do. Wall time includes a run's start and end; the machine's cores are shared by client,
@@ -22,7 +28,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +44,8 @@ from puzzle_trtllm.serve.bench.target import Connect, Target, connect_triton, pr
 from puzzle_trtllm.serve.client.request import GenerationChunk, GenerationRequest
 from puzzle_trtllm.serve.runtimes import create_llm
 from puzzle_trtllm.serve.runtimes.reference import LLM, SamplingParams
+from puzzle_trtllm.serve.triton.metrics import PERIOD_S as METRICS_PERIOD_S
+from puzzle_trtllm.serve.triton.probe import read_metrics
 from puzzle_trtllm.serve.triton.process import children_of
 from puzzle_trtllm.serve.triton.server import TritonServer
 
@@ -94,6 +102,14 @@ class Sample:
     responses: int
     cpu_s: dict[str, float]
     """User and system time by process: client, and behind Triton server, stub, engine."""
+    steps: int
+    """Of the engine."""
+    elapsed_s: float
+
+    @property
+    def computing(self) -> float:
+        """Share of the time in which the engine computes; it does so on one thread."""
+        return self.cpu_s["engine"] / self.elapsed_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +120,8 @@ class Run:
     url: str
     streaming: bool
     processes: dict[str, psutil.Process]
+    count_steps: Callable[[], int]
+    """Of the engine, since its start; asked while nothing runs."""
 
     def cpu_s(self) -> dict[str, float]:
         times = {name: process.cpu_times() for name, process in self.processes.items()}
@@ -121,6 +139,7 @@ class Run:
                         responses += 1
                         yield chunk
 
+            steps = self.count_steps()
             before, began = self.cpu_s(), time.perf_counter()
             answers = await hold_concurrency(
                 counted, requests, concurrency=concurrency, is_truncated=lambda *_: False, observer=Silent()
@@ -130,6 +149,8 @@ class Run:
             tokens_per_s=sum(a.record.num_output_tokens for a in answers) / elapsed_s,
             responses=responses,
             cpu_s={name: after[name] - before[name] for name in after},
+            steps=self.count_steps() - steps,
+            elapsed_s=elapsed_s,
         )
 
 
@@ -142,6 +163,14 @@ def processes_of(server: TritonServer) -> dict[str, psutil.Process]:
     (engine,) = children_of(stub)
     pids = {"server": server.pid, "stub": stub, "engine": engine}
     return {"client": psutil.Process(), **{name: psutil.Process(pid) for name, pid in pids.items()}}
+
+
+def count_steps_behind(server: TritonServer) -> int:
+    """What the server's metrics say once they have been set anew."""
+    time.sleep(METRICS_PERIOD_S + 0.2)
+    metrics = read_metrics(server.metrics_url)
+    assert metrics is not None
+    return int(metrics["puzzle_engine_steps_total"])
 
 
 def main() -> None:
@@ -170,10 +199,18 @@ def main() -> None:
             for streaming in (True, False) if interval == 10 else (True,):
                 label = f"interval {interval}" if streaming else "no streaming"
                 runs[f"in process, {label}"] = Run(
-                    connect=connect_in_process(llm), url="", streaming=streaming, processes=processes_in_process(llm)
+                    connect=connect_in_process(llm),
+                    url="",
+                    streaming=streaming,
+                    processes=processes_in_process(llm),
+                    count_steps=lambda llm=llm: llm.get_stats()[0]["iter"],
                 )
                 runs[f"Triton, {label}"] = Run(
-                    connect=connect_triton, url=server.grpc_url, streaming=streaming, processes=processes_of(server)
+                    connect=connect_triton,
+                    url=server.grpc_url,
+                    streaming=streaming,
+                    processes=processes_of(server),
+                    count_steps=lambda server=server: count_steps_behind(server),
                 )
         tokenizer = prompt_tokenizer(engine=scratch / "interval-1", tokenizer_folder=None)
         requests = load_requests(
@@ -202,6 +239,9 @@ def report(samples: dict[str, list[Sample]], rounds: int) -> None:
         base = samples["in process, " + name.split(", ")[1]]
         rates = [sample.tokens_per_s for sample in own]
         ratio = statistics.median(a.tokens_per_s / b.tokens_per_s for a, b in zip(own, base, strict=True))
+        at_equal_speed = statistics.median(
+            b.steps / a.steps * a.computing / b.computing for a, b in zip(own, base, strict=True)
+        )
         cpu_us = {
             process: statistics.median(sample.cpu_s[process] / sample.responses for sample in own) * 1e6
             for process in own[0].cpu_s
@@ -209,10 +249,17 @@ def report(samples: dict[str, list[Sample]], rounds: int) -> None:
         rows[name] = {
             "tokens_per_s": statistics.median(rates),
             "ratio_to_in_process": ratio,
+            "ratio_at_equal_speed": at_equal_speed,
+            "steps": statistics.median(sample.steps for sample in own),
+            "computing": statistics.median(sample.computing for sample in own),
             "responses": statistics.median(sample.responses for sample in own),
             "cpu_us_per_response": cpu_us,
         }
-        print(f"{name:26} {statistics.median(rates):6.0f} tok/s ({min(rates):.0f} to {max(rates):.0f})  x{ratio:.3f}")
+        print(
+            f"{name:26} {statistics.median(rates):6.0f} tok/s ({min(rates):.0f} to {max(rates):.0f})  x{ratio:.3f}; "
+            f"at equal speed x{at_equal_speed:.3f}: {rows[name]['steps']:.0f} steps, computing "
+            f"{rows[name]['computing']:.1%} of the time"
+        )
         parts = ", ".join(f"{process} {value:.0f}" for process, value in cpu_us.items())
         print(f"{'':26} {rows[name]['responses']:6.0f} responses; CPU us a response: {parts}")
     print(json.dumps({"rounds": rounds, "runs": rows}))

@@ -104,6 +104,8 @@ def test_a_prompt_that_begins_like_an_earlier_one_says_what_it_found(server) -> 
     assert again["kv_cache_alloc_total_blocks"] == again["kv_cache_alloc_new_blocks"] + 4 + 1 + 2
     assert "kv_cache_hit_rate" not in post_json(url, {"text_input": "b", "sampling_param_max_tokens": 1})
     wait_until(lambda: (metric(server, "puzzle_kv_blocks_reused_total") or 0) >= 12, what="the metric counts reuse")
+    # Each of the two with 4 tokens takes as many steps.
+    wait_until(lambda: (metric(server, "puzzle_engine_steps_total") or 0) >= 8, what="the metric counts steps")
 
 
 def post_json(url: str, body: dict) -> dict:

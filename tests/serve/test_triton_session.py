@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from puzzle_trtllm.serve.runtimes.api import CompletionOutput, EngineDeadError, RequestError, SamplingParams
-from puzzle_trtllm.serve.triton.metrics import KvBlocks, MetricsThread, kv_blocks
+from puzzle_trtllm.serve.triton.metrics import KvBlocks, MetricsThread, kv_blocks, num_steps
 from puzzle_trtllm.serve.triton.outbox import Outbox
 from puzzle_trtllm.serve.triton.request import ReplyFormat, RequestLimits
 from puzzle_trtllm.serve.triton.response import Snapshot
@@ -391,3 +391,8 @@ def test_kv_blocks_come_as_dicts_or_json() -> None:
     stats["kvCacheStats"] |= {"reusedBlocks": 4, "missedBlocks": 5}
     assert kv_blocks([stats]) == KvBlocks(used=3, total=10, reused=4, missed=5)
     assert kv_blocks([]) is None and kv_blocks([{"iter": 1}]) is None
+
+
+def test_steps_come_as_dicts_or_json() -> None:
+    assert num_steps([{"iter": 3}, {"iter": 7}]) == num_steps(['{"iter": 7}']) == 7
+    assert num_steps([]) is None and num_steps([{}]) is None
