@@ -1,8 +1,9 @@
 """Sending responses without holding up the event loop.
 
 Triton's `response_sender.send` is a round trip to the server process (50-150 us, the GIL released meanwhile). Called in
-the event loop it would add up over all requests of a step, so a few threads do it, each request pinned to one of them
-so that its responses keep their order.
+the event loop it would add up over all requests of a step, so a thread does it. Two would take the GIL, and on a small
+machine the engine's core, from each other: with one, an engine behind Triton made 75% instead of 63% of its steps
+when it streamed every token (tests/bench/triton_overhead.py on 2 cores).
 
 A request never has more than one response waiting. The loop leaves the newest snapshot in the request's `Reply`; if the
 one before has not left yet, the two leave as one. While the senders keep up that is one response a step; when they do
@@ -43,43 +44,30 @@ class Encoder(Protocol):
 
 
 class Outbox:
-    """The sender threads."""
+    """The sender thread."""
 
-    def __init__(self, encoder: Encoder, *, threads: int = 2, log: Log = print) -> None:
+    def __init__(self, encoder: Encoder, *, log: Log = print) -> None:
         self._encoder = encoder
         self._log = log
-        self._queues: list[queue.SimpleQueue[Reply | None]] = [queue.SimpleQueue() for _ in range(threads)]
-        self._threads = [
-            threading.Thread(target=self._send_all, args=(index,), name="puzzle-send", daemon=True)
-            for index in range(threads)
-        ]
-        self._next = 0
-        self._sent = [0] * threads
-        for thread in self._threads:
-            thread.start()
+        self._queue: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
+        self.responses_sent = 0
+        """Since the start, for the metrics."""
+        self._thread = threading.Thread(target=self._send_all, name="puzzle-send", daemon=True)
+        self._thread.start()
 
     def open_reply(self, sender: ResponseSender, form: ReplyFormat) -> Reply:
         """A new request's end of the wire."""
-        self._next = (self._next + 1) % len(self._queues)
-        return Reply(sender, form, self._queues[self._next], self._encoder)
+        return Reply(sender, form, self._queue, self._encoder)
 
     def close(self) -> None:
-        """Send what waits, then end the threads."""
-        for q in self._queues:
-            q.put(None)
-        for thread in self._threads:
-            thread.join(timeout=5)
+        """Send what waits, then end the thread."""
+        self._queue.put(None)
+        self._thread.join(timeout=5)
 
-    @property
-    def responses_sent(self) -> int:
-        """Since the start, for the metrics. Each thread counts for itself: `+=` across a send would lose counts."""
-        return sum(self._sent)
-
-    def _send_all(self, index: int) -> None:
-        while (reply := self._queues[index].get()) is not None:
+    def _send_all(self) -> None:
+        while (reply := self._queue.get()) is not None:
             try:
-                count = reply.flush()
-                self._sent[index] += count
+                self.responses_sent += reply.flush()
             except Exception as error:  # the server may have closed the request
                 self._log(f"a response could not be sent: {type(error).__name__}: {error}")
 
