@@ -8,7 +8,7 @@ strings are found here, where the text is: the output is cut and the engine told
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
 from tokenizers import Tokenizer
@@ -93,17 +93,25 @@ class ReferenceRequestOutput:
     def __await__(self):  # type: ignore[no-untyped-def]  # noqa: ANN204
         return self.aresult().__await__()
 
-    async def __aiter__(self) -> AsyncIterator[ReferenceRequestOutput]:
-        """Itself after every batch of new tokens, the last time finished."""
-        self._event = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
-        while not self._finished:
-            if self._drain():
-                yield self
-                continue
+    def __aiter__(self) -> ReferenceRequestOutput:
+        """Itself after every batch of new tokens, the last time finished.
+
+        As TensorRT-LLM's, an iterator and no generator: one that is left before its end would cost the event loop
+        another task, to close it.
+        """
+        return self
+
+    async def __anext__(self) -> ReferenceRequestOutput:
+        if self._finished:
+            raise StopAsyncIteration
+        if self._event is None:
+            self._event = asyncio.Event()
+            self._loop = asyncio.get_running_loop()
+        while not self._drain():
             self._event.clear()
             if self._updates.empty():
                 await self._event.wait()
+        return self
 
     def _drain(self) -> bool:
         """Apply everything that is queued; True if there was something."""
@@ -152,13 +160,15 @@ class _Detokenizer:
 
     def append(self, output: CompletionOutput, token_ids: list[int]) -> bool:
         """Add tokens and their text; True if a stop string ended the output here."""
+        if not self._stops:
+            output.token_ids += token_ids
+            output.text += "".join(self._stream.step(self._tokenizer, token) or "" for token in token_ids)
+            return False
         for token in token_ids:
             output.token_ids.append(token)
-            piece = self._stream.step(self._tokenizer, token)
-            if not piece:
-                continue
+            piece = self._stream.step(self._tokenizer, token) or ""
             output.text += piece
-            if self._stops and len(output.token_ids) >= self._min_tokens and self._cut(output, len(piece)):
+            if piece and len(output.token_ids) >= self._min_tokens and self._cut(output, len(piece)):
                 return True
         return False
 
