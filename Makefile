@@ -4,7 +4,7 @@
 
 PYTHON ?= $(shell for python in python3.11 python3; do $$python -c "" 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
-WORKERS ?= 0
+WORKERS ?= 2
 SOURCES := puzzle_trtllm build calibration serve tests bootstrap.py requirements
 
 .DEFAULT_GOAL := help
@@ -19,7 +19,7 @@ setup:  ## check this machine and set up .venv
 demo: setup  ## derive, calibrate, build, serve and measure a Puzzle child of the demo's model (runs/demo)
 	@$(BIN)/puzzle-trtllm demo --out runs/demo
 
-test: lint  ## lint, then the tests that take minutes at most; WORKERS=2 shares them
+test: lint  ## lint, then the tests that take minutes at most, shared between two processes (WORKERS=0: one)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-all: lint  ## lint, then every test, the slow ones too
