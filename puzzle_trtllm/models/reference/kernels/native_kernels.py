@@ -27,7 +27,7 @@ from puzzle_trtllm.models.reference.kernels.packing import (
 )
 from puzzle_trtllm.models.reference.kernels.torch_attention import prefill_attention
 from puzzle_trtllm.models.reference.kernels.torch_experts import hold_as_loaded
-from puzzle_trtllm.models.reference.step import Chunks, GroupReads
+from puzzle_trtllm.models.reference.step import GroupReads
 from puzzle_trtllm.models.reference.weights import ExpertWeights
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3}
@@ -145,11 +145,8 @@ class NativeKernels:
         )
         return out
 
-    def prefill_attention(
-        self, q: Tensor, kv: Tensor, sinks: Tensor, storage: Tensor, reads: GroupReads, chunks: Chunks
-    ) -> Tensor:
-        """PyTorch's: large products, which oneDNN computes as fast as anything."""
-        return prefill_attention(q, kv, sinks, storage, reads, chunks)
+    prefill_attention = staticmethod(prefill_attention)
+    """PyTorch's."""
 
     def route(self, logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
         rows, experts = logits.shape

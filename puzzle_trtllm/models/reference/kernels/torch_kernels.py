@@ -12,7 +12,6 @@ from puzzle_trtllm.models.reference.kernels import ExpertMixture
 from puzzle_trtllm.models.reference.kernels.kv_storage import bits_of, store
 from puzzle_trtllm.models.reference.kernels.torch_attention import decode_attention, prefill_attention
 from puzzle_trtllm.models.reference.kernels.torch_experts import hold_as_loaded, hold_dequantized
-from puzzle_trtllm.models.reference.step import Chunks, GroupReads
 from puzzle_trtllm.models.reference.weights import ExpertWeights
 
 
@@ -58,13 +57,8 @@ class TorchKernels:
         halves = torch.arange(2, device=storage.device)[:, None, None]
         bits_of(storage)[halves, rows, offsets] = bits_of(kv)
 
-    def decode_attention(self, q: Tensor, sinks: Tensor, storage: Tensor, reads: GroupReads) -> Tensor:
-        return decode_attention(q, sinks, storage, reads)
-
-    def prefill_attention(
-        self, q: Tensor, kv: Tensor, sinks: Tensor, storage: Tensor, reads: GroupReads, chunks: Chunks
-    ) -> Tensor:
-        return prefill_attention(q, kv, sinks, storage, reads, chunks)
+    decode_attention = staticmethod(decode_attention)
+    prefill_attention = staticmethod(prefill_attention)
 
     def route(self, logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
         values, chosen = logits.topk(top, dim=-1)

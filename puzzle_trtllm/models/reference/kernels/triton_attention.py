@@ -132,13 +132,13 @@ def _attend_share(
     for start in range(begin, end, KEYS):
         keys = start + tl.arange(0, KEYS)
         visible = keys < end
-        place = keys - first_key
-        block = tl.load(blocks_ptr + sequence * num_blocks + place // BLOCK_TOKENS, mask=visible, other=0)
-        row = (block * KV_HEADS + kv_head) * BLOCK_TOKENS + place % BLOCK_TOKENS
-        address = row[:, None] * HEAD_DIM + dims[None, :]
-        there = visible[:, None] & dim_is_real[None, :]
-        k_LD = widen(tl.load(storage_ptr + address, mask=there, other=0), q_RD.dtype, IS_E4M3)
-        v_LD = widen(tl.load(storage_ptr + values_offset + address, mask=there, other=0), q_RD.dtype, IS_E4M3)
+        places = keys - first_key
+        table = blocks_ptr + sequence * num_blocks
+        k_LD = read_paged(storage_ptr, table, places, visible, kv_head, dims, HEAD_DIM, KV_HEADS, BLOCK_TOKENS)
+        v_LD = read_paged(
+            storage_ptr + values_offset, table, places, visible, kv_head, dims, HEAD_DIM, KV_HEADS, BLOCK_TOKENS
+        )
+        k_LD, v_LD = widen(k_LD, q_RD.dtype, IS_E4M3), widen(v_LD, q_RD.dtype, IS_E4M3)
         maximum, total, output = attend_to(q_RD, k_LD, v_LD, visible[None, :], scale, maximum, total, output)
 
     slot = (sequence * HEADS + heads) * SHARES + share
@@ -184,6 +184,25 @@ def _join_shares(
     joined = tl.sum(outputs * weights[:, None], axis=0) / total
     result = result_ptr + (sequence * HEADS + head) * HEAD_DIM + dims
     tl.store(result, joined.to(result_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+
+
+@triton.jit
+def read_paged(
+    storage_ptr,
+    table_ptr,
+    places,
+    exists,
+    kv_head,
+    dims,
+    HEAD_DIM: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    """K or V of one head as stored, `[places, dims]`; places count from the first token of a sequence's first block."""
+    block = tl.load(table_ptr + places // BLOCK_TOKENS, mask=exists, other=0)
+    row = (block * KV_HEADS + kv_head) * BLOCK_TOKENS + places % BLOCK_TOKENS
+    there = exists[:, None] & (dims < HEAD_DIM)[None, :]
+    return tl.load(storage_ptr + row[:, None] * HEAD_DIM + dims[None, :], mask=there, other=0)
 
 
 @triton.jit

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from puzzle_trtllm.models.reference.kernels import ExpertMixture
 from puzzle_trtllm.models.reference.kernels.torch_kernels import TorchKernels
 from puzzle_trtllm.models.reference.kernels.triton_attention import decode_attention
 from puzzle_trtllm.models.reference.kernels.triton_experts import hold_mxfp4
 from puzzle_trtllm.models.reference.kernels.triton_prefill import prefill_attention
-from puzzle_trtllm.models.reference.step import Chunks, GroupReads
 from puzzle_trtllm.models.reference.weights import ExpertWeights
 
 
@@ -24,10 +21,5 @@ class TritonKernels(TorchKernels):
     def prepare_experts(self, experts: ExpertWeights, *, limit: float) -> ExpertMixture:
         return hold_mxfp4(experts, limit=limit)
 
-    def decode_attention(self, q: Tensor, sinks: Tensor, storage: Tensor, reads: GroupReads) -> Tensor:
-        return decode_attention(q, sinks, storage, reads)
-
-    def prefill_attention(
-        self, q: Tensor, kv: Tensor, sinks: Tensor, storage: Tensor, reads: GroupReads, chunks: Chunks
-    ) -> Tensor:
-        return prefill_attention(q, kv, sinks, storage, reads, chunks)
+    decode_attention = staticmethod(decode_attention)
+    prefill_attention = staticmethod(prefill_attention)

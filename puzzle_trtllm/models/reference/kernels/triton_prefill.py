@@ -15,7 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from puzzle_trtllm.models.reference.kernels.triton_attention import KEYS_AT_ONCE, MIN_ROWS, attend_to, widen
+from puzzle_trtllm.models.reference.kernels.triton_attention import (
+    KEYS_AT_ONCE,
+    MIN_ROWS,
+    attend_to,
+    read_paged,
+    widen,
+)
 from puzzle_trtllm.models.reference.step import Chunks, GroupReads
 
 ROWS_AT_ONCE = 128
@@ -126,13 +132,13 @@ def _attend_chunk(
     for tile in range(begin, end, KEYS):
         keys = tile + tl.arange(0, KEYS)
         exists = keys < end
-        place = keys - first_key
-        block = tl.load(blocks_ptr + chunk * num_blocks + place // BLOCK_TOKENS, mask=exists, other=0)
-        row = (block * KV_HEADS + kv_head) * BLOCK_TOKENS + place % BLOCK_TOKENS
-        address = storage_ptr + row[:, None] * HEAD_DIM + dims[None, :]
-        there = exists[:, None] & dim_is_real[None, :]
-        k_LD = widen(tl.load(address, mask=there, other=0), q_RD.dtype, IS_E4M3)
-        v_LD = widen(tl.load(address + values_offset, mask=there, other=0), q_RD.dtype, IS_E4M3)
+        places = keys - first_key
+        table = blocks_ptr + chunk * num_blocks
+        k_LD = read_paged(storage_ptr, table, places, exists, kv_head, dims, HEAD_DIM, KV_HEADS, BLOCK_TOKENS)
+        v_LD = read_paged(
+            storage_ptr + values_offset, table, places, exists, kv_head, dims, HEAD_DIM, KV_HEADS, BLOCK_TOKENS
+        )
+        k_LD, v_LD = widen(k_LD, q_RD.dtype, IS_E4M3), widen(v_LD, q_RD.dtype, IS_E4M3)
         visible = exists[None, :] & row_is_real[:, None]
         if WINDOW > 0:
             visible &= keys[None, :] > (start + query)[:, None] - WINDOW
