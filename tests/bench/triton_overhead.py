@@ -212,6 +212,9 @@ def main() -> None:
                     processes=processes_of(server),
                     count_steps=lambda server=server: count_steps_behind(server),
                 )
+        longest = scenario.input_tokens + int(options.output * (1 + options.output_spread))
+        if longest > llm.max_seq_len:  # the engine would cut the answers, and they would hardly vary
+            parser.error(f"{longest} tokens a request, but the engine has {llm.max_seq_len} positions")
         tokenizer = prompt_tokenizer(engine=scratch / "interval-1", tokenizer_folder=None)
         requests = load_requests(
             tokenizer,
