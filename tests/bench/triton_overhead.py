@@ -1,23 +1,26 @@
 """What Triton and gRPC cost: the same engine and the same load, in process and through the server.
 
-    .venv/bin/python tests/bench/triton_overhead.py [--rounds 5] [--requests 64] [--output 128] [--output-spread 0.5]
+    .venv/bin/python tests/bench/triton_overhead.py [--rounds 40] [--streaming none 10]
+    .venv/bin/python tests/bench/triton_overhead.py --requests 128 --output 128 --output-spread 0
 
 Builds the demo's child (as the demo does, into a scratch folder) without a memory cap, loads it once in this process
-and once behind Triton, for `stream_interval` 10 and 1 and without streaming, and lets all of them run the demo's load
-in turn, rounds in alternating order. The load generator is one and the same: in process it drives `LLM.generate_async`
-instead of a gRPC client. Prints tokens/s, the ratio to in process, the CPU time a response that each process spent (the
-client's is this process's), and one JSON line.
+and once behind Triton, for `stream_interval` 10 and 1 and without streaming, and lets all of them run one load in turn,
+rounds in alternating order. The load generator is one and the same: in process it drives `LLM.generate_async` instead
+of a gRPC client. Prints tokens/s, the ratio to in process (the median of the rounds' own, with the 95% interval that
+drawing the rounds again gives), the CPU time a response that each process spent (the client's is this process's), and
+one JSON line.
 
-A shared host's clock may change by half between two runs. So what Triton costs is also counted in what no clock
-changes, the steps that the engine makes for the load (more of them when a finished request's successor comes late) and
-the share of the time in which it computes (less when it waits for requests, or for a core):
+Lengths vary from half to one and a half of `--output`, as real ones do. With all of one length (the second command)
+requests end together, and the next wave arrives together: in process at one instant, so that nothing hides what Triton
+costs a request then. Wall time includes a run's start and end; the machine's cores are shared by client, server, stub
+and engine, as in the demo.
+
+A shared host's clock may change by half between two runs: many short rounds tell more than a few long ones. What
+Triton costs is also counted in what no clock changes, the steps that the engine makes for the load (more of them when a
+finished request's successor comes late) and the share of the time in which it computes (less when it waits for
+requests, or for a core):
 
     at equal speed = steps in process / steps * share / share in process
-
-With all outputs of one length requests end together, and the next wave arrives together: in process at one instant, so
-that nothing hides what Triton costs a request then. `--output-spread 0.5` lets lengths vary from half to one and a half
-of `--output`, as real ones do. Wall time includes a run's start and end; the machine's cores are shared by client,
-server, stub and engine, as in the demo.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ from puzzle_trtllm.serve.bench.load import hold_concurrency
 from puzzle_trtllm.serve.bench.prompts import load_requests
 from puzzle_trtllm.serve.bench.target import Connect, Target, connect_triton, prompt_tokenizer
 from puzzle_trtllm.serve.client.request import GenerationChunk, GenerationRequest
+from puzzle_trtllm.serve.metrics.bootstrap import percentile_interval, resampled_medians
 from puzzle_trtllm.serve.runtimes import create_llm
 from puzzle_trtllm.serve.runtimes.reference import LLM, SamplingParams
 from puzzle_trtllm.serve.triton.metrics import PERIOD_S as METRICS_PERIOD_S
@@ -49,6 +53,9 @@ from puzzle_trtllm.serve.triton.probe import read_metrics
 from puzzle_trtllm.serve.triton.process import children_of
 from puzzle_trtllm.serve.triton.server import TritonServer
 
+WAYS = ("none", "10", "1")
+SETTLING_S = METRICS_PERIOD_S + 0.2
+"""Until the server's metrics have been set anew."""
 ABACUS = Path(__file__).parents[2] / "puzzle_trtllm" / "demo" / "abacus"
 
 
@@ -121,7 +128,7 @@ class Run:
     streaming: bool
     processes: dict[str, psutil.Process]
     count_steps: Callable[[], int]
-    """Of the engine, since its start; asked while nothing runs."""
+    """Of the engine, since its start; asked when nothing has run for `SETTLING_S`."""
 
     def cpu_s(self) -> dict[str, float]:
         times = {name: process.cpu_times() for name, process in self.processes.items()}
@@ -139,12 +146,14 @@ class Run:
                         responses += 1
                         yield chunk
 
+            await asyncio.sleep(SETTLING_S)  # both ways: an idle machine is slower at first
             steps = self.count_steps()
             before, began = self.cpu_s(), time.perf_counter()
             answers = await hold_concurrency(
                 counted, requests, concurrency=concurrency, is_truncated=lambda *_: False, observer=Silent()
             )
             elapsed_s, after = time.perf_counter() - began, self.cpu_s()
+            await asyncio.sleep(SETTLING_S)
         return Sample(
             tokens_per_s=sum(a.record.num_output_tokens for a in answers) / elapsed_s,
             responses=responses,
@@ -166,58 +175,65 @@ def processes_of(server: TritonServer) -> dict[str, psutil.Process]:
 
 
 def count_steps_behind(server: TritonServer) -> int:
-    """What the server's metrics say once they have been set anew."""
-    time.sleep(METRICS_PERIOD_S + 0.2)
+    """What the server's metrics say."""
     metrics = read_metrics(server.metrics_url)
     assert metrics is not None
     return int(metrics["puzzle_engine_steps_total"])
 
 
+def start_ways(stack: ExitStack, checkpoint: Path, folder: Path, streaming: str) -> dict[str, Run]:
+    """One engine in process and one behind Triton; `streaming` is its interval, or `none`."""
+    config = load_engine_config("cpu-demo").model_copy(update={"memory_bytes": None, "kv_dtype": "bf16"})
+    llm_args = {
+        "stream_interval": 1 if streaming == "none" else int(streaming),
+        # Rounds repeat their prompts, which no cache may answer.
+        "kv_cache_config": {"enable_block_reuse": False},
+    }
+    build_engine(checkpoint, folder, config=config.model_copy(update={"llm_args": llm_args}))
+    engine = Engine.open(folder)
+    llm = stack.enter_context(create_llm(engine))
+    server = stack.enter_context(TritonServer(engine))
+    label = "no streaming" if streaming == "none" else f"interval {streaming}"
+    return {
+        f"in process, {label}": Run(
+            connect=connect_in_process(llm),
+            url="",
+            streaming=streaming != "none",
+            processes=processes_in_process(llm),
+            count_steps=lambda: int(llm.get_stats()[0]["iter"]),
+        ),
+        f"Triton, {label}": Run(
+            connect=connect_triton,
+            url=server.grpc_url,
+            streaming=streaming != "none",
+            processes=processes_of(server),
+            count_steps=lambda: count_steps_behind(server),
+        ),
+    }
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--output", type=int, default=128, help="mean tokens an answer")
-    parser.add_argument("--output-spread", type=float, default=0.0, help="lengths vary by this share of the mean")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--requests", type=int, default=192)
+    parser.add_argument("--output", type=int, default=84, help="mean tokens an answer")
+    parser.add_argument("--output-spread", type=float, default=0.5, help="lengths vary by this share of the mean")
+    parser.add_argument("--streaming", nargs="+", choices=WAYS, default=WAYS, help="which stream_intervals")
     parser.add_argument("--checkpoint", type=Path, default=ABACUS)
     options = parser.parse_args()
     scenario = load_scenario("cpu-demo")
-    config = load_engine_config("cpu-demo").model_copy(update={"memory_bytes": None, "kv_dtype": "bf16"})
-    # Rounds repeat their prompts, which no cache may answer.
-    no_reuse = {"kv_cache_config": {"enable_block_reuse": False}}
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         runs: dict[str, Run] = {}
-        for interval in (10, 1):
-            folder = scratch / f"interval-{interval}"
-            llm_args = {"stream_interval": interval, **no_reuse}
-            build_engine(options.checkpoint, folder, config=config.model_copy(update={"llm_args": llm_args}))
-            engine = Engine.open(folder)
-            llm = stack.enter_context(create_llm(engine))
-            server = stack.enter_context(TritonServer(engine))
-            for streaming in (True, False) if interval == 10 else (True,):
-                label = f"interval {interval}" if streaming else "no streaming"
-                runs[f"in process, {label}"] = Run(
-                    connect=connect_in_process(llm),
-                    url="",
-                    streaming=streaming,
-                    processes=processes_in_process(llm),
-                    count_steps=lambda llm=llm: llm.get_stats()[0]["iter"],
-                )
-                runs[f"Triton, {label}"] = Run(
-                    connect=connect_triton,
-                    url=server.grpc_url,
-                    streaming=streaming,
-                    processes=processes_of(server),
-                    count_steps=lambda server=server: count_steps_behind(server),
-                )
+        for streaming in options.streaming:
+            runs |= start_ways(stack, options.checkpoint, scratch / streaming, streaming)
+        engine = Engine.open(scratch / options.streaming[0])
         longest = scenario.input_tokens + int(options.output * (1 + options.output_spread))
-        if longest > llm.max_seq_len:  # the engine would cut the answers, and they would hardly vary
-            parser.error(f"{longest} tokens a request, but the engine has {llm.max_seq_len} positions")
-        tokenizer = prompt_tokenizer(engine=scratch / "interval-1", tokenizer_folder=None)
+        if longest > engine.llm_args["max_seq_len"]:  # the engine would cut the answers, and they would hardly vary
+            parser.error(f"{longest} tokens a request, but the engine has {engine.llm_args['max_seq_len']} positions")
         requests = load_requests(
-            tokenizer,
+            prompt_tokenizer(engine=engine.path, tokenizer_folder=None),
             num_requests=options.requests,
             input_tokens=scenario.input_tokens,
             output_tokens=options.output,
@@ -241,7 +257,8 @@ def report(samples: dict[str, list[Sample]], rounds: int) -> None:
     for name, own in samples.items():
         base = samples["in process, " + name.split(", ")[1]]
         rates = [sample.tokens_per_s for sample in own]
-        ratio = statistics.median(a.tokens_per_s / b.tokens_per_s for a, b in zip(own, base, strict=True))
+        ratios = [a.tokens_per_s / b.tokens_per_s for a, b in zip(own, base, strict=True)]
+        interval = percentile_interval(resampled_medians(tuple(ratios), tuple(ratios))[0])
         at_equal_speed = statistics.median(
             b.steps / a.steps * a.computing / b.computing for a, b in zip(own, base, strict=True)
         )
@@ -251,18 +268,21 @@ def report(samples: dict[str, list[Sample]], rounds: int) -> None:
         }
         rows[name] = {
             "tokens_per_s": statistics.median(rates),
-            "ratio_to_in_process": ratio,
+            "ratio_to_in_process": statistics.median(ratios),
+            "ratio_interval": (interval.low, interval.high),
             "ratio_at_equal_speed": at_equal_speed,
             "steps": statistics.median(sample.steps for sample in own),
             "computing": statistics.median(sample.computing for sample in own),
             "responses": statistics.median(sample.responses for sample in own),
             "cpu_us_per_response": cpu_us,
         }
-        print(
-            f"{name:26} {statistics.median(rates):6.0f} tok/s ({min(rates):.0f} to {max(rates):.0f})  x{ratio:.3f}; "
-            f"at equal speed x{at_equal_speed:.3f}: {rows[name]['steps']:.0f} steps, computing "
-            f"{rows[name]['computing']:.1%} of the time"
-        )
+        print(f"{name:26} {statistics.median(rates):6.0f} tok/s ({min(rates):.0f} to {max(rates):.0f})")
+        if own is not base:
+            ends = "no interval" if interval.low is None else f"{interval.low:.3f} to {interval.high:.3f}"
+            print(
+                f"{'':26} x{statistics.median(ratios):.3f} of in process ({ends}); at equal speed x{at_equal_speed:.3f}"
+            )
+        print(f"{'':26} {rows[name]['steps']:6.0f} steps, computing {rows[name]['computing']:.1%} of the time")
         parts = ", ".join(f"{process} {value:.0f}" for process, value in cpu_us.items())
         print(f"{'':26} {rows[name]['responses']:6.0f} responses; CPU us a response: {parts}")
     print(json.dumps({"rounds": rounds, "runs": rows}))
