@@ -11,17 +11,16 @@ Memory: the planner's figures (puzzle_trtllm.build.planner), so that a plan and 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.build.derived_values import Values
 from puzzle_trtllm.build.planner.assumptions import Assumptions
 from puzzle_trtllm.build.planner.layout import Layout
 from puzzle_trtllm.build.planner.memory import plan_memory
-from puzzle_trtllm.build.window_shares import blocks_of_a_sequence
 from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.gpus import Gpu, load_gpu
+from puzzle_trtllm.kv_layout import blocks_of_a_sequence
 from puzzle_trtllm.scenario import Scenario
 
 MOE_BACKENDS = (
@@ -140,7 +139,7 @@ def _sequence_bytes(a: PuzzleArchitecture, config: EngineConfig, values: Values,
     """KV bytes of one sequence of max_seq_len on one GPU, as TensorRT-LLM's V1 manager counts blocks."""
     num_tokens: int = values.get("max_seq_len")
     size: int = values.get("kv_cache_config.tokens_per_block") or 32
-    windows: Any = (block.sliding_window or num_tokens for block in a.blocks)
-    blocks = sum(blocks_of_a_sequence(w, num_tokens=num_tokens, tokens_per_block=size) for w in windows)
+    windows = (block.sliding_window for block in a.blocks)
+    blocks = sum(blocks_of_a_sequence(w, num_tokens, size) for w in windows)
     whole = a.kv_bytes_per_token_and_layer(config.kv_dtype)
     return blocks * size * whole * layout.kv_heads_per_gpu(a) // a.num_key_value_heads

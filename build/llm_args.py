@@ -12,7 +12,6 @@ never less than the model's window; left out, a runtime would derive it from the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +25,7 @@ from puzzle_trtllm.build.planner.weights import weights_per_gpu
 from puzzle_trtllm.build.window_shares import format_shares, held_tokens, window_shares
 from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.kv_layout import blocks_of_a_sequence
 from puzzle_trtllm.llm_args_schema import check_llm_args
 from puzzle_trtllm.parallelism import Parallelism
 from puzzle_trtllm.scenario import Scenario
@@ -75,15 +75,13 @@ def derive_llm_args(
 
 
 def one_sequence_bytes(architecture: PuzzleArchitecture, llm_args: Mapping[str, Any]) -> int:
-    """KV bytes of one sequence of max_seq_len on one rank, in whole blocks: a window layer holds ceil(w / block) + 1 at
-    most."""
+    """KV bytes of one sequence of max_seq_len on one rank, in whole blocks."""
     kv = llm_args["kv_cache_config"]
     heads = architecture.num_key_value_heads
     own = heads if llm_args.get("enable_attention_dp") else max(1, heads // llm_args["tensor_parallel_size"])
     size: int = kv["tokens_per_block"]
-    whole: int = math.ceil(llm_args["max_seq_len"] / size)
     windows = [block.sliding_window for block in architecture.blocks]
-    blocks = sum(whole if w is None else min(whole, math.ceil(w / size) + 1) for w in windows)
+    blocks = sum(blocks_of_a_sequence(window, llm_args["max_seq_len"], size) for window in windows)
     kv_dtype: KvDtype = "fp8" if kv["dtype"] == "fp8" else "bf16"
     return blocks * size * architecture.kv_bytes_per_token_and_layer(kv_dtype) // heads * own
 

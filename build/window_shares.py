@@ -5,9 +5,9 @@ otherwise (ascending windows). Equal pools waste most of the memory: at 128K tok
 the 128-windows and 10 x 131072 in the full layers. In proportion to what one sequence keeps, all pools run out at once.
 
 Lengths: under GUARANTEED_NO_EVICT a sequence reserves to its last possible token, under MAX_UTILIZATION it holds, over
-its life, the prompt and half of its output on average. A window that has moved on straddles one block more than it
-fills. The trap: the shares must add up to exactly 1.0 in floating point, left to right, or the engine stops with an
-assertion. Multiples of 1/4096 are exact in binary and in print, and so are their sums.
+its life, the prompt and half of its output on average. The trap: the shares must add up to exactly 1.0 in floating
+point, left to right, or the engine stops with an assertion. Multiples of 1/4096 are exact in binary and in print, and
+so are their sums.
 """
 
 from __future__ import annotations
@@ -17,22 +17,16 @@ from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 
+from puzzle_trtllm.kv_layout import blocks_of_a_sequence
+
 GRID = 4096
 
 
 def window_shares(max_attention_window: Sequence[int], *, num_tokens: int, tokens_per_block: int) -> list[float]:
     """Shares by ascending window for sequences that hold `num_tokens`; [1.0] where all layers have one window."""
     layers = Counter(max_attention_window)
-    needs = [
-        layers[window] * blocks_of_a_sequence(window, num_tokens=num_tokens, tokens_per_block=tokens_per_block)
-        for window in sorted(layers)
-    ]
+    needs = [layers[window] * blocks_of_a_sequence(window, num_tokens, tokens_per_block) for window in sorted(layers)]
     return [parts / GRID for parts in _on_grid(needs)]
-
-
-def blocks_of_a_sequence(window: int, *, num_tokens: int, tokens_per_block: int) -> int:
-    """Blocks that one layer with this window keeps of a sequence of `num_tokens`."""
-    return min(math.ceil(num_tokens / tokens_per_block), math.ceil(min(window, num_tokens) / tokens_per_block) + 1)
 
 
 def format_shares(shares: Sequence[float]) -> str:

@@ -24,8 +24,9 @@ from types import MappingProxyType
 
 from puzzle_trtllm.build.planner.assumptions import Assumptions
 from puzzle_trtllm.build.planner.kv_cache import KvGeometry
-from puzzle_trtllm.build.window_shares import blocks_of_a_sequence, window_shares
+from puzzle_trtllm.build.window_shares import window_shares
 from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.kv_layout import blocks_of_a_sequence
 
 V2_IN_FLIGHT_SEQUENCES = 1
 """Prompts that are being processed at any moment; more than one only when they share a chunk."""
@@ -79,13 +80,7 @@ def trtllm_v2(kv: KvGeometry, pool_bytes: int, num_tokens: int, assumptions: Ass
     in_flight = sum(
         layers * (min(kept + assumptions.max_num_tokens, num_tokens) - kept) for kept, layers in kv.clamped(num_tokens)
     )
-    whole = (
-        sum(
-            layers * blocks_of_a_sequence(kept, num_tokens=num_tokens, tokens_per_block=size)
-            for kept, layers in kv.clamped(num_tokens)
-        )
-        * size
-    )
+    whole = sum(layers * blocks_of_a_sequence(kept, num_tokens, size) for kept, layers in kv.clamped(num_tokens)) * size
     left = pool_bytes - V2_IN_FLIGHT_SEQUENCES * in_flight * per_token
     return _capacity(max(0.0, left / (whole * per_token)), num_tokens)
 
@@ -174,7 +169,7 @@ def _v1(kv: KvGeometry, pool_bytes: int, num_tokens: int, assumptions: Assumptio
     sequences = []
     for share, (kept, layers) in zip(shares, sorted(kv.clamped(num_tokens)), strict=True):
         num_blocks = int(pool_bytes * share) // (size * kv.bytes_per_token_and_layer * layers)
-        sequences.append(num_blocks / blocks_of_a_sequence(kept, num_tokens=num_tokens, tokens_per_block=size))
+        sequences.append(num_blocks / blocks_of_a_sequence(kept, num_tokens, size))
     return min(sequences)
 
 

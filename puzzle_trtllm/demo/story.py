@@ -131,7 +131,7 @@ def _measure(
 def _compute_dtype() -> str:
     import torch
 
-    from puzzle_trtllm.serve.runtimes.reference.loading import explain_compute_dtype
+    from puzzle_trtllm.models.reference.kernels.choice import explain_compute_dtype
 
     return explain_compute_dtype("auto", torch.device("cpu"))
 

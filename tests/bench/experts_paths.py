@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from puzzle_trtllm.models.reference.kernels.expert_weights import ExpertWeights
 from puzzle_trtllm.models.reference.kernels.torch_experts import by_expert, dense
-from puzzle_trtllm.models.reference.weights import ExpertWeights
 
 SHAPES = [(128, 128, 8, 2), (256, 256, 16, 4), (512, 512, 32, 4)]
 """hidden, intermediate, experts, experts a token"""

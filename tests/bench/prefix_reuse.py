@@ -15,7 +15,8 @@ import random
 
 import torch
 
-from puzzle_trtllm.models.reference.kv_cache import KvLayout, PagedKvCache
+from puzzle_trtllm.kv_layout import KvLayout
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
 from tests.serve.test_reference_engine import RandomModel, family_prompt, submit
 from tests.toys import toy_architecture

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from puzzle_trtllm.architecture import PuzzleArchitecture
+from puzzle_trtllm.kv_layout import plan_layout
 from puzzle_trtllm.models.reference.decode_graphs import DecodeGraphs, default_batch_sizes
 from puzzle_trtllm.models.reference.dummy import DummyCheckpoint
 from puzzle_trtllm.models.reference.kernels.torch_kernels import TorchKernels
-from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, plan_layout
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
 from puzzle_trtllm.models.reference.weights import load_weights

@@ -13,10 +13,10 @@ from puzzle_trtllm import mxfp4
 from puzzle_trtllm.errors import EngineError
 from puzzle_trtllm.models.reference.kernels import Kernels, compiler
 from puzzle_trtllm.models.reference.kernels.choice import choose_kernels
+from puzzle_trtllm.models.reference.kernels.expert_weights import ExpertWeights, Mxfp4Matrix
 from puzzle_trtllm.models.reference.kernels.native_kernels import NativeKernels
+from puzzle_trtllm.models.reference.kernels.reads import GroupReads
 from puzzle_trtllm.models.reference.kernels.torch_kernels import TorchKernels
-from puzzle_trtllm.models.reference.step import GroupReads
-from puzzle_trtllm.models.reference.weights import ExpertWeights, Mxfp4Matrix
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, compiler.COMPILERS)), reason="no C++ compiler: the native kernels cannot exist here"

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from puzzle_trtllm.kv_layout import blocks_of_a_sequence, plan_layout
 from puzzle_trtllm.models.reference.kernels.kv_storage import expand_e4m3, store
-from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, blocks_needed, plan_layout
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from tests.toys import toy_architecture
 
 CPU = torch.device("cpu")
@@ -73,10 +74,12 @@ def test_a_layout_stays_in_its_budget_and_holds_what_it_promises(budget, tokens,
         max_sequences=sequences,
     )
     assert layout.num_bytes <= budget
-    own = sum(blocks_needed(w, tokens, 8) * 8 * architecture.kv_bytes_per_token_and_layer("bf16") for w in windows)
+    own = sum(
+        blocks_of_a_sequence(w, tokens, 8) * 8 * architecture.kv_bytes_per_token_and_layer("bf16") for w in windows
+    )
     promised = min(budget // own, sequences)
     for window, count in layout.num_blocks.items():
-        assert count >= promised * blocks_needed(window, tokens, 8)
+        assert count >= promised * blocks_of_a_sequence(window, tokens, 8)
 
 
 @given(window=st.one_of(st.none(), st.integers(1, 60)), chunks=st.lists(st.integers(1, 50), min_size=1, max_size=12))
@@ -93,7 +96,7 @@ def test_a_sequence_holds_the_blocks_of_what_it_can_still_see_and_no_more(window
         assert len(sequence.blocks) == math.ceil(end / 8) - first_needed
         if window is not None:
             assert len(sequence.blocks) <= math.ceil(window / 8) + 1
-    assert len(sequence.blocks) <= blocks_needed(window, sum(chunks), 8)
+    assert len(sequence.blocks) <= blocks_of_a_sequence(window, sum(chunks), 8)
 
 
 def test_admission_counts_what_sequences_may_still_claim():

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.kv_layout import plan_layout
 from puzzle_trtllm.models.reference.kernels.choice import choose_kernels
 from puzzle_trtllm.models.reference.kernels.compiler import COMPILERS
-from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, plan_layout
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
 from puzzle_trtllm.models.reference.weights import load_weights

@@ -19,8 +19,8 @@ from puzzle_trtllm.models.reference.kernels import (
     triton_experts,
     triton_prefill,
 )
-from puzzle_trtllm.models.reference.step import Chunks, GroupReads
-from puzzle_trtllm.models.reference.weights import ExpertWeights, Mxfp4Matrix
+from puzzle_trtllm.models.reference.kernels.expert_weights import ExpertWeights, Mxfp4Matrix
+from puzzle_trtllm.models.reference.kernels.reads import Chunks, GroupReads
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16

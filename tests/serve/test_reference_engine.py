@@ -15,8 +15,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from puzzle_trtllm.kv_layout import plan_layout
 from puzzle_trtllm.models.reference.kernels.torch_kernels import TorchKernels
-from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, plan_layout
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.rank_group import RankGroup
 from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
 from puzzle_trtllm.serve.runtimes.reference.engine_process import run

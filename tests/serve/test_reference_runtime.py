@@ -292,8 +292,8 @@ def test_importing_the_front_does_not_import_torch():
     ],
 )
 def test_the_compute_dtype_follows_the_cpus_flags_and_is_named(flags, expected, monkeypatch):
-    from puzzle_trtllm.serve.runtimes.reference import loading
+    from puzzle_trtllm.models.reference.kernels import choice
 
-    monkeypatch.setattr(loading, "cpu_flags", lambda: frozenset(flags))
-    assert loading.explain_compute_dtype("auto", torch.device("cpu")) == expected
-    assert loading.explain_compute_dtype("float32", torch.device("cpu")) == "float32 (as asked for)"
+    monkeypatch.setattr(choice, "cpu_flags", lambda: frozenset(flags))
+    assert choice.explain_compute_dtype("auto", torch.device("cpu")) == expected
+    assert choice.explain_compute_dtype("float32", torch.device("cpu")) == "float32 (as asked for)"

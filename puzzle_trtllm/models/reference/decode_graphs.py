@@ -15,9 +15,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, blocks_needed
+from puzzle_trtllm.kv_layout import blocks_of_a_sequence
+from puzzle_trtllm.models.reference.kernels.reads import GroupReads
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.model import ReferenceModel
-from puzzle_trtllm.models.reference.step import GroupReads, GroupStep, Step
+from puzzle_trtllm.models.reference.step import GroupStep, Step
 
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Takes a computation on fixed buffers; gives what repeats it and returns the same output tensor."""
@@ -73,7 +75,7 @@ class _RecordedBatch:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         def group(window: int | None, positions: Tensor) -> GroupStep:
-            blocks = zeros(size, blocks_needed(window, max_seq_len, block_tokens))
+            blocks = zeros(size, blocks_of_a_sequence(window, max_seq_len, block_tokens))
             return GroupStep(
                 write_tokens=None,
                 write_rows=zeros(size, heads),

@@ -14,13 +14,14 @@ Legend: T rows, S sequences, P prompt chunks, K KV heads, M blocks of the longes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from puzzle_trtllm.models.reference.kernels.reads import Chunks, GroupReads
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, SequenceBlocks, WindowPool
 
 
@@ -33,36 +34,6 @@ class SequenceStep:
     blocks: dict[int | None, SequenceBlocks]
     wants_logits: bool
     """True when the last of `tokens` is the last known one, so that the next can be sampled."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupReads:
-    """How sequences read one group: keys from `first_keys` on, of which (position - window, position] are visible.
-
-    A prompt chunk finds here what comes before it, in positions below that of its first query.
-    """
-
-    window: int | None
-    num_kv_heads: int
-    blocks: Tensor
-    """int64 [S, M], padded with block 0"""
-    first_keys: Tensor
-    """int64 [S]: position of the first key in the first block"""
-    positions: Tensor
-    """int64 [S]: of the query; of a chunk the first one"""
-    derived: dict[str, Tensor] = field(default_factory=dict)
-    """What a kernel computes from the above once a step, for all layers of the group."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chunks:
-    """The prompt chunks of a step, whose rows follow one another."""
-
-    lengths: Tensor
-    """int64 [P]"""
-    longest: int
-    derived: dict[str, Tensor] = field(default_factory=dict)
-    """What a kernel computes from the above once a step, for all layers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,43 +19,8 @@ from puzzle_trtllm.architecture import BlockConfig, PuzzleArchitecture
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.models.reference.dummy import DummyCheckpoint
 from puzzle_trtllm.models.reference.kernels import ExpertMixture, Kernels, Linear
-from puzzle_trtllm.mxfp4 import E2M1_VALUES, SCALE_BIAS
+from puzzle_trtllm.models.reference.kernels.expert_weights import ExpertWeights, Mxfp4Matrix
 from puzzle_trtllm.sharding import Shard
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mxfp4Matrix:
-    """One projection of all experts of a layer as MXFP4 bytes."""
-
-    blocks: Tensor
-    """uint8 [E, rows, cols / 32, 16]"""
-    scales: Tensor
-    """uint8 [E, rows, cols / 32]"""
-
-    def expert(self, index: int) -> Mxfp4Matrix:
-        """One expert's `[rows, cols]`."""
-        return Mxfp4Matrix(blocks=self.blocks[index], scales=self.scales[index])
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """`[E, rows, cols]`; exact in float32 and bfloat16."""
-        values = torch.tensor(E2M1_VALUES, dtype=dtype, device=self.blocks.device)
-        codes = torch.stack([self.blocks & 0x0F, self.blocks >> 4], dim=-1).flatten(-2)
-        exponents = (self.scales.to(torch.int32) - SCALE_BIAS).unsqueeze(-1)
-        return torch.ldexp(values[codes.int()], exponents).to(dtype).flatten(-2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertWeights:
-    """The experts of one layer, as loaded."""
-
-    gate_up: Tensor | Mxfp4Matrix
-    """`[E, 2F, D]`, gate rows first, then up rows."""
-    gate_up_bias: Tensor
-    """`[E, 2F]`"""
-    down: Tensor | Mxfp4Matrix
-    """`[E, D, F]`"""
-    down_bias: Tensor
-    """`[E, D]`"""
 
 
 @dataclass(frozen=True, kw_only=True)

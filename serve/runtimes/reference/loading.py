@@ -17,12 +17,12 @@ import torch
 from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.errors import EngineError
+from puzzle_trtllm.kv_layout import KvLayout, plan_layout
 from puzzle_trtllm.models.reference.decode_graphs import DecodeGraphs, cuda_recorder, default_batch_sizes
 from puzzle_trtllm.models.reference.dummy import DummyCheckpoint
 from puzzle_trtllm.models.reference.kernels import Kernels
-from puzzle_trtllm.models.reference.kernels.choice import choose_kernels
-from puzzle_trtllm.models.reference.kernels.cpu import cpu_flags
-from puzzle_trtllm.models.reference.kv_cache import KvLayout, PagedKvCache, plan_layout
+from puzzle_trtllm.models.reference.kernels.choice import choose_kernels, compute_dtype, explain_compute_dtype
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.weights import load_weights
 from puzzle_trtllm.serve.runtimes.reference.arguments import EngineArguments
@@ -39,11 +39,6 @@ it saves; those of larger models stay MXFP4 and are expanded as they are used. N
 SINGLE_THREAD_BYTES = 16 << 20
 """Models that hold less than this run on one thread: their operations are too short to be worth sharing, and a spinning
 second thread would take the core that the server and its clients need."""
-
-_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
-"""CPU features that multiply bfloat16 in hardware."""
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,27 +122,6 @@ def _graph_batch_sizes(
     largest = min(arguments.cuda_graph_max_batch_size or arguments.max_batch_size, arguments.max_batch_size)
     sizes = default_batch_sizes(largest) if wanted is None else wanted
     return sorted({min(size, arguments.max_batch_size) for size in sizes})
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that `name` (auto | float32 | bfloat16) means here. Raises EngineError for another name."""
-    if name != "auto":
-        if name not in _DTYPES:
-            raise EngineError("unknown", key="dtype", found=name, expected=f"auto, {', '.join(_DTYPES)}")
-        return _DTYPES[name]
-    return torch.bfloat16 if device.type == "cuda" or cpu_flags() & _BF16_FLAGS else torch.float32
-
-
-def explain_compute_dtype(name: str, device: torch.device) -> str:
-    """The compute dtype and why: `bfloat16 (the CPU has avx512_bf16)`."""
-    dtype = str(compute_dtype(name, device)).removeprefix("torch.")
-    if name != "auto":
-        return f"{dtype} (as asked for)"
-    if device.type == "cuda":
-        return f"{dtype} (on a GPU)"
-    found = sorted(cpu_flags() & _BF16_FLAGS)
-    missing = " nor ".join(sorted(_BF16_FLAGS))
-    return f"{dtype} (the CPU has {', '.join(found)})" if found else f"{dtype} (the CPU has neither {missing})"
 
 
 def _plan_cache(

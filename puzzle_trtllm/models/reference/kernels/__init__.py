@@ -9,14 +9,13 @@ dim, N blocks of the pool, B tokens a block, W rows that are kept, E experts, k 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from puzzle_trtllm.models.reference.step import Chunks, GroupReads
-    from puzzle_trtllm.models.reference.weights import ExpertWeights
+from puzzle_trtllm.models.reference.kernels.expert_weights import ExpertWeights
+from puzzle_trtllm.models.reference.kernels.reads import Chunks, GroupReads
 
 
 class Linear(Protocol):

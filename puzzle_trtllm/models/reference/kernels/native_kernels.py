@@ -16,6 +16,7 @@ from torch import Tensor
 
 from puzzle_trtllm.models.reference.kernels import ExpertMixture
 from puzzle_trtllm.models.reference.kernels.compiler import load_library
+from puzzle_trtllm.models.reference.kernels.expert_weights import ExpertWeights
 from puzzle_trtllm.models.reference.kernels.packing import (
     LANES,
     PackedMatrix,
@@ -25,10 +26,9 @@ from puzzle_trtllm.models.reference.kernels.packing import (
     pack_bias,
     pack_linear,
 )
+from puzzle_trtllm.models.reference.kernels.reads import GroupReads
 from puzzle_trtllm.models.reference.kernels.torch_attention import prefill_attention
 from puzzle_trtllm.models.reference.kernels.torch_experts import hold_as_loaded
-from puzzle_trtllm.models.reference.step import GroupReads
-from puzzle_trtllm.models.reference.weights import ExpertWeights
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3}
 """`enum Dtype` of native.cpp."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the customary name)
 from torch import Tensor
 
-from puzzle_trtllm.models.reference.weights import Mxfp4Matrix
+from puzzle_trtllm.models.reference.kernels.expert_weights import Mxfp4Matrix
 
 LANES = 16
 Arrange = Callable[[Tensor], Tensor]

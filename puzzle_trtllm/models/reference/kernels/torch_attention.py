@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from puzzle_trtllm.models.reference.kernels.kv_storage import pool_rows, read_rows, take
-from puzzle_trtllm.models.reference.step import Chunks, GroupReads
+from puzzle_trtllm.models.reference.kernels.reads import Chunks, GroupReads
 
 MAX_SCORES = 1 << 24
 """Scores computed at a time in prefill; longer prompts are cut into tiles of queries."""

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the customary name)
 from torch import Tensor
 
-from puzzle_trtllm.models.reference.weights import ExpertWeights, Mxfp4Matrix
+from puzzle_trtllm.models.reference.kernels.expert_weights import ExpertWeights, Mxfp4Matrix
 
 SWIGLU_ALPHA = 1.702
 DENSE_MAX_WORK = {torch.bfloat16: 3_000_000, torch.float32: 600_000}

@@ -9,10 +9,10 @@ import torch.nn.functional as F  # noqa: N812 (the customary name)
 from torch import Tensor
 
 from puzzle_trtllm.models.reference.kernels import ExpertMixture
+from puzzle_trtllm.models.reference.kernels.expert_weights import ExpertWeights
 from puzzle_trtllm.models.reference.kernels.kv_storage import bits_of, store
 from puzzle_trtllm.models.reference.kernels.torch_attention import decode_attention, prefill_attention
 from puzzle_trtllm.models.reference.kernels.torch_experts import hold_as_loaded, hold_dequantized
-from puzzle_trtllm.models.reference.weights import ExpertWeights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from puzzle_trtllm.models.reference.step import GroupReads
+from puzzle_trtllm.models.reference.kernels.reads import GroupReads
 
 KEYS_AT_ONCE = 64
 KEYS_OF_A_SHARE = 1024

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from puzzle_trtllm.models.reference.kernels import ExpertMixture
+from puzzle_trtllm.models.reference.kernels.expert_weights import ExpertWeights
 from puzzle_trtllm.models.reference.kernels.torch_kernels import TorchKernels
 from puzzle_trtllm.models.reference.kernels.triton_attention import decode_attention
 from puzzle_trtllm.models.reference.kernels.triton_experts import hold_mxfp4
 from puzzle_trtllm.models.reference.kernels.triton_prefill import prefill_attention
-from puzzle_trtllm.models.reference.weights import ExpertWeights
 
 
 class TritonKernels(TorchKernels):

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from puzzle_trtllm.models.reference.kernels.reads import Chunks, GroupReads
 from puzzle_trtllm.models.reference.kernels.triton_attention import (
     KEYS_AT_ONCE,
     MIN_ROWS,
@@ -22,7 +23,6 @@ from puzzle_trtllm.models.reference.kernels.triton_attention import (
     read_paged,
     widen,
 )
-from puzzle_trtllm.models.reference.step import Chunks, GroupReads
 
 ROWS_AT_ONCE = 128
 """Queries of a tile times heads that share a KV head."""
