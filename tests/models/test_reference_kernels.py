@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from puzzle_trtllm.models.reference.kernels import Kernels, compiler
 from puzzle_trtllm.models.reference.kernels.choice import choose_kernels
 from puzzle_trtllm.models.reference.kernels.expert_weights import ExpertWeights, Mxfp4Matrix
 from puzzle_trtllm.models.reference.kernels.native_kernels import NativeKernels
-from puzzle_trtllm.models.reference.kernels.reads import GroupReads
+from puzzle_trtllm.models.reference.kernels.reads import Chunks, GroupReads
 from puzzle_trtllm.models.reference.kernels.torch_kernels import TorchKernels
 
 needs_compiler = pytest.mark.skipif(
@@ -123,6 +124,64 @@ def test_decode_attention_equals_the_torch_path(heads, kv_heads, head_dim, block
     assert_close(found, expected)
 
 
+@needs_compiler
+@pytest.mark.parametrize("window", [None, 1, 20, 128])
+@KV_DTYPES
+@DTYPES
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_tokens"), [(8, 2, 32, 16), (16, 1, 64, 32), (3, 3, 24, 8), (4, 2, 10, 5)]
+)
+def test_prefill_attention_equals_the_torch_path(heads, kv_heads, head_dim, block_tokens, dtype, kv_dtype, window):
+    """Chunks with a long, a short and no past; of one token, of a tile exactly, and of several tiles of queries."""
+    torch.manual_seed(head_dim)
+    pasts, lengths = [150, 0, 7, 33, 0], [1, 70, 64, 140, 2]
+    last, storage = paged_cache([max(1, past) for past in pasts], kv_heads, head_dim, block_tokens, kv_dtype, window)
+    reads = replace(last, positions=torch.tensor(pasts))
+    chunks = Chunks(lengths=torch.tensor(lengths), longest=max(lengths))
+    q = (2 * torch.randn(sum(lengths), heads, head_dim)).to(dtype)
+    # Behind those of three decoding sequences.
+    kv = torch.randn(2, sum(lengths) + 3, kv_heads, head_dim).to(kv_dtype)[:, 3:]
+    sinks = torch.randn(heads)
+
+    def attend(kernels: Kernels) -> torch.Tensor:
+        own_reads, own_chunks = replace(reads, derived={}), replace(chunks, derived={})
+        return kernels.prefill_attention(q, kv, sinks, storage, own_reads, own_chunks)
+
+    expected, found = both(attend)
+    assert_close(found, expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [None, 20])
+@DTYPES
+def test_a_prompt_attends_alike_to_the_bit_however_it_is_cut_and_whatever_is_beside_it(dtype, window):
+    torch.manual_seed(0)
+    length, cut, kv_heads, head_dim, block_tokens = 100, 45, 2, 32, 16
+    q, kv = torch.randn(length, 8, head_dim).to(dtype), torch.randn(2, length, kv_heads, head_dim).to(dtype)
+    sinks = torch.randn(8)
+    storage = torch.zeros(2, 3 * kv_heads, block_tokens, head_dim, dtype=dtype)
+    positions = torch.arange(cut)
+    rows = positions[:, None] // block_tokens * kv_heads + torch.arange(kv_heads)
+    NativeKernels().write(storage, rows, positions[:, None] % block_tokens, kv[:, :cut].contiguous())
+
+    def attend(parts: list[slice]) -> torch.Tensor:
+        reads = GroupReads(
+            window=window,
+            num_kv_heads=kv_heads,
+            blocks=torch.tensor([[0, 1, 2]] * len(parts)),
+            first_keys=torch.zeros(len(parts), dtype=torch.int64),
+            positions=torch.tensor([part.start for part in parts]),
+        )
+        lengths = [part.stop - part.start for part in parts]
+        chunks = Chunks(lengths=torch.tensor(lengths), longest=max(lengths))
+        picked = torch.cat([torch.arange(part.start, part.stop) for part in parts])
+        return NativeKernels().prefill_attention(q[picked], kv[:, picked], sinks, storage, reads, chunks)
+
+    whole = attend([slice(0, length)])
+    assert torch.equal(attend([slice(cut, length)]), whole[cut:])
+    assert torch.equal(attend([slice(0, 7), slice(cut, length), slice(0, cut)])[-cut:], whole[:cut])
+
+
 def paged_cache(
     lengths: list[int], kv_heads: int, head_dim: int, block_tokens: int, dtype: torch.dtype, window: int | None
 ) -> tuple[GroupReads, torch.Tensor]:
@@ -175,9 +234,10 @@ def test_rms_norm_equals_the_torch_path(dtype, rows, width):
 @needs_compiler
 @DTYPES
 @KV_DTYPES
-def test_rotation_equals_the_torch_path_in_what_the_cache_stores_too(dtype, kv_dtype):
+@pytest.mark.parametrize("head_dim", [20, 64])
+def test_rotation_equals_the_torch_path_in_what_the_cache_stores_too(dtype, kv_dtype, head_dim):
     torch.manual_seed(0)
-    heads, kv_heads, head_dim = 6, 2, 20
+    heads, kv_heads = 6, 2
     qkv = (60 * torch.randn(9, heads + 2 * kv_heads, head_dim)).to(dtype)
     angles = torch.randn(40, head_dim // 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
@@ -276,10 +336,15 @@ def test_without_avx512_the_portable_code_equals_the_torch_path(form, dtype):
     shares, chosen = torch.randn(70, 5).softmax(-1).to(dtype).topk(2, dim=-1)
     group, storage = paged_cache([1, 33, 150], 2, 32, 16, torch.float8_e4m3fn, 20)
     q, sinks = torch.randn(3, 8, 32).to(dtype), torch.randn(8)
+    chunks = Chunks(lengths=torch.tensor([40, 3, 1]), longest=40)
+    chunk_q, chunk_kv = torch.randn(44, 8, 32).to(dtype), torch.randn(2, 44, 2, 32).to(torch.float8_e4m3fn)
     oracle = TorchKernels(dequantize_experts=False)
     for run in (
         lambda kernels: kernels.prepare_experts(weights, limit=LIMIT)(x, shares, chosen),
         lambda kernels: kernels.decode_attention(q, sinks, storage, group),
+        lambda kernels: kernels.prefill_attention(
+            *(chunk_q, chunk_kv, sinks, storage, replace(group, derived={}), replace(chunks, derived={}))
+        ),
         lambda kernels: kernels.rms_norm(x, torch.ones(64), 1e-5),
     ):
         assert_close(run(portable), run(oracle))

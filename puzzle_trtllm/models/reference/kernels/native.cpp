@@ -1,4 +1,4 @@
-// CPU kernels of the reference runtime: everything that a decode step does between two calls of Python.
+// CPU kernels of the reference runtime: everything that a step does between two calls of Python.
 //
 // Compiled on the machine that runs them (see compiler.py) and called through ctypes: plain C functions over pointers
 // that Python has checked. Vectors are GCC's 16-lane float type, which every target lowers to what it has; the two hot
@@ -59,10 +59,24 @@ inline Floats read16(const E4M3* from) {
   return bits<Floats>((code << 20) & int32_t(0x87F00000)) * 0x1p120f;
 }
 inline void write16(float* to, Floats value) { save(to, value); }
-inline void write16(BFloat16* to, Floats value) {
+inline Words round_bfloat16(Floats value) {  // in the high half words: to nearest, ties to even; finite values
   const Words word = bits<Words>(value);
-  const Words rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;  // to nearest, ties to even; finite values
-  save(to, __builtin_convertvector(rounded, Halves16));
+  return word + 0x7FFF + ((word >> 16) & 1);
+}
+inline void write16(BFloat16* to, Floats value) {
+  save(to, __builtin_convertvector(round_bfloat16(value) >> 16, Halves16));
+}
+inline void write16(E4M3* to, Floats value) {  // to nearest, ties to even; saturates at +-448
+  const Words sign = bits<Words>(value) >> 31 << 7;
+  const Floats size = smaller(bits<Floats>(bits<Words>(value) & 0x7FFFFFFF), fill(448.0f));
+  const Words word = bits<Words>(size), normal = ((word + 0x7FFFF + ((word >> 20) & 1)) >> 20) - (120 << 3);
+  const Words subnormal = bits<Words>(size * 512.0f + 12582912.0f) - 0x4B400000;
+  save(to, __builtin_convertvector(sign | (size < 0x1p-6f ? subnormal : normal), Bytes16));
+}
+// As values of dtype T: what write16 and read16 would give.
+template <class T> inline Floats rounded(Floats value) {
+  if constexpr (std::is_same_v<T, float>) return value;
+  else return bits<Floats>(round_bfloat16(value) & 0xFFFF0000u);
 }
 inline float to_float(float value) { return value; }
 inline float to_float(BFloat16 value) { return bits<float>(uint32_t(value.bits) << 16); }
@@ -161,10 +175,17 @@ void rotate_rows(const void* qkv_, const void* cos_, const void* sin_, const int
     const T* sin = static_cast<const T*>(sin_) + positions[row] * half;
     const auto turn = [&](int64_t head, auto* to) {
       using To = std::remove_pointer_t<decltype(to)>;
-      for (int64_t d = 0; d < half; ++d) {
+      int64_t d = 0;
+      for (; d + LANES <= half; d += LANES) {
+        const Floats a = read16(from + head * dim + d), b = read16(from + head * dim + half + d);
+        const Floats c = read16(cos + d), s = read16(sin + d);
+        // Rounded as the rest of the model computes before the cache rounds again.
+        write16(to + d, rounded<T>(a * c - b * s));
+        write16(to + half + d, rounded<T>(b * c + a * s));
+      }
+      for (; d < half; ++d) {
         const float a = to_float(from[head * dim + d]), b = to_float(from[head * dim + half + d]);
         const float c = to_float(cos[d]), s = to_float(sin[d]);
-        // Rounded as the rest of the model computes before the cache rounds again.
         to[d] = from_float<To>(to_float(from_float<T>(a * c - b * s)));
         to[half + d] = from_float<To>(to_float(from_float<T>(b * c + a * s)));
       }
@@ -174,7 +195,9 @@ void rotate_rows(const void* qkv_, const void* cos_, const void* sin_, const int
     KV* v = k + rows * kv_heads * dim;
     for (int64_t head = 0; head < kv_heads; ++head) turn(heads + head, k + head * dim);
     const T* values = from + (heads + kv_heads) * dim;
-    for (int64_t d = 0; d < kv_heads * dim; ++d) v[d] = from_float<KV>(to_float(values[d]));
+    int64_t d = 0;
+    for (; d + LANES <= kv_heads * dim; d += LANES) write16(v + d, read16(values + d));
+    for (; d < kv_heads * dim; ++d) v[d] = from_float<KV>(to_float(values[d]));
   }
 }
 
@@ -470,6 +493,176 @@ void multiply_all(const void* weights, const float* bias, const void* x_, int64_
   }
 }
 
+// -- prefill attention ------------------------------------------------------------------------------------------------
+//
+// 32 keys at a time, which start at a multiple of 32: the order of a query's sums depends on its position alone, neither
+// on how its prompt was cut into chunks nor on what else is in the batch. Both products are those of the matrices above:
+// queries times a pair of tiles of keys, and shares times pairs of tiles of values.
+
+constexpr int KEYS = 2 * LANES;
+constexpr int64_t TILE_ROWS = 128;  // of queries and heads that share the keys once they are in tiles
+
+struct Chunk {
+  int64_t length, start;  // tokens, position of the first
+  int64_t row;            // of the first token in q and in the chunks' own K and V
+  int64_t first_key;      // position of the first key in the blocks
+  const int64_t* blocks;
+};
+
+template <class KV> struct Prefill {
+  const Cache& cache;
+  const KV* own;       // [2, rows, kv_heads, head_dim], the halves own_stride values apart
+  int64_t own_stride;
+  std::vector<Chunk> chunks;
+
+  Prefill(const Cache& c, const KV* own_, int64_t stride, const int64_t* lengths, int64_t count)
+      : cache(c), own(own_), own_stride(stride) {
+    int64_t row = 0;
+    for (int64_t i = 0; i < count; row += lengths[i++])
+      chunks.push_back({lengths[i], c.position[i], row, c.first[i], c.table + i * c.table_width});
+  }
+
+  // The key at `position`; its value lies `half(...)` further on. Null before the first and after the last one.
+  const KV* key(const Chunk& chunk, int64_t kv_head, int64_t position) const {
+    if (position >= chunk.start + chunk.length) return nullptr;
+    if (position >= chunk.start)
+      return own + ((chunk.row + position - chunk.start) * cache.kv_heads + kv_head) * cache.head_dim;
+    const int64_t slot = position - chunk.first_key;
+    if (slot < 0) return nullptr;
+    const int64_t row = chunk.blocks[slot / cache.block_tokens] * cache.kv_heads + kv_head;
+    return static_cast<const KV*>(cache.storage) + (row * cache.block_tokens + slot % cache.block_tokens) * cache.head_dim;
+  }
+  int64_t half(const Chunk& chunk, int64_t position) const {
+    return position >= chunk.start ? own_stride : cache.rows * cache.block_tokens * cache.head_dim;
+  }
+};
+
+// 32 keys and their values, from `position` on, as the tiles that `multiply` reads: keys are rows of head_dim columns,
+// values columns, of which 32 rows make a pair of tiles. What is not there is zero.
+template <class Q> struct KeyTiles {
+  int64_t dim, width;  // head_dim, and in whole pairs of tiles
+  std::vector<Q> keys, values, rows;
+
+  explicit KeyTiles(int64_t head_dim)
+      : dim(head_dim), width((dim + KEYS - 1) / KEYS * KEYS), keys(KEYS * dim), values(KEYS * width), rows(KEYS * width) {}
+
+  template <class KV> void read(const Prefill<KV>& p, const Chunk& chunk, int64_t kv_head, int64_t position) {
+    const KV* from[KEYS];
+    for (int64_t j = 0; j < KEYS; ++j) place(from[j] = p.key(chunk, kv_head, position + j), j);
+    for (int64_t tile = 0; tile < 2; ++tile)
+      for (int64_t d = 0; d < dim; d += PAIR)
+        for (int64_t j = 0; j < LANES; ++j)
+          std::memcpy(&keys[(tile * dim + d) * LANES + j * PAIR], &rows[(tile * LANES + j) * width + d], PAIR * sizeof(Q));
+    for (int64_t j = 0; j < KEYS; ++j)
+      if (from[j]) place(from[j] + p.half(chunk, position + j), j);
+    for (int64_t d = 0; d < width; d += LANES)
+      for (int64_t j = 0; j < KEYS; j += PAIR) {
+        const Q* one = &rows[j * width + d];
+        Q* to = &values[(d / LANES * KEYS + j) * LANES];
+        if constexpr (PAIR == 1) save(to, read16(one));
+        else save(to, wide(one) | wide(one + width) << 16);
+      }
+  }
+
+ private:
+  static constexpr int64_t PAIR = std::is_same_v<Q, float> ? 1 : 2;  // columns that lie side by side in a tile
+
+  static Words wide(const Q* from) { return __builtin_convertvector(load<Halves16>(from), Words); }
+  template <class KV> void place(const KV* from, int64_t row) {
+    Q* to = &rows[row * width];
+    if (!from) return void(std::fill(to, to + width, Q{}));
+    int64_t d = 0;
+    for (; d + LANES <= dim; d += LANES) write16(to + d, read16(from + d));
+    for (; d < dim; ++d) to[d] = from_float<Q>(to_float(from[d]));
+  }
+};
+
+// Queries [from, to) of a chunk, and of them the heads that share one KV head.
+template <class Q, class KV>
+void attend_chunk(const Prefill<KV>& p, const Chunk& chunk, int64_t kv_head, int64_t group, int64_t from, int64_t to,
+                  const Q* q, const float* sinks, Q* out) {
+  const Cache& c = p.cache;
+  const int64_t dim = c.head_dim, rows = (to - from) * group, heads = c.kv_heads * group;
+  KeyTiles<Q> tiles(dim);
+  Q weights[MAX_TOKENS * KEYS] = {};
+  std::vector<float> sums(rows * tiles.width), share(rows * LANES), top(rows);
+  const auto at = [&](int64_t row) {  // in q and out
+    return ((chunk.row + from + row / group) * heads + kv_head * group + row % group) * dim;
+  };
+  const auto position = [&](int64_t row) { return chunk.start + from + row / group; };
+  const auto first_key = [&](int64_t row) {
+    return std::max(chunk.first_key, c.window ? position(row) - c.window + 1 : 0);
+  };
+  for (int64_t row = 0; row < rows; ++row) {
+    top[row] = sinks[kv_head * group + row % group];
+    share[row * LANES] = 1.0f;  // the sink's own
+  }
+  const float scale = 1.0f / std::sqrt(float(dim));
+  for (int64_t tile = first_key(0) / KEYS * KEYS; tile < chunk.start + to; tile += KEYS) {
+    tiles.read(p, chunk, kv_head, tile);
+    for (int64_t row = 0; row < rows; row += MAX_TOKENS) {
+      const int count = int(std::min(int64_t(MAX_TOKENS), rows - row));
+      if (tile > position(row + count - 1) || tile + KEYS <= first_key(row)) continue;
+      const Q* x[MAX_TOKENS];
+      for (int n = 0; n < MAX_TOKENS; ++n) x[n] = q + at(row + std::min(n, count - 1));
+      Floats scores[2][MAX_TOKENS] = {};
+      multiply<MAX_TOKENS>(scores, tiles.keys.data(), nullptr, x, dim);
+      float keep[MAX_TOKENS];
+      for (int n = 0; n < MAX_TOKENS; ++n) x[n] = weights + n * KEYS;
+      for (int n = 0; n < count; ++n) {
+        constexpr Ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        const int32_t begin = int32_t(first_key(row + n) - tile), end = int32_t(position(row + n) - tile);
+        Floats own[2];
+        for (int i = 0; i < 2; ++i) {
+          const Ints key = LANE + i * LANES, visible = (key >= begin) & (key <= end);
+          own[i] = visible ? scores[i][n] * scale : fill(-std::numeric_limits<float>::infinity());
+        }
+        const float before = top[row + n], highest = std::max(before, max_lane(larger(own[0], own[1])));
+        keep[n] = highest == before ? 1.0f : std::exp(before - highest);
+        top[row + n] = highest;
+        for (int i = 0; i < 2; ++i) write16(weights + n * KEYS + i * LANES, own[i] = exponential(own[i] - highest));
+        float* total = share.data() + (row + n) * LANES;
+        save(total, load<Floats>(total) * keep[n] + own[0] + own[1]);
+      }
+      for (int64_t d = 0; d < tiles.width; d += KEYS) {
+        Floats added[2][MAX_TOKENS] = {};
+        multiply<MAX_TOKENS>(added, tiles.values.data() + d * KEYS, nullptr, x, KEYS);
+        for (int n = 0; n < count; ++n)
+          for (int i = 0; i < 2; ++i) {
+            float* place = sums.data() + (row + n) * tiles.width + d + i * LANES;
+            save(place, load<Floats>(place) * keep[n] + added[i][n]);
+          }
+      }
+    }
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    const float factor = 1.0f / sum_lanes(load<Floats>(share.data() + row * LANES));
+    for (int64_t d = 0; d < dim; ++d) out[at(row) + d] = from_float<Q>(sums[row * tiles.width + d] * factor);
+  }
+}
+
+template <class Q, class KV>
+void attend_chunks(const void* q, const void* own, int64_t own_stride, const float* sinks, void* out,
+                   const int64_t* lengths, int64_t count, int64_t heads, const Cache& c, int threads) {
+  const Prefill<KV> prefill(c, static_cast<const KV*>(own), own_stride, lengths, count);
+  const int64_t group = heads / c.kv_heads, step = std::max(int64_t(1), TILE_ROWS / group);
+  struct Item { const Chunk* chunk; int64_t from; };
+  std::vector<Item> items;
+  int64_t work = 0;
+  for (const Chunk& chunk : prefill.chunks)
+    for (int64_t from = 0; from < chunk.length; from += step) {
+      items.push_back({&chunk, from});
+      work += std::min(step, chunk.length - from) * heads * c.head_dim * (chunk.start - chunk.first_key + from + step);
+    }
+#pragma omp parallel for num_threads(threads) if (work > PARALLEL_WORK) schedule(dynamic)
+  for (int64_t i = int64_t(items.size()) * c.kv_heads - 1; i >= 0; --i) {  // the longest ones first
+    const Item& item = items[i / c.kv_heads];
+    attend_chunk<Q, KV>(prefill, *item.chunk, i % c.kv_heads, group, item.from,
+                        std::min(item.from + step, item.chunk->length), static_cast<const Q*>(q), sinks,
+                        static_cast<Q*>(out));
+  }
+}
+
 // -- experts ---------------------------------------------------------------------------------------------------------
 
 struct Experts {
@@ -655,6 +848,24 @@ void decode_attention(int q_dtype, int kv_dtype, const void* q, const float* sin
     if (kv_dtype == BFLOAT16) run(attend_all<float, BFloat16>);
     else if (kv_dtype == E4M3FN) run(attend_all<float, E4M3>);
     else run(attend_all<float, float>);
+  }
+}
+
+// own [2, rows, kv_heads, head_dim] as the cache stores it; position: of each chunk's first token.
+void prefill_attention(int q_dtype, int kv_dtype, const void* q, const void* own, int64_t own_stride, const float* sinks,
+                       void* out, const int64_t* lengths, int64_t chunks, int64_t heads, const void* storage, int64_t rows,
+                       int64_t kv_heads, int64_t block_tokens, int64_t head_dim, const int64_t* table,
+                       int64_t table_width, const int64_t* first, const int64_t* position, int64_t window, int threads) {
+  const Cache c{storage, rows, kv_heads, block_tokens, head_dim, table, table_width, first, position, window};
+  const auto run = [&](auto attend) { attend(q, own, own_stride, sinks, out, lengths, chunks, heads, c, threads); };
+  if (q_dtype == BFLOAT16) {
+    if (kv_dtype == BFLOAT16) run(attend_chunks<BFloat16, BFloat16>);
+    else if (kv_dtype == E4M3FN) run(attend_chunks<BFloat16, E4M3>);
+    else run(attend_chunks<BFloat16, float>);
+  } else {
+    if (kv_dtype == BFLOAT16) run(attend_chunks<float, BFloat16>);
+    else if (kv_dtype == E4M3FN) run(attend_chunks<float, E4M3>);
+    else run(attend_chunks<float, float>);
   }
 }
 

@@ -1,6 +1,7 @@
 """The native CPU kernels (native.cpp) behind the kernel interface.
 
-Tensors are contiguous, on the CPU, and of the compute dtype (float32 or bfloat16); the library gets their addresses.
+Tensors are contiguous (of the chunks' own K and V each half is), on the CPU, and of the compute dtype (float32 or
+bfloat16); the library gets their addresses.
 
 Legend: E experts, F intermediate, D hidden.
 """
@@ -26,8 +27,7 @@ from puzzle_trtllm.models.reference.kernels.packing import (
     pack_bias,
     pack_linear,
 )
-from puzzle_trtllm.models.reference.kernels.reads import GroupReads
-from puzzle_trtllm.models.reference.kernels.torch_attention import prefill_attention
+from puzzle_trtllm.models.reference.kernels.reads import Chunks, GroupReads
 from puzzle_trtllm.models.reference.kernels.torch_experts import hold_as_loaded
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3}
@@ -40,6 +40,7 @@ _SIGNATURES = {
     "write_cache": "pnnnpppnn",
     "route": "ipnnnpp",
     "decode_attention": "iipppnnpnnnnpnppni",
+    "prefill_attention": "iippnpppnnpnnnnpnppni",
     "expert_mixture": "iippppppnnnnfpppnnpppi",
 }
 
@@ -145,8 +146,35 @@ class NativeKernels:
         )
         return out
 
-    prefill_attention = staticmethod(prefill_attention)
-    """PyTorch's."""
+    def prefill_attention(
+        self, q: Tensor, kv: Tensor, sinks: Tensor, storage: Tensor, reads: GroupReads, chunks: Chunks
+    ) -> Tensor:
+        rows, heads, head_dim = q.shape
+        out = q.new_empty(rows, heads * head_dim)
+        self._library.prefill_attention(
+            _DTYPES[q.dtype],
+            _DTYPES[storage.dtype],
+            q.data_ptr(),
+            kv.data_ptr(),
+            kv.stride(0),
+            sinks.data_ptr(),
+            out.data_ptr(),
+            chunks.lengths.data_ptr(),
+            len(chunks.lengths),
+            heads,
+            storage.data_ptr(),
+            storage.shape[1],
+            reads.num_kv_heads,
+            storage.shape[2],
+            head_dim,
+            reads.blocks.data_ptr(),
+            reads.blocks.shape[1],
+            reads.first_keys.data_ptr(),
+            reads.positions.data_ptr(),
+            reads.window or 0,
+            torch.get_num_threads(),
+        )
+        return out
 
     def route(self, logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
         rows, experts = logits.shape
