@@ -4,7 +4,8 @@
 // that Python has checked. Vectors are GCC's 16-lane float type, which every target lowers to what it has; the two hot
 // instructions of AVX-512 (bfloat16 dot product, 16-bit permutation) have portable twins below.
 //
-// Sums run in float32 in an order that depends on the row alone, never on what else is in the batch.
+// Sums run in float32 in an order that depends on the row alone, never on what else is in the batch (MXFP4 experts in
+// bfloat16 have two orders, one for few rows and one for many).
 
 #include <algorithm>
 #include <cmath>
@@ -18,6 +19,8 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
+
+enum Dtype { FLOAT32, BFLOAT16, E4M3FN, MXFP4 };  // native_kernels.py has the same numbers
 
 namespace {
 
@@ -509,45 +512,49 @@ struct Chunk {
   const int64_t* blocks;
 };
 
-template <class KV> struct Prefill {
+struct Prefill {
   const Cache& cache;
-  const KV* own;       // [2, rows, kv_heads, head_dim], the halves own_stride values apart
+  const char* own;        // [2, rows, kv_heads, head_dim], the halves own_stride bytes apart
   int64_t own_stride;
+  int64_t head_bytes;     // of head_dim values as stored
   std::vector<Chunk> chunks;
 
-  Prefill(const Cache& c, const KV* own_, int64_t stride, const int64_t* lengths, int64_t count)
-      : cache(c), own(own_), own_stride(stride) {
-    int64_t row = 0;
-    for (int64_t i = 0; i < count; row += lengths[i++])
-      chunks.push_back({lengths[i], c.position[i], row, c.first[i], c.table + i * c.table_width});
-  }
-
-  // The key at `position`; its value lies `half(...)` further on. Null before the first and after the last one.
-  const KV* key(const Chunk& chunk, int64_t kv_head, int64_t position) const {
+  // The bytes of the key at `position`; its value's are `half(...)` further on. Null before the first and after the last.
+  const char* key(const Chunk& chunk, int64_t kv_head, int64_t position) const {
     if (position >= chunk.start + chunk.length) return nullptr;
     if (position >= chunk.start)
-      return own + ((chunk.row + position - chunk.start) * cache.kv_heads + kv_head) * cache.head_dim;
+      return own + ((chunk.row + position - chunk.start) * cache.kv_heads + kv_head) * head_bytes;
     const int64_t slot = position - chunk.first_key;
     if (slot < 0) return nullptr;
     const int64_t row = chunk.blocks[slot / cache.block_tokens] * cache.kv_heads + kv_head;
-    return static_cast<const KV*>(cache.storage) + (row * cache.block_tokens + slot % cache.block_tokens) * cache.head_dim;
+    return static_cast<const char*>(cache.storage) + (row * cache.block_tokens + slot % cache.block_tokens) * head_bytes;
   }
   int64_t half(const Chunk& chunk, int64_t position) const {
-    return position >= chunk.start ? own_stride : cache.rows * cache.block_tokens * cache.head_dim;
+    return position >= chunk.start ? own_stride : cache.rows * cache.block_tokens * head_bytes;
   }
 };
+
+template <class Q, class KV> void read_head(Q* to, const void* from_, int64_t dim) {
+  const KV* from = static_cast<const KV*>(from_);
+  int64_t d = 0;
+  for (; d + LANES <= dim; d += LANES) write16(to + d, read16(from + d));
+  for (; d < dim; ++d) to[d] = from_float<Q>(to_float(from[d]));
+}
 
 // 32 keys and their values, from `position` on, as the tiles that `multiply` reads: keys are rows of head_dim columns,
 // values columns, of which 32 rows make a pair of tiles. What is not there is zero.
 template <class Q> struct KeyTiles {
   int64_t dim, width;  // head_dim, and in whole pairs of tiles
+  void (*read_one)(Q* to, const void* from, int64_t dim);
   std::vector<Q> keys, values, rows;
 
-  explicit KeyTiles(int64_t head_dim)
-      : dim(head_dim), width((dim + KEYS - 1) / KEYS * KEYS), keys(KEYS * dim), values(KEYS * width), rows(KEYS * width) {}
+  KeyTiles(int64_t head_dim, int kv_dtype)
+      : dim(head_dim), width((dim + KEYS - 1) / KEYS * KEYS),
+        read_one(kv_dtype == BFLOAT16 ? read_head<Q, BFloat16> : kv_dtype == E4M3FN ? read_head<Q, E4M3> : read_head<Q, float>),
+        keys(KEYS * dim), values(KEYS * width), rows(KEYS * width) {}
 
-  template <class KV> void read(const Prefill<KV>& p, const Chunk& chunk, int64_t kv_head, int64_t position) {
-    const KV* from[KEYS];
+  void read(const Prefill& p, const Chunk& chunk, int64_t kv_head, int64_t position) {
+    const char* from[KEYS];
     for (int64_t j = 0; j < KEYS; ++j) place(from[j] = p.key(chunk, kv_head, position + j), j);
     for (int64_t tile = 0; tile < 2; ++tile)
       for (int64_t d = 0; d < dim; d += PAIR)
@@ -568,22 +575,19 @@ template <class Q> struct KeyTiles {
   static constexpr int64_t PAIR = std::is_same_v<Q, float> ? 1 : 2;  // columns that lie side by side in a tile
 
   static Words wide(const Q* from) { return __builtin_convertvector(load<Halves16>(from), Words); }
-  template <class KV> void place(const KV* from, int64_t row) {
-    Q* to = &rows[row * width];
-    if (!from) return void(std::fill(to, to + width, Q{}));
-    int64_t d = 0;
-    for (; d + LANES <= dim; d += LANES) write16(to + d, read16(from + d));
-    for (; d < dim; ++d) to[d] = from_float<Q>(to_float(from[d]));
+  void place(const char* from, int64_t row) {
+    if (from) read_one(&rows[row * width], from, dim);
+    else std::fill_n(&rows[row * width], width, Q{});
   }
 };
 
 // Queries [from, to) of a chunk, and of them the heads that share one KV head.
-template <class Q, class KV>
-void attend_chunk(const Prefill<KV>& p, const Chunk& chunk, int64_t kv_head, int64_t group, int64_t from, int64_t to,
-                  const Q* q, const float* sinks, Q* out) {
+template <class Q>
+void attend_chunk(const Prefill& p, int kv_dtype, const Chunk& chunk, int64_t kv_head, int64_t group, int64_t from,
+                  int64_t to, const Q* q, const float* sinks, Q* out) {
   const Cache& c = p.cache;
   const int64_t dim = c.head_dim, rows = (to - from) * group, heads = c.kv_heads * group;
-  KeyTiles<Q> tiles(dim);
+  KeyTiles<Q> tiles(dim, kv_dtype);
   Q weights[MAX_TOKENS * KEYS] = {};
   std::vector<float> sums(rows * tiles.width), share(rows * LANES), top(rows);
   const auto at = [&](int64_t row) {  // in q and out
@@ -641,10 +645,13 @@ void attend_chunk(const Prefill<KV>& p, const Chunk& chunk, int64_t kv_head, int
   }
 }
 
-template <class Q, class KV>
-void attend_chunks(const void* q, const void* own, int64_t own_stride, const float* sinks, void* out,
+template <class Q>
+void attend_chunks(int kv_dtype, const void* q, const void* own, int64_t own_stride, const float* sinks, void* out,
                    const int64_t* lengths, int64_t count, int64_t heads, const Cache& c, int threads) {
-  const Prefill<KV> prefill(c, static_cast<const KV*>(own), own_stride, lengths, count);
+  const int64_t value_bytes = kv_dtype == BFLOAT16 ? 2 : kv_dtype == E4M3FN ? 1 : 4;
+  Prefill prefill{c, static_cast<const char*>(own), own_stride * value_bytes, c.head_dim * value_bytes, {}};
+  for (int64_t i = 0, row = 0; i < count; row += lengths[i++])
+    prefill.chunks.push_back({lengths[i], c.position[i], row, c.first[i], c.table + i * c.table_width});
   const int64_t group = heads / c.kv_heads, step = std::max(int64_t(1), TILE_ROWS / group);
   struct Item { const Chunk* chunk; int64_t from; };
   std::vector<Item> items;
@@ -657,9 +664,8 @@ void attend_chunks(const void* q, const void* own, int64_t own_stride, const flo
 #pragma omp parallel for num_threads(threads) if (work > PARALLEL_WORK) schedule(dynamic)
   for (int64_t i = int64_t(items.size()) * c.kv_heads - 1; i >= 0; --i) {  // the longest ones first
     const Item& item = items[i / c.kv_heads];
-    attend_chunk<Q, KV>(prefill, *item.chunk, i % c.kv_heads, group, item.from,
-                        std::min(item.from + step, item.chunk->length), static_cast<const Q*>(q), sinks,
-                        static_cast<Q*>(out));
+    attend_chunk<Q>(prefill, kv_dtype, *item.chunk, i % c.kv_heads, group, item.from,
+                    std::min(item.from + step, item.chunk->length), static_cast<const Q*>(q), sinks, static_cast<Q*>(out));
   }
 }
 
@@ -792,8 +798,6 @@ void mix(const Experts& e, const void* x_, const void* shares, const int64_t* ch
 
 }  // namespace
 
-enum Dtype { FLOAT32, BFLOAT16, E4M3FN, MXFP4 };  // native_kernels.py has the same numbers
-
 extern "C" {
 
 void rms_norm(int dtype, const void* x, const float* weight, float eps, int64_t rows, int64_t width, void* out) {
@@ -857,16 +861,8 @@ void prefill_attention(int q_dtype, int kv_dtype, const void* q, const void* own
                        int64_t kv_heads, int64_t block_tokens, int64_t head_dim, const int64_t* table,
                        int64_t table_width, const int64_t* first, const int64_t* position, int64_t window, int threads) {
   const Cache c{storage, rows, kv_heads, block_tokens, head_dim, table, table_width, first, position, window};
-  const auto run = [&](auto attend) { attend(q, own, own_stride, sinks, out, lengths, chunks, heads, c, threads); };
-  if (q_dtype == BFLOAT16) {
-    if (kv_dtype == BFLOAT16) run(attend_chunks<BFloat16, BFloat16>);
-    else if (kv_dtype == E4M3FN) run(attend_chunks<BFloat16, E4M3>);
-    else run(attend_chunks<BFloat16, float>);
-  } else {
-    if (kv_dtype == BFLOAT16) run(attend_chunks<float, BFloat16>);
-    else if (kv_dtype == E4M3FN) run(attend_chunks<float, E4M3>);
-    else run(attend_chunks<float, float>);
-  }
+  const auto run = q_dtype == BFLOAT16 ? attend_chunks<BFloat16> : attend_chunks<float>;
+  run(kv_dtype, q, own, own_stride, sinks, out, lengths, chunks, heads, c, threads);
 }
 
 void expert_mixture(int weights, int x_dtype, const void* gate_up, const uint8_t* gate_up_scales, const void* down,
