@@ -228,6 +228,7 @@ void choose_experts(const void* logits_, int64_t rows, int64_t experts, int64_t 
 // -- decode attention -------------------------------------------------------------------------------------------------
 
 struct Cache {
+  int dtype;
   const void* storage;     // [2, blocks * kv_heads, block_tokens, head_dim]
   int64_t rows;            // blocks * kv_heads
   int64_t kv_heads, block_tokens, head_dim;
@@ -236,16 +237,26 @@ struct Cache {
   const int64_t* first;    // [S]: position of the first key in the table
   const int64_t* position; // [S]: of the query
   int64_t window;          // 0: unlimited
+
+  int64_t head_bytes() const { return head_dim * (dtype == BFLOAT16 ? 2 : dtype == E4M3FN ? 1 : 4); }
 };
 
-template <class T> inline void read_row(float* to, const T* from, int64_t count) {
-  int64_t d = 0;
-  for (; d + LANES <= count; d += LANES) save(to + d, read16(from + d));
-  for (; d < count; ++d) to[d] = to_float(from[d]);
+// `rows` rows of `count` values, one after another, to rows that are `stride` apart.
+template <class To, class From> void read_rows(To* to, int64_t stride, const void* from_, int64_t rows, int64_t count) {
+  const From* from = static_cast<const From*>(from_);
+  for (int64_t row = 0; row < rows; ++row, to += stride, from += count) {
+    int64_t d = 0;
+    for (; d + LANES <= count; d += LANES) write16(to + d, read16(from + d));
+    for (; d < count; ++d) to[d] = from_float<To>(to_float(from[d]));
+  }
+}
+template <class To> using ReadRows = void (*)(To* to, int64_t stride, const void* from, int64_t rows, int64_t count);
+template <class To> ReadRows<To> reader_of(int dtype) {
+  return dtype == BFLOAT16 ? read_rows<To, BFloat16> : dtype == E4M3FN ? read_rows<To, E4M3> : read_rows<To, float>;
 }
 
 // The query heads of one KV head of one sequence: softmax is kept up to date tile by tile (at most 16 keys of a block).
-template <class Q, class KV>
+template <class Q>
 void attend_group(const Q* q, const float* sinks, Q* out, int64_t s, int64_t kv_head, int64_t group, const Cache& c,
                   float* scratch) {
   const int64_t dim = c.head_dim, padded = (dim + LANES - 1) / LANES * LANES, chunks = padded / LANES;
@@ -258,24 +269,23 @@ void attend_group(const Q* q, const float* sinks, Q* out, int64_t s, int64_t kv_
   std::fill(queries, top, 0.0f);
   const float scale = 1.0f / std::sqrt(float(dim));
   for (int64_t g = 0; g < group; ++g) {
-    read_row(queries + g * padded, q + g * dim, dim);
+    read_rows<float, Q>(queries + g * padded, padded, q + g * dim, 1, dim);
     for (int64_t d = 0; d < dim; ++d) queries[g * padded + d] *= scale;
     top[g] = sinks[g];
     share[g * LANES] = 1.0f;  // the sink's own
   }
-  const KV* pool_k = static_cast<const KV*>(c.storage);
-  const KV* pool_v = pool_k + c.rows * c.block_tokens * dim;
+  const ReadRows<float> read = reader_of<float>(c.dtype);
+  const char* pool_k = static_cast<const char*>(c.storage);
+  const char* pool_v = pool_k + c.rows * c.block_tokens * c.head_bytes();
   const int64_t end = c.position[s] + 1;
   int64_t key = std::max(c.first[s], c.window ? end - c.window : 0);
   while (key < end) {
     const int64_t slot = key - c.first[s], offset = slot % c.block_tokens;
     const int64_t count = std::min({int64_t(LANES), c.block_tokens - offset, end - key});
     const int64_t block = c.table[s * c.table_width + slot / c.block_tokens];
-    const int64_t at = ((block * c.kv_heads + kv_head) * c.block_tokens + offset) * dim;
-    for (int64_t j = 0; j < count; ++j) {
-      read_row(keys + j * padded, pool_k + at + j * dim, dim);
-      read_row(values + j * padded, pool_v + at + j * dim, dim);
-    }
+    const int64_t at = ((block * c.kv_heads + kv_head) * c.block_tokens + offset) * c.head_bytes();
+    read(keys, padded, pool_k + at, count, dim);
+    read(values, padded, pool_v + at, count, dim);
     for (int64_t g = 0; g < group; ++g) {
       Floats products[LANES] = {};
       for (int64_t d = 0; d < padded; d += LANES) {
@@ -305,7 +315,7 @@ void attend_group(const Q* q, const float* sinks, Q* out, int64_t s, int64_t kv_
   }
 }
 
-template <class Q, class KV>
+template <class Q>
 void attend_all(const void* q, const float* sinks, void* out, int64_t sequences, int64_t heads, const Cache& c,
                 int threads) {
   const int64_t group = heads / c.kv_heads, padded = (c.head_dim + LANES - 1) / LANES * LANES;
@@ -317,8 +327,8 @@ void attend_all(const void* q, const float* sinks, void* out, int64_t sequences,
     for (int64_t item = 0; item < sequences * c.kv_heads; ++item) {
       const int64_t s = item / c.kv_heads, kv_head = item % c.kv_heads;
       const int64_t at = (s * heads + kv_head * group) * c.head_dim;
-      attend_group<Q, KV>(static_cast<const Q*>(q) + at, sinks + kv_head * group, static_cast<Q*>(out) + at, s,
-                          kv_head, group, c, scratch.data());
+      attend_group<Q>(static_cast<const Q*>(q) + at, sinks + kv_head * group, static_cast<Q*>(out) + at, s,
+                      kv_head, group, c, scratch.data());
     }
   }
 }
@@ -516,42 +526,33 @@ struct Prefill {
   const Cache& cache;
   const char* own;        // [2, rows, kv_heads, head_dim], the halves own_stride bytes apart
   int64_t own_stride;
-  int64_t head_bytes;     // of head_dim values as stored
   std::vector<Chunk> chunks;
 
   // The bytes of the key at `position`; its value's are `half(...)` further on. Null before the first and after the last.
   const char* key(const Chunk& chunk, int64_t kv_head, int64_t position) const {
     if (position >= chunk.start + chunk.length) return nullptr;
     if (position >= chunk.start)
-      return own + ((chunk.row + position - chunk.start) * cache.kv_heads + kv_head) * head_bytes;
+      return own + ((chunk.row + position - chunk.start) * cache.kv_heads + kv_head) * cache.head_bytes();
     const int64_t slot = position - chunk.first_key;
     if (slot < 0) return nullptr;
     const int64_t row = chunk.blocks[slot / cache.block_tokens] * cache.kv_heads + kv_head;
-    return static_cast<const char*>(cache.storage) + (row * cache.block_tokens + slot % cache.block_tokens) * head_bytes;
+    return static_cast<const char*>(cache.storage) + (row * cache.block_tokens + slot % cache.block_tokens) * cache.head_bytes();
   }
   int64_t half(const Chunk& chunk, int64_t position) const {
-    return position >= chunk.start ? own_stride : cache.rows * cache.block_tokens * head_bytes;
+    return position >= chunk.start ? own_stride : cache.rows * cache.block_tokens * cache.head_bytes();
   }
 };
-
-template <class Q, class KV> void read_head(Q* to, const void* from_, int64_t dim) {
-  const KV* from = static_cast<const KV*>(from_);
-  int64_t d = 0;
-  for (; d + LANES <= dim; d += LANES) write16(to + d, read16(from + d));
-  for (; d < dim; ++d) to[d] = from_float<Q>(to_float(from[d]));
-}
 
 // 32 keys and their values, from `position` on, as the tiles that `multiply` reads: keys are rows of head_dim columns,
 // values columns, of which 32 rows make a pair of tiles. What is not there is zero.
 template <class Q> struct KeyTiles {
   int64_t dim, width;  // head_dim, and in whole pairs of tiles
-  void (*read_one)(Q* to, const void* from, int64_t dim);
+  ReadRows<Q> read_rows;
   std::vector<Q> keys, values, rows;
 
-  KeyTiles(int64_t head_dim, int kv_dtype)
-      : dim(head_dim), width((dim + KEYS - 1) / KEYS * KEYS),
-        read_one(kv_dtype == BFLOAT16 ? read_head<Q, BFloat16> : kv_dtype == E4M3FN ? read_head<Q, E4M3> : read_head<Q, float>),
-        keys(KEYS * dim), values(KEYS * width), rows(KEYS * width) {}
+  explicit KeyTiles(const Cache& c)
+      : dim(c.head_dim), width((dim + KEYS - 1) / KEYS * KEYS), read_rows(reader_of<Q>(c.dtype)), keys(KEYS * dim),
+        values(KEYS * width), rows(KEYS * width) {}
 
   void read(const Prefill& p, const Chunk& chunk, int64_t kv_head, int64_t position) {
     const char* from[KEYS];
@@ -576,18 +577,18 @@ template <class Q> struct KeyTiles {
 
   static Words wide(const Q* from) { return __builtin_convertvector(load<Halves16>(from), Words); }
   void place(const char* from, int64_t row) {
-    if (from) read_one(&rows[row * width], from, dim);
+    if (from) read_rows(&rows[row * width], width, from, 1, dim);
     else std::fill_n(&rows[row * width], width, Q{});
   }
 };
 
 // Queries [from, to) of a chunk, and of them the heads that share one KV head.
 template <class Q>
-void attend_chunk(const Prefill& p, int kv_dtype, const Chunk& chunk, int64_t kv_head, int64_t group, int64_t from,
+void attend_chunk(const Prefill& p, const Chunk& chunk, int64_t kv_head, int64_t group, int64_t from,
                   int64_t to, const Q* q, const float* sinks, Q* out) {
   const Cache& c = p.cache;
   const int64_t dim = c.head_dim, rows = (to - from) * group, heads = c.kv_heads * group;
-  KeyTiles<Q> tiles(dim, kv_dtype);
+  KeyTiles<Q> tiles(c);
   Q weights[MAX_TOKENS * KEYS] = {};
   std::vector<float> sums(rows * tiles.width), share(rows * LANES), top(rows);
   const auto at = [&](int64_t row) {  // in q and out
@@ -646,10 +647,9 @@ void attend_chunk(const Prefill& p, int kv_dtype, const Chunk& chunk, int64_t kv
 }
 
 template <class Q>
-void attend_chunks(int kv_dtype, const void* q, const void* own, int64_t own_stride, const float* sinks, void* out,
+void attend_chunks(const void* q, const void* own, int64_t own_stride, const float* sinks, void* out,
                    const int64_t* lengths, int64_t count, int64_t heads, const Cache& c, int threads) {
-  const int64_t value_bytes = kv_dtype == BFLOAT16 ? 2 : kv_dtype == E4M3FN ? 1 : 4;
-  Prefill prefill{c, static_cast<const char*>(own), own_stride * value_bytes, c.head_dim * value_bytes, {}};
+  Prefill prefill{c, static_cast<const char*>(own), own_stride * c.head_bytes() / c.head_dim, {}};
   for (int64_t i = 0, row = 0; i < count; row += lengths[i++])
     prefill.chunks.push_back({lengths[i], c.position[i], row, c.first[i], c.table + i * c.table_width});
   const int64_t group = heads / c.kv_heads, step = std::max(int64_t(1), TILE_ROWS / group);
@@ -664,7 +664,7 @@ void attend_chunks(int kv_dtype, const void* q, const void* own, int64_t own_str
 #pragma omp parallel for num_threads(threads) if (work > PARALLEL_WORK) schedule(dynamic)
   for (int64_t i = int64_t(items.size()) * c.kv_heads - 1; i >= 0; --i) {  // the longest ones first
     const Item& item = items[i / c.kv_heads];
-    attend_chunk<Q>(prefill, kv_dtype, *item.chunk, i % c.kv_heads, group, item.from,
+    attend_chunk<Q>(prefill, *item.chunk, i % c.kv_heads, group, item.from,
                     std::min(item.from + step, item.chunk->length), static_cast<const Q*>(q), sinks, static_cast<Q*>(out));
   }
 }
@@ -842,17 +842,8 @@ void decode_attention(int q_dtype, int kv_dtype, const void* q, const float* sin
                       int64_t heads, const void* storage, int64_t rows, int64_t kv_heads, int64_t block_tokens,
                       int64_t head_dim, const int64_t* table, int64_t table_width, const int64_t* first,
                       const int64_t* position, int64_t window, int threads) {
-  const Cache c{storage, rows, kv_heads, block_tokens, head_dim, table, table_width, first, position, window};
-  const auto run = [&](auto attend) { attend(q, sinks, out, sequences, heads, c, threads); };
-  if (q_dtype == BFLOAT16) {
-    if (kv_dtype == BFLOAT16) run(attend_all<BFloat16, BFloat16>);
-    else if (kv_dtype == E4M3FN) run(attend_all<BFloat16, E4M3>);
-    else run(attend_all<BFloat16, float>);
-  } else {
-    if (kv_dtype == BFLOAT16) run(attend_all<float, BFloat16>);
-    else if (kv_dtype == E4M3FN) run(attend_all<float, E4M3>);
-    else run(attend_all<float, float>);
-  }
+  const Cache c{kv_dtype, storage, rows, kv_heads, block_tokens, head_dim, table, table_width, first, position, window};
+  (q_dtype == BFLOAT16 ? attend_all<BFloat16> : attend_all<float>)(q, sinks, out, sequences, heads, c, threads);
 }
 
 // own [2, rows, kv_heads, head_dim] as the cache stores it; position: of each chunk's first token.
@@ -860,9 +851,9 @@ void prefill_attention(int q_dtype, int kv_dtype, const void* q, const void* own
                        void* out, const int64_t* lengths, int64_t chunks, int64_t heads, const void* storage, int64_t rows,
                        int64_t kv_heads, int64_t block_tokens, int64_t head_dim, const int64_t* table,
                        int64_t table_width, const int64_t* first, const int64_t* position, int64_t window, int threads) {
-  const Cache c{storage, rows, kv_heads, block_tokens, head_dim, table, table_width, first, position, window};
+  const Cache c{kv_dtype, storage, rows, kv_heads, block_tokens, head_dim, table, table_width, first, position, window};
   const auto run = q_dtype == BFLOAT16 ? attend_chunks<BFloat16> : attend_chunks<float>;
-  run(kv_dtype, q, own, own_stride, sinks, out, lengths, chunks, heads, c, threads);
+  run(q, own, own_stride, sinks, out, lengths, chunks, heads, c, threads);
 }
 
 void expert_mixture(int weights, int x_dtype, const void* gate_up, const uint8_t* gate_up_scales, const void* down,
