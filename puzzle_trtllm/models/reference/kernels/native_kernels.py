@@ -132,16 +132,7 @@ class NativeKernels:
             out.data_ptr(),
             sequences,
             heads,
-            storage.data_ptr(),
-            storage.shape[1],
-            reads.num_kv_heads,
-            storage.shape[2],
-            head_dim,
-            reads.blocks.data_ptr(),
-            reads.blocks.shape[1],
-            reads.first_keys.data_ptr(),
-            reads.positions.data_ptr(),
-            reads.window or 0,
+            *_cache_arguments(storage, reads),
             torch.get_num_threads(),
         )
         return out
@@ -162,16 +153,7 @@ class NativeKernels:
             chunks.lengths.data_ptr(),
             len(chunks.lengths),
             heads,
-            storage.data_ptr(),
-            storage.shape[1],
-            reads.num_kv_heads,
-            storage.shape[2],
-            head_dim,
-            reads.blocks.data_ptr(),
-            reads.blocks.shape[1],
-            reads.first_keys.data_ptr(),
-            reads.positions.data_ptr(),
-            reads.window or 0,
+            *_cache_arguments(storage, reads),
             torch.get_num_threads(),
         )
         return out
@@ -258,6 +240,14 @@ class NativeExperts:
             torch.get_num_threads(),
         )
         return out
+
+
+def _cache_arguments(storage: Tensor, reads: GroupReads) -> tuple[int, ...]:
+    """`struct Cache` of native.cpp, but for its dtype."""
+    _, pool_rows, block_tokens, head_dim = storage.shape
+    blocks = reads.blocks
+    places = blocks.data_ptr(), blocks.shape[1], reads.first_keys.data_ptr(), reads.positions.data_ptr()
+    return storage.data_ptr(), pool_rows, reads.num_kv_heads, block_tokens, head_dim, *places, reads.window or 0
 
 
 def _address(tensor: Tensor | None) -> int | None:
