@@ -1,18 +1,18 @@
 """Does a model fit? Its dequantized size against the memory that is free.
 
 MXFP4 experts are 4.25 bits a parameter on disk and 16 or 32 when a CPU multiplies by them: a checkpoint of 60 GB is a
-model of 234 GB in bfloat16. A container's limit counts as well as the machine's memory.
+model of 234 GB in bfloat16.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
-from pathlib import Path
 
 import torch
 
 from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.free_memory import free_memory_bytes
 from puzzle_trtllm.tensors import count_parameters
 
 SHARE_OF_FREE_MEMORY = 0.6
@@ -30,21 +30,6 @@ def should_stream(source: Checkpoint, dtype: torch.dtype, *, wanted: bool | None
         return wanted
     free_bytes = free_memory_bytes()
     return free_bytes is not None and num_copies * dequantized_bytes(source, dtype) > SHARE_OF_FREE_MEMORY * free_bytes
-
-
-def free_memory_bytes(*, meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Memory that can be taken without swapping, within the control group's limit; None where nobody says."""
-    try:
-        lines = meminfo.read_text().splitlines()
-        free_bytes = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-    try:
-        limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
-        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no control group, or "max": no limit
-        return free_bytes
-    return min(free_bytes, max(0, limit - used + int(stat.get("inactive_file", 0))))  # unused page cache is given back
 
 
 def free_memory() -> None:

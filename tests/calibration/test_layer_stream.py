@@ -17,7 +17,7 @@ from puzzle_trtllm import demo
 from puzzle_trtllm.calibration import layer_stream, memory
 from puzzle_trtllm.calibration.experts import calibrate_experts
 from puzzle_trtllm.calibration.kv import calibrate_kv
-from puzzle_trtllm.calibration.memory import dequantized_bytes, free_memory_bytes, should_stream
+from puzzle_trtllm.calibration.memory import dequantized_bytes, should_stream
 from puzzle_trtllm.calibration.one_layer import embed, load_layer
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.errors import CalibrationError, PuzzleError
@@ -295,19 +295,3 @@ def test_a_model_above_its_share_of_free_memory_is_streamed(child, monkeypatch, 
     assert not should_stream(source, torch.float32, wanted=False)
     calibrate_kv(child, tmp_path / "streamed")
     assert visited == [0, 1, 2, 3]
-
-
-def test_a_containers_limit_counts(tmp_path):
-    (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemFree: 7 kB\nMemAvailable: 50 kB\n")
-
-    def free() -> int | None:
-        return free_memory_bytes(meminfo=tmp_path / "meminfo", cgroup=tmp_path)
-
-    assert free() == 50 * 1024
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("9000\n")
-    (tmp_path / "memory.stat").write_text("anon 8000\ninactive_file 1000\n")
-    assert free() == 50 * 1024
-    (tmp_path / "memory.max").write_text("10000\n")
-    assert free() == 2000  # 10000 - 9000, and 1000 that the kernel would give back
-    assert free_memory_bytes(meminfo=tmp_path / "none", cgroup=tmp_path) is None

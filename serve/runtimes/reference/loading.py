@@ -17,6 +17,7 @@ import torch
 from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.errors import EngineError
+from puzzle_trtllm.free_memory import free_memory_bytes
 from puzzle_trtllm.kv_layout import KvLayout, plan_layout
 from puzzle_trtllm.models.reference.decode_graphs import DecodeGraphs, cuda_recorder, default_batch_sizes
 from puzzle_trtllm.models.reference.dummy import DummyCheckpoint
@@ -137,7 +138,7 @@ def _plan_cache(
         raise EngineError("unknown", key="kv_cache_config.dtype", found=kv.dtype, expected="auto or fp8")
     windows = [block.sliding_window or max_seq_len for block in architecture.blocks]
     given = kv.max_attention_window
-    if given is not None:
+    if given:
         spread = [given[i % len(given)] for i in range(len(windows))]
         short = next((i for i, w in enumerate(windows) if spread[i] < min(w, max_seq_len)), None)
         if short is not None:
@@ -179,7 +180,5 @@ def _free_bytes(device: torch.device, ranks: RankGroup | None) -> int:
     if device.type == "cuda":
         free = int(torch.cuda.mem_get_info(device)[0])
     else:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        free //= ranks.local_size if ranks else 1
+        free = (free_memory_bytes() or 0) // (ranks.local_size if ranks else 1)
     return min(ranks.collect(free)) if ranks else free
