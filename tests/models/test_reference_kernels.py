@@ -185,12 +185,12 @@ def test_a_prompt_attends_alike_to_the_bit_however_it_is_cut_and_whatever_is_bes
 def paged_cache(
     lengths: list[int], kv_heads: int, head_dim: int, block_tokens: int, dtype: torch.dtype, window: int | None
 ) -> tuple[GroupReads, torch.Tensor]:
-    """Sequences in shuffled blocks, those before the window dropped; what no sequence owns is far from any value."""
+    """Sequences in shuffled blocks, those before the window dropped; what no sequence owns is not a number."""
     firsts = [0 if window is None else max(0, n - window) // block_tokens for n in lengths]
     counts = [-(-n // block_tokens) - first for n, first in zip(lengths, firsts, strict=True)]
     blocks = torch.randperm(sum(counts) + 3)
     table = torch.zeros(len(lengths), max(counts), dtype=torch.int64)
-    storage = torch.full((2, len(blocks) * kv_heads, block_tokens, head_dim), 300.0)
+    storage = torch.full((2, len(blocks) * kv_heads, block_tokens, head_dim), float("nan"))
     start = 0
     for row, (length, first, count) in enumerate(zip(lengths, firsts, counts, strict=True)):
         table[row, :count] = blocks[start : start + count]

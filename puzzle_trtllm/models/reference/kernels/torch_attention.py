@@ -27,17 +27,17 @@ def decode_attention(q: Tensor, sinks: Tensor, storage: Tensor, reads: GroupRead
     kv_heads = reads.num_kv_heads
     if "rows" not in reads.derived:
         reads.derived["rows"] = pool_rows(reads.blocks, kv_heads, storage.shape[1])
-        reads.derived["mask"] = _mask(reads, storage.shape[2], kv_heads, q.dtype)
+        hidden = _is_hidden(_stored_positions(reads, storage.shape[2]), reads.positions[:, None], reads.window)
+        reads.derived["hidden"] = hidden.repeat_interleave(kv_heads, dim=0)
     keys, values = read_rows(storage, reads.derived["rows"], q.dtype)
-    num_keys = keys.shape[2]
-    scores = torch.baddbmm(
-        reads.derived["mask"],
-        q.reshape(sequences * kv_heads, -1, head_dim),
-        keys.view(-1, num_keys, head_dim).transpose(1, 2),
-        alpha=head_dim**-0.5,
-    )
+    hidden, num_keys = reads.derived["hidden"], keys.shape[2]
+    scores = torch.bmm(
+        q.reshape(sequences * kv_heads, -1, head_dim), keys.view(-1, num_keys, head_dim).transpose(1, 2)
+    ).mul_(head_dim**-0.5)
+    scores.masked_fill_(hidden, float("-inf"))
     weights = softmax_with_sink(scores.view(sequences, num_heads, num_keys), sinks[:, None]).to(values.dtype)
-    output = torch.bmm(weights.view(sequences * kv_heads, -1, num_keys), values.view(-1, num_keys, head_dim))
+    values = _without_garbage(values.view(-1, num_keys, head_dim), hidden.transpose(1, 2))
+    output = torch.bmm(weights.view(sequences * kv_heads, -1, num_keys), values)
     return output.view(sequences, num_heads * head_dim)
 
 
@@ -47,11 +47,9 @@ def softmax_with_sink(scores: Tensor, sinks: Tensor) -> Tensor:
     return torch.cat([scores.float(), sink], dim=-1).softmax(dim=-1)[..., :-1]
 
 
-def _mask(reads: GroupReads, block_tokens: int, kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """`[S * K, 1, L]`: 0 where a key is visible, -inf elsewhere."""
-    hidden = _is_hidden(_stored_positions(reads, block_tokens), reads.positions[:, None], reads.window)
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
-    return mask.repeat_interleave(kv_heads, dim=0)
+def _without_garbage(values: Tensor, hidden: Tensor) -> Tensor:
+    """Zeros where nobody may look: a freed block keeps what was written to it, and no weight makes a NaN zero."""
+    return values.masked_fill(hidden, 0)
 
 
 def _stored_positions(reads: GroupReads, block_tokens: int) -> Tensor:
@@ -81,6 +79,8 @@ def prefill_attention(
         if "rows" not in reads.derived:
             reads.derived["rows"] = pool_rows(reads.blocks, reads.num_kv_heads, storage.shape[1])
         past_k, past_v = read_rows(storage, reads.derived["rows"], q.dtype)
+        unused = keys_at[:, : past_k.shape[2]] == _NEVER_VISIBLE
+        past_v = _without_garbage(past_v, unused[:, None, :, None])
         keys, values = torch.cat([past_k, keys], dim=2), torch.cat([past_v, values], dim=2)
     tile = max(1, MAX_SCORES // (len(rows) * q.shape[1] * keys.shape[2]))
     padded = q[rows]
