@@ -101,6 +101,30 @@ def test_the_same_block_after_another_beginning_is_another_block():
     assert len({*keys, *others}) == 4, "the two halves of the first differ too: the key is that of the whole prefix"
 
 
+@given(data=st.data())
+def test_the_longest_prefix_is_found_whatever_blocks_are_gone(data):
+    cache = make_cache(budget=1 << 24, sequences=20)
+    tokens = tokens_of(24 * SIZE, seed=1)
+    keys = cache.keys(tokens)
+    known = {}
+    for window, pool in cache.pools.items():
+        known[window] = data.draw(st.sets(st.sampled_from(range(len(keys))), min_size=(window is None and 20) or 0))
+        for index in known[window]:
+            pool.table.remember(pool.table.take(), keys[index])
+
+    def is_reusable(count: int) -> bool:
+        views = (range(first_visible_block(w, count * SIZE, SIZE), count) for w in cache.pools)
+        return all(known[w].issuperset(view) for w, view in zip(cache.pools, views, strict=True))
+
+    longest = next(count for count in range(23, -1, -1) if is_reusable(count))  # one token is left to compute
+    prefix = cache.find_prefix(keys, len(tokens))
+    assert prefix.num_tokens == longest * SIZE
+    for window, own in prefix.blocks.items():
+        pool = cache.pools[window]
+        first = first_visible_block(window, prefix.num_tokens, SIZE)
+        assert own.blocks == pool.table.find(keys[first:longest]) and own.first_block == first
+
+
 def test_without_reuse_nothing_is_found_and_nothing_more_is_written():
     cache = make_cache(budget=1 << 24, sequences=20)
     plain = PagedKvCache(cache.layout, cache.device, reuse=False)
@@ -123,7 +147,7 @@ def test_the_least_recently_used_prefix_goes_first_and_of_one_its_end():
     gone = []
     for _ in range(4):
         table.take()
-        gone += [key for key in (b"a0", b"a1", b"b0", b"b1") if table.find([key]) is None and key not in gone]
+        gone += [key for key in (b"a0", b"a1", b"b0", b"b1") if not table.count_leading([key]) and key not in gone]
     assert gone == [b"a1", b"b1", b"b0", b"a0"]
 
 

@@ -52,6 +52,10 @@ class Prefix:
 NO_PREFIX = Prefix()
 
 
+def _shared(first_block: int, blocks: list[int]) -> SequenceBlocks:
+    return SequenceBlocks(first_block=first_block, blocks=blocks, num_shared=len(blocks))
+
+
 class WindowPool:
     """The blocks of one group: storage, who uses them, and what admitted sequences may still claim."""
 
@@ -156,16 +160,14 @@ class PagedKvCache:
         whole = min(len(keys), (num_tokens - 1) // size)
         if None in self.pools:
             whole = self.pools[None].table.count_leading(keys[:whole])
-        for count in range(whole, 0, -1):
-            blocks = {}
-            for window, pool in self.pools.items():
-                first = first_visible_block(window, count * size, size)
-                found = pool.table.find(keys[first:count])
-                if found is None:
-                    break
-                blocks[window] = SequenceBlocks(first_block=first, blocks=found, num_shared=len(found))
-            else:
-                return Prefix(num_tokens=count * size, blocks=blocks)
+        count = whole
+        while count > 0:
+            firsts = {window: first_visible_block(window, count * size, size) for window in self.pools}
+            end = min(pool.table.longest_end(keys, firsts[window], count) for window, pool in self.pools.items())
+            if end == count:
+                blocks = {window: pool.table.find(keys[firsts[window] : count]) for window, pool in self.pools.items()}
+                return Prefix(num_tokens=count * size, blocks={w: _shared(firsts[w], own) for w, own in blocks.items()})
+            count = end
         return NO_PREFIX
 
     def count_reuse(self, num_prompt_tokens: int, num_reused: int) -> tuple[int, int]:

@@ -85,10 +85,17 @@ class BlockTable:
     def is_in_use(self, block: int) -> bool:
         return self._users[block] > 0
 
-    def find(self, keys: Sequence[bytes]) -> list[int] | None:
-        """The blocks of these keys; None unless all are there."""
-        found = [self._block_of[key] for key in keys if key in self._block_of]
-        return found if len(found) == len(keys) else None
+    def find(self, keys: Sequence[bytes]) -> list[int]:
+        """The blocks of these keys, all of which are there."""
+        return [self._block_of[key] for key in keys]
+
+    def longest_end(self, keys: Sequence[bytes], first: int, end: int) -> int:
+        """`end` if `keys[first:end]` are all there; else the next smaller one that may do: it lies before the last gap,
+        since whoever ends behind that sees it too, and the key before it is there."""
+        gap = next((index for index in range(end - 1, first - 1, -1) if keys[index] not in self._block_of), None)
+        if gap is None:
+            return end
+        return next((index + 1 for index in range(gap - 1, -1, -1) if keys[index] in self._block_of), 0)
 
     def count_leading(self, keys: Sequence[bytes]) -> int:
         """How many of `keys`, from the first on, are there without a gap."""
