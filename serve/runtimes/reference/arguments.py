@@ -46,9 +46,18 @@ class EngineArguments:
     parallelism: Parallelism = ONE_RANK
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_size", "max_num_tokens", "stream_interval"):
-            if getattr(self, name) < 1:
-                raise EngineError("out of range", key=name, found=getattr(self, name), expected="at least 1")
+        kv = self.kv_cache_config
+        counts = {name: getattr(self, name) for name in ("max_batch_size", "max_num_tokens", "stream_interval")}
+        counts |= {"max_seq_len": self.max_seq_len or 1, "kv_cache_config.tokens_per_block": kv.tokens_per_block}
+        for i, window in enumerate(kv.max_attention_window or ()):
+            counts[f"kv_cache_config.max_attention_window[{i}]"] = window
+        for key, value in counts.items():
+            if not (isinstance(value, int) and value >= 1):
+                raise EngineError("out of range", key=key, found=value, expected="an integer, at least 1")
+        share = kv.free_gpu_memory_fraction
+        if not (isinstance(share, (int, float)) and 0 < share <= 1):
+            key = "kv_cache_config.free_gpu_memory_fraction"
+            raise EngineError("out of range", key=key, found=share, expected="above 0 and at most 1")
         if self.load_format not in ("auto", "dummy"):
             raise EngineError("unknown", key="load_format", found=self.load_format, expected="auto or dummy")
 
@@ -69,13 +78,16 @@ def read_arguments(model: str | Path, arguments: Mapping[str, Any]) -> tuple[Eng
     kv_names = {f.name for f in fields(KvCacheConfig)}
     kv = arguments.get("kv_cache_config") or {}
     kv = kv if isinstance(kv, Mapping) else vars(kv)
+    kv = {name: value for name, value in kv.items() if value is not None}
     ignored = [name for name in arguments if name not in honoured | _PARALLEL | _WITHOUT_MEANING_HERE | _NESTED]
     ignored += [f"kv_cache_config.{name}" for name in kv if name not in kv_names]
     own = {name: value for name, value in arguments.items() if name in honoured and value is not None}
     return (
         EngineArguments(
             model=str(model),
-            kv_cache_config=KvCacheConfig(**{name: value for name, value in kv.items() if name in kv_names}),
+            kv_cache_config=KvCacheConfig(
+                **{n: value for n, value in kv.items() if n in kv_names and value is not None}
+            ),
             parallelism=parallelism,
             **_cuda_graphs(arguments),
             **own,
