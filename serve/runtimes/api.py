@@ -7,9 +7,12 @@ are used; with `reference` these. As there, a temperature alone is still greedy:
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import operator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+_Number = TypeVar("_Number", int, float)
 
 
 class RequestError(RuntimeError):
@@ -54,6 +57,13 @@ class SamplingParams:
     """Not None: fill `cumulative_logprob`."""
 
     def __post_init__(self) -> None:
+        for names, kind in ((_INTEGERS, operator.index), (_NUMBERS, float)):
+            for name in names:
+                value = getattr(self, name)
+                setattr(self, name, None if value is None else _convert(kind, name, value))
+        if self.stop_token_ids is not None:
+            self.stop_token_ids = [_convert(operator.index, "stop_token_ids", each) for each in self.stop_token_ids]
+        _check(all(isinstance(s, str) and s for s in self.stop_strings), "stop", self.stop, "text that is not empty")
         _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
         _check(self.temperature is None or self.temperature >= 0, "temperature", self.temperature, "at least 0")
         _check(self.top_k is None or self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 means all)")
@@ -137,6 +147,19 @@ class Runtime(Protocol):
     numQueuedRequests, kvCacheStats: {maxNumBlocks, usedNumBlocks, freeNumBlocks}), `.tokenizer`, `.shutdown()`."""
     SamplingParams: Any
     KvCacheConfig: Any
+
+
+_INTEGERS = ("max_tokens", "top_k", "seed", "min_tokens", "end_id")
+_NUMBERS = ("temperature", "top_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
+
+
+def _convert(kind: Callable[[Any], _Number], name: str, value: Any) -> _Number:
+    """A plain number of what may be numpy's or torch's: requests cross to the engine's process."""
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        expected = "a number" if kind is float else "an integer"
+        raise ValueError(f"{name}: found {value!r}, expected {expected}") from None
 
 
 def _check(holds: bool, name: str, found: object, expected: str) -> None:

@@ -9,12 +9,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from puzzle_trtllm.errors import EngineError
 from puzzle_trtllm.serve.runtimes import load_runtime
-from puzzle_trtllm.serve.runtimes.reference import LLM, EngineDeadError, SamplingParams
+from puzzle_trtllm.serve.runtimes.reference import LLM, EngineDeadError, KvCacheConfig, SamplingParams
+from puzzle_trtllm.serve.runtimes.reference.arguments import read_arguments
 
 CHILD = [(6, 24), (4, None), (3, 40), (2, 24)]
 ARGS = {"dtype": "float32", "max_seq_len": 256, "max_batch_size": 8, "kv_cache_config": {"tokens_per_block": 8}}
@@ -119,10 +121,9 @@ def test_streaming_ends_with_what_the_whole_gives(llm):
 def test_stop_token_stop_string_and_end_of_sequence(llm):
     free = llm.generate(prompt(5), SamplingParams(max_tokens=40, ignore_eos=True)).outputs[0]
     token = free.token_ids[7]
-    by_token = llm.generate(prompt(5), SamplingParams(max_tokens=40, ignore_eos=True, stop_token_ids=[token])).outputs[
-        0
-    ]
-    assert by_token.token_ids == free.token_ids[: free.token_ids.index(token) + 1]
+    params = SamplingParams(max_tokens=40, ignore_eos=True, stop_token_ids=[token])
+    by_token = llm.generate(prompt(5), params).outputs[0]
+    assert by_token.token_ids == free.token_ids[: free.token_ids.index(token)]
     assert (by_token.finish_reason, by_token.stop_reason) == ("stop", token)
     by_end = llm.generate(prompt(5), SamplingParams(max_tokens=40, end_id=token)).outputs[0]
     assert (by_end.finish_reason, by_end.stop_reason) == ("stop", None)
@@ -136,6 +137,42 @@ def test_min_tokens_holds_the_end_back(llm):
     free = llm.generate(prompt(5), SamplingParams(max_tokens=40, ignore_eos=True)).outputs[0].token_ids
     params = SamplingParams(max_tokens=40, end_id=free[3], min_tokens=20)
     assert len(llm.generate(prompt(5), params).outputs[0].token_ids) >= 20
+
+
+@pytest.mark.parametrize("nobody", [-1, 10**6])
+def test_an_end_that_is_no_token_ends_nothing(llm, nobody):
+    free = llm.generate(prompt(5), SamplingParams(max_tokens=20, ignore_eos=True)).outputs[0].token_ids
+    params = SamplingParams(max_tokens=20, end_id=nobody, stop_token_ids=[nobody], min_tokens=5)
+    assert llm.generate(prompt(5), params).outputs[0].token_ids == free
+
+
+def test_numbers_may_be_numpys_or_torchs_and_nothing_else_reaches_the_engine(llm):
+    params = SamplingParams(max_tokens=np.int64(9), top_k=torch.tensor(8), temperature=np.float32(0.5), seed=3)
+    plain = SamplingParams(max_tokens=9, top_k=8, temperature=0.5, seed=3)
+    expected = llm.generate(prompt(5), plain).outputs[0].token_ids
+    for tokens in (torch.tensor(prompt(5)), np.array(prompt(5)), list(np.array(prompt(5)))):
+        assert llm.generate(tokens, params).outputs[0].token_ids == expected
+    for bad in ([8.0] * 20, ["8"] * 20, torch.rand(5)):
+        with pytest.raises(ValueError, match="token ids must be integers"):
+            llm.generate_async(bad)
+    for name, value in (("max_tokens", "8"), ("seed", 1.5), ("temperature", "hot"), ("stop_token_ids", [2.5])):
+        with pytest.raises(ValueError, match=name):
+            SamplingParams(**{name: value})
+    for stop in ("", ["a", ""], [1]):
+        with pytest.raises(ValueError, match="stop: found"):
+            SamplingParams(stop=stop)
+    with pytest.raises(ValueError, match="stop strings are found in the text"):
+        llm.generate_async(prompt(5), SamplingParams(stop="x", detokenize=False))
+
+
+def test_prompts_beside_one_that_cannot_run_are_not_left_running(llm):
+    params = SamplingParams(max_tokens=200, ignore_eos=True)
+    with pytest.raises(ValueError, match="empty"):
+        llm.generate([prompt(1), prompt(2), []], params)
+    deadline = time.monotonic() + 10
+    while llm._open and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not llm._open and llm.get_stats()[0]["numGeneratedTokens"] > 0
 
 
 def test_cumulative_logprob_is_the_sum_of_the_models_own(llm, child):
@@ -198,6 +235,29 @@ def test_a_cache_too_small_for_one_sequence_is_an_error(child):
         LLM(child, **{**ARGS, "kv_cache_config": {"max_gpu_total_bytes": 10_000}})
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_batch_size", "8"),
+        ("max_seq_len", -5),
+        ("kv_cache_config.tokens_per_block", 0),
+        ("kv_cache_config.free_gpu_memory_fraction", 1.5),
+        ("kv_cache_config.max_attention_window", [0, 256]),
+    ],
+)
+def test_an_argument_out_of_range_is_named(key, value, child):
+    section, _, name = key.rpartition(".")
+    args = {**ARGS, section: {name: value}} if section else {**ARGS, name: value}
+    with pytest.raises(EngineError, match=f"{key}.*out of range"):
+        LLM(child, **args)
+
+
+def test_an_argument_of_none_is_left_to_the_runtime(child):
+    names = ("dtype", "max_attention_window", "free_gpu_memory_fraction", "tokens_per_block", "max_gpu_total_bytes")
+    arguments, ignored = read_arguments(child, {"max_seq_len": None, "kv_cache_config": dict.fromkeys(names)})
+    assert arguments.kv_cache_config == KvCacheConfig() and not ignored
+
+
 def test_parallelism_and_damaged_models_are_refused(child, make_checkpoint):
     with pytest.raises(EngineError, match="tensor_parallel_size"):
         LLM(child, tensor_parallel_size=2)
@@ -216,6 +276,29 @@ def test_a_killed_engine_fails_open_and_new_requests_and_leaves_no_process(child
         request.result(timeout=10)
     with pytest.raises(EngineDeadError):
         llm.generate(prompt(1))
+    llm.shutdown()
+
+
+def test_an_engine_that_takes_nothing_holds_up_neither_callers_nor_the_end(child, monkeypatch):
+    """It takes messages between steps, and a step may be long: here it is stopped altogether."""
+    monkeypatch.setattr("puzzle_trtllm.serve.runtimes.reference.llm._STOP_SECONDS", 0.5)
+    llm = LLM(child, **ARGS)
+    os.kill(llm.engine_pid, signal.SIGSTOP)
+    began = time.monotonic()
+    requests = [llm.generate_async(prompt(1, 250)) for _ in range(400)]  # more than a socket holds
+    requests[0].abort()
+    llm.shutdown()
+    assert time.monotonic() - began < 10 and not _alive(llm.engine_pid)
+    with pytest.raises(EngineDeadError, match="shut down"):
+        requests[-1].result(timeout=10)
+
+
+def test_an_engine_that_fails_outside_a_step_says_why(child):
+    llm = LLM(child, **ARGS)
+    request = llm.generate_async(prompt(1), SamplingParams(max_tokens=230, ignore_eos=True))
+    llm._messages.put(b"no message")
+    with pytest.raises(EngineDeadError, match="UnpicklingError"):
+        request.result(timeout=10)
     llm.shutdown()
 
 
@@ -248,7 +331,6 @@ def _alive(pid: int) -> bool:
 
 def test_a_step_that_fails_fails_its_requests_and_keeps_the_engine(child):
     """In process: the second step raises; its requests end with the reason, the next request runs."""
-    from puzzle_trtllm.serve.runtimes.reference.arguments import read_arguments
     from puzzle_trtllm.serve.runtimes.reference.loading import load_engine
     from puzzle_trtllm.serve.runtimes.reference.messages import DecodingRule, Submit
 

@@ -84,7 +84,7 @@ class ReferenceEngine:
         )
         try:
             self.scheduler.add(sequence)
-        except ValueError as error:
+        except Exception as error:  # whatever is wrong with it, it is the request's own
             return TokenUpdate(request_id=message.request_id, token_ids=[], error=str(error), is_refusal=True)
         return None
 

@@ -78,10 +78,11 @@ def main(fd: int) -> int:
 
     try:
         run(loaded.engine, receive, connection.send)
-    except OutOfStepError as error:
-        _log.exception("the ranks are out of step")
-        time.sleep(_LAST_WORDS_SECONDS)
-        connection.fail(str(error))
+    except Exception as error:
+        _log.exception("the engine failed")
+        if ranks is not None:
+            time.sleep(_LAST_WORDS_SECONDS)
+        connection.fail(str(error) if isinstance(error, OutOfStepError) else f"{type(error).__name__}: {error}")
     if followers is not None:
         followers.stop()
     return 0

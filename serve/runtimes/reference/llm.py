@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import operator
 import os
+import pickle
 import secrets
 import socket
 import subprocess
@@ -20,7 +22,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from multiprocessing.connection import Connection
+from numbers import Integral
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeAlias
 
 from puzzle_trtllm.architecture import PuzzleArchitecture, read_json_object
@@ -36,7 +40,7 @@ from puzzle_trtllm.serve.runtimes.reference.messages import (
     StepReport,
     Submit,
 )
-from puzzle_trtllm.serve.runtimes.reference.request import ReferenceRequestOutput
+from puzzle_trtllm.serve.runtimes.reference.request import ReferenceRequestOutput, Waiter
 
 Prompt: TypeAlias = "str | list[int] | Mapping[str, Any]"
 _log = logging.getLogger(__name__)
@@ -60,12 +64,13 @@ class LLM:
         self._open: dict[int, ReferenceRequestOutput] = {}
         self._dead: str | None = None
         self._closing = False
-        self._send_lock = threading.Lock()
+        self._messages: SimpleQueue[bytes | None] = SimpleQueue()
         self._process, self._connection = _spawn_engine()
         ready = self._load()
         self.facts, self._stats = ready.facts, ready.stats
         self._reader = threading.Thread(target=self._read_reports, name="reference-engine-reader", daemon=True)
         self._reader.start()
+        threading.Thread(target=self._write_messages, name="reference-engine-writer", daemon=True).start()
 
     # -- generation --------------------------------------------------------------------------------------------------
 
@@ -74,9 +79,16 @@ class LLM:
     ) -> Any:
         """Generate for one prompt (text or token ids; gives one output) or a list of them (a list), and wait."""
         prompts: Any = inputs
-        several = isinstance(prompts, list) and not (prompts and isinstance(prompts[0], int))
-        requests = [self.generate_async(prompt, sampling_params) for prompt in (prompts if several else [prompts])]
-        results = [request.result() for request in requests]
+        several = isinstance(prompts, list) and not (prompts and isinstance(prompts[0], Integral))
+        requests: list[ReferenceRequestOutput] = []
+        try:
+            for prompt in prompts if several else [prompts]:
+                requests.append(self.generate_async(prompt, sampling_params))
+            results = [request.result() for request in requests]
+        except BaseException:
+            for request in requests:
+                request.abort()
+            raise
         return results if several else results[0]
 
     def generate_async(
@@ -84,6 +96,8 @@ class LLM:
     ) -> ReferenceRequestOutput:
         """Start one request. Raises ValueError if the prompt cannot run, EngineDeadError if the engine is gone."""
         params = sampling_params or SamplingParams()
+        if params.stop_strings and not (self.tokenizer and params.detokenize):
+            raise ValueError("stop strings are found in the text, and this request gives none (detokenize, tokenizer)")
         prompt, token_ids = self._read_prompt(inputs)
         rule = self._resolve_rule(params, len(token_ids), streaming)
         request = ReferenceRequestOutput(
@@ -126,7 +140,7 @@ class LLM:
     def shutdown(self) -> None:
         """Stop the engine; open requests end with EngineDeadError. Safe to call twice."""
         self._closing = True
-        self._send(None)
+        self._messages.put(None)
         try:
             self._process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -188,9 +202,15 @@ class LLM:
         if request_id in self._open:
             self._send(Abort(request_id=request_id))
 
-    def _send(self, message: Submit | Abort | None) -> None:
-        with self._send_lock, contextlib.suppress(OSError):
-            self._connection.send(message)
+    def _send(self, message: Submit | Abort) -> None:
+        self._messages.put(pickle.dumps(message))
+
+    def _write_messages(self) -> None:
+        """A thread of its own: the engine takes messages between steps, and callers must not wait for that."""
+        with contextlib.suppress(OSError):
+            while (message := self._messages.get()) is not None:
+                self._connection.send_bytes(message)
+            self._connection.send(None)
 
     def _read_prompt(self, inputs: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(inputs, Mapping):
@@ -200,7 +220,7 @@ class LLM:
                 raise ValueError("a text prompt needs a tokenizer (skip_tokenizer_init is set)")
             prompt, token_ids = inputs, self.tokenizer.encode(inputs)
         else:
-            prompt, token_ids = None, list(inputs)
+            prompt, token_ids = None, _plain_integers(inputs)
         if not token_ids:
             raise ValueError("the prompt is empty")
         if len(token_ids) >= self.max_seq_len:
@@ -210,7 +230,8 @@ class LLM:
         return prompt, token_ids
 
     def _resolve_rule(self, params: SamplingParams, num_prompt_tokens: int, streaming: bool) -> DecodingRule:
-        end_ids = self._end_ids if params.end_id is None else frozenset({params.end_id})
+        end_ids = self._end_ids if params.end_id is None else {params.end_id}
+        vocabulary = range(self._vocab_size)  # -1 stands for no id
         filters = params.top_k not in (None, 1) or params.top_p is not None
         watches_text = bool(params.stop_strings)
         return DecodingRule(
@@ -221,8 +242,8 @@ class LLM:
             top_k=params.top_k or 0,
             top_p=params.top_p or 1.0,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
-            end_ids=frozenset() if params.ignore_eos else end_ids,
-            stop_ids=frozenset(params.stop_token_ids or ()),
+            end_ids=frozenset() if params.ignore_eos else frozenset(i for i in end_ids if i in vocabulary),
+            stop_ids=frozenset(i for i in params.stop_token_ids or () if i in vocabulary),
             min_tokens=params.min_tokens or 0,
             frequency_penalty=params.frequency_penalty or 0.0,
             presence_penalty=params.presence_penalty or 0.0,
@@ -269,7 +290,14 @@ def _read_model_facts(model: Path) -> tuple[frozenset[int], int, int]:
     return frozenset(ids), int(config["vocab_size"]), int(config["max_position_embeddings"])
 
 
-def _wake(waiters: Iterable[tuple[asyncio.AbstractEventLoop, asyncio.Event]]) -> None:
+def _plain_integers(token_ids: Iterable[Any]) -> list[int]:
+    try:
+        return [operator.index(token) for token in token_ids]
+    except TypeError:
+        raise ValueError("token ids must be integers") from None
+
+
+def _wake(waiters: Iterable[Waiter]) -> None:
     """Set events, with one wake-up per event loop."""
     by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
     for loop, event in waiters:

@@ -8,6 +8,7 @@ strings are found here, where the text is: the output is cut and the engine told
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
@@ -26,6 +27,9 @@ from puzzle_trtllm.serve.runtimes.reference.messages import TokenUpdate
 
 EngineGone = str
 """Queued instead of an update when the engine process is dead: the reason."""
+
+Waiter = tuple[asyncio.AbstractEventLoop, asyncio.Event]
+"""Who awaits a request: an event, and the loop in whose thread it must be set."""
 
 
 class ReferenceRequestOutput:
@@ -51,10 +55,11 @@ class ReferenceRequestOutput:
         self._detokenizer = (
             _Detokenizer(tokenizer, sampling_params) if tokenizer and sampling_params.detokenize else None
         )
-        self._updates: SimpleQueue[TokenUpdate | EngineGone] = SimpleQueue()
+        self._updates: SimpleQueue[TokenUpdate | EngineGone | None] = SimpleQueue()
         self._finished = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._event: asyncio.Event | None = None
+        self._error: Exception | None = None
+        """Why it ended; raised to everyone who asks."""
+        self._waiter: Waiter | None = None
 
     @property
     def finished(self) -> bool:
@@ -67,21 +72,25 @@ class ReferenceRequestOutput:
 
     # -- the reader thread's side ------------------------------------------------------------------------------------
 
-    def put(self, update: TokenUpdate | EngineGone) -> tuple[asyncio.AbstractEventLoop, asyncio.Event] | None:
+    def put(self, update: TokenUpdate | EngineGone) -> Waiter | None:
         """Queue an update; give the event that must be set in its loop, if somebody awaits it."""
         self._updates.put(update)
-        loop, event = self._loop, self._event
-        return (loop, event) if loop is not None and event is not None else None
+        return self._waiter
 
     # -- the consumer's side -----------------------------------------------------------------------------------------
 
     def result(self, timeout: float | None = None) -> ReferenceRequestOutput:
         """Block until the end. Raises TimeoutError, RequestError, GenerationError, EngineDeadError."""
+        deadline = None if timeout is None else time.monotonic() + timeout
         while not self._finished:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                self._apply(self._updates.get(timeout=timeout))
+                self._apply(self._updates.get(timeout=left))
             except Empty:
                 raise TimeoutError(f"request {self.request_id} has not ended within {timeout} s") from None
+        self._updates.put(None)  # another thread may wait here too
+        if self._error is not None:
+            raise self._error
         return self
 
     async def aresult(self) -> ReferenceRequestOutput:
@@ -102,15 +111,20 @@ class ReferenceRequestOutput:
         return self
 
     async def __anext__(self) -> ReferenceRequestOutput:
-        if self._finished:
-            raise StopAsyncIteration
-        if self._event is None:
-            self._event = asyncio.Event()
-            self._loop = asyncio.get_running_loop()
-        while not self._drain():
-            self._event.clear()
+        loop = asyncio.get_running_loop()
+        if self._waiter is None or self._waiter[0] is not loop:
+            self._waiter = loop, asyncio.Event()
+        event = self._waiter[1]
+        while not self._finished:
+            if self._drain():
+                break
+            event.clear()
             if self._updates.empty():
-                await self._event.wait()
+                await event.wait()
+        else:
+            raise self._error or StopAsyncIteration
+        if self._error is not None:
+            raise self._error
         return self
 
     def _drain(self) -> bool:
@@ -125,26 +139,37 @@ class ReferenceRequestOutput:
             found = True
         return found
 
-    def _apply(self, update: TokenUpdate | EngineGone) -> None:
+    def _apply(self, update: TokenUpdate | EngineGone | None) -> None:
+        if update is None:
+            return
         if isinstance(update, EngineGone):
-            self._finished = True
-            raise EngineDeadError(update)
-        if update.error is not None:
-            self._finished = True
-            raise RequestError(update.error) if update.is_refusal else GenerationError(update.error)
-        output = self.outputs[0]
-        if self._detokenizer is None:
-            output.token_ids.extend(update.token_ids)
-        elif self._detokenizer.append(output, update.token_ids):
-            self.abort()
-            self._finished = True
+            self._error = EngineDeadError(update)
+        elif update.error is not None:
+            self._error = RequestError(update.error) if update.is_refusal else GenerationError(update.error)
+        else:
+            output, wants_metrics = self.outputs[0], self._params.return_perf_metrics
+            if output.finish_reason is None:  # else a stop string ended it, and only the metrics are missing
+                self._extend(output, update)
+            self.metrics = update.metrics if wants_metrics else None
+            stopped = output.finish_reason is not None and not wants_metrics
+            self._finished = update.finish_reason is not None or stopped
+            return
+        self._finished = True
+
+    def _extend(self, output: CompletionOutput, update: TokenUpdate) -> None:
+        # As TensorRT-LLM: a stop token is no part of the output, unless it is asked for.
+        hides_stop = isinstance(update.stop_reason, int) and not self._params.include_stop_str_in_output
+        new = update.token_ids[:-1] if hides_stop else update.token_ids
         output.cumulative_logprob = update.cumulative_logprob
-        if update.finish_reason is not None and not self._finished:
+        if self._detokenizer is None:
+            output.token_ids.extend(new)
+        elif self._detokenizer.append(output, new):
+            self.abort()
+            return
+        if update.finish_reason is not None:
             output.finish_reason, output.stop_reason = update.finish_reason, update.stop_reason
-            self.metrics = update.metrics if self._params.return_perf_metrics else None
             if self._detokenizer is not None:
                 self._detokenizer.flush(output)
-            self._finished = True
 
 
 class _Detokenizer:
@@ -180,9 +205,8 @@ class _Detokenizer:
 
     def _cut(self, output: CompletionOutput, num_new: int) -> bool:
         """Cut the text at the earliest stop string that ends in the last `num_new` characters."""
-        longest = max(len(stop) for stop in self._stops)
-        start = max(0, len(output.text) - num_new - longest + 1)
-        found = [(output.text.find(stop, start), stop) for stop in self._stops]
+        text, before = output.text, len(output.text) - num_new
+        found = [(text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in self._stops]
         hits = sorted(hit for hit in found if hit[0] >= 0)
         if not hits:
             return False
