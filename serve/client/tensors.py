@@ -21,9 +21,10 @@ _LENGTH = struct.Struct("<I")
 
 
 def pack_strings(values: Iterable[str]) -> bytes:
+    """Raises TypeError or UnicodeEncodeError for what is no text or holds half of a surrogate pair."""
     parts = []
     for value in values:
-        data = value.encode()
+        data = str.encode(value)
         parts += [_LENGTH.pack(len(data)), data]
     return b"".join(parts)
 
@@ -43,8 +44,8 @@ def unpack_int32(data: bytes) -> list[int]:
 
 def _pack_int32(values: Sequence[int]) -> bytes:
     try:
-        return array("i", values).tobytes()
-    except (OverflowError, TypeError) as error:
+        return struct.pack(f"<{len(values)}i", *values)
+    except struct.error as error:
         raise ServeError(f"not 32-bit integers: {error}", key="input_ids", status="INVALID_ARGUMENT") from None
 
 
@@ -79,8 +80,7 @@ class RequestBuilder:
 
     def build(self, request: GenerationRequest) -> Any:
         """Raises ServeError (INVALID_ARGUMENT) for what the server or the protocol cannot carry."""
-        message = service_pb2.ModelInferRequest(model_name=self._model, id=request.request_id)
-        self._add(message, "text_input", "BYTES", [1], pack_strings([request.prompt or ""]))
+        message = self._begin(request.request_id, "" if request.prompt is None else request.prompt)
         if request.input_ids is not None:
             self._need("input_ids", request.input_ids)
             self._add(message, "input_ids", "INT32", [len(request.input_ids)], _pack_int32(request.input_ids))
@@ -94,9 +94,16 @@ class RequestBuilder:
 
     def build_stop(self, request_id: str) -> Any:
         """Cancels the running requests of this id."""
-        message = service_pb2.ModelInferRequest(model_name=self._model, id=request_id)
-        self._add(message, "text_input", "BYTES", [1], pack_strings([""]))
+        message = self._begin(request_id, "")
         self._scalar(message, "stop", "BOOL", True)
+        return message
+
+    def _begin(self, request_id: str, prompt: str) -> Any:
+        try:
+            message = service_pb2.ModelInferRequest(model_name=self._model, id=request_id)
+        except (TypeError, ValueError):
+            raise _not_text("request_id") from None
+        self._strings(message, "text_input", [prompt])
         return message
 
     def _add_sampling(self, message: Any, request: GenerationRequest) -> None:
@@ -108,7 +115,7 @@ class RequestBuilder:
         self._scalar(message, "sampling_param_presence_penalty", "FP32", request.presence_penalty)
         self._scalar(message, "sampling_param_seed", "UINT64", request.seed)
         if request.stop:
-            self._add(message, "sampling_param_stop", "BYTES", [len(request.stop)], pack_strings(request.stop))
+            self._strings(message, "sampling_param_stop", request.stop)
         for name, dtype, value in (
             ("sampling_param_ignore_eos", "BOOL", request.ignore_eos),
             ("sampling_param_min_tokens", "INT32", request.min_tokens),
@@ -122,15 +129,25 @@ class RequestBuilder:
             found = f"{len(value)} values" if isinstance(value, Sequence) else value
             raise ServeError("this server's model has no such input", key=name, found=found, status="INVALID_ARGUMENT")
 
+    def _strings(self, message: Any, name: str, values: Sequence[str]) -> None:
+        try:
+            self._add(message, name, "BYTES", [len(values)], pack_strings(values))
+        except (TypeError, UnicodeEncodeError):
+            raise _not_text(name) from None
+
     def _scalar(self, message: Any, name: str, dtype: str, value: float | bool | None) -> None:
         if value is None:
             return
         try:
             self._add(message, name, dtype, [1], _PACK[dtype](value))
-        except struct.error:
+        except (struct.error, OverflowError):  # the second for a float that is too large
             raise ServeError("out of range", key=name, found=value, expected=dtype, status="INVALID_ARGUMENT") from None
 
     @staticmethod
     def _add(message: Any, name: str, dtype: str, shape: list[int], data: bytes) -> None:
         message.inputs.add(name=name, datatype=dtype, shape=shape)
         message.raw_input_contents.append(data)
+
+
+def _not_text(name: str) -> ServeError:
+    return ServeError("not text that UTF-8 can carry", key=name, status="INVALID_ARGUMENT")

@@ -35,6 +35,14 @@ def test_an_empty_tensor_is_an_empty_text() -> None:
     assert unpack_string(b"") == ""
 
 
+def refusal(**fields) -> str:
+    """The words in which a request of these fields is refused as INVALID_ARGUMENT."""
+    with pytest.raises(ServeError) as error:
+        RequestBuilder("tensorrt_llm", ALL).build(GenerationRequest(**fields))
+    assert error.value.status == "INVALID_ARGUMENT"
+    return str(error.value)
+
+
 def decoded(message) -> dict[str, list]:
     """Inputs of a request, read with tritonclient's and numpy's means; types and shapes checked on the way."""
     found = {}
@@ -108,16 +116,30 @@ def test_an_extra_that_a_stock_server_would_miss_is_an_error(fields, tensor: str
 
 
 @pytest.mark.parametrize(
-    "fields", [{"max_tokens": 2**31}, {"seed": -1}, {"top_k": 2**40}], ids=lambda fields: next(iter(fields))
-)
-def test_a_number_that_its_tensor_cannot_hold(fields) -> None:
-    with pytest.raises(ServeError, match=f"sampling_param_{next(iter(fields))}: out of range"):
-        RequestBuilder("tensorrt_llm", ALL).build(GenerationRequest(prompt="a", **fields))
+    ("field", "value"),
+    [("max_tokens", 2**31), ("max_tokens", 1.5), ("min_tokens", 2**40), ("top_k", 2**40), ("seed", -1), ("seed", 2**64),
+     ("temperature", 1e39), ("temperature", 10**400), ("top_p", -1e39)],
+)  # fmt: skip
+def test_a_number_that_its_tensor_cannot_hold(field: str, value: float) -> None:
+    assert f"sampling_param_{field}: out of range" in refusal(prompt="a", **{field: value})
 
 
-def test_token_ids_that_are_no_32_bit_integers() -> None:
-    with pytest.raises(ServeError, match="input_ids: not 32-bit integers"):
-        RequestBuilder("tensorrt_llm", ALL).build(GenerationRequest(input_ids=[2**31]))
+@pytest.mark.parametrize("value", [2**31, 1.5, "1"])
+def test_token_ids_that_are_no_32_bit_integers(value) -> None:
+    assert "input_ids: not 32-bit integers" in refusal(input_ids=[1, value])
+
+
+@pytest.mark.parametrize("text", ["half a pair: \ud800", 3])
+@pytest.mark.parametrize("field", ["prompt", "stop", "request_id"])
+def test_text_that_utf8_cannot_carry(field: str, text) -> None:
+    found = refusal(**{"prompt": "a", field: [text] if field == "stop" else text})
+    assert found.endswith(": not text that UTF-8 can carry")
+
+
+def test_a_stop_of_an_id_that_utf8_cannot_carry() -> None:
+    with pytest.raises(ServeError, match="request_id: not text") as error:
+        RequestBuilder("tensorrt_llm", ALL).build_stop("\ud800")
+    assert error.value.status == "INVALID_ARGUMENT"
 
 
 @pytest.mark.parametrize("fields", [{}, {"prompt": "a", "input_ids": [1]}])
