@@ -16,7 +16,7 @@ _TRITONS = (
     (re.compile(r"unknown model", re.IGNORECASE), "NOT_FOUND"),
     (re.compile(r"not ready|not healthy|unavailable|stopp|shut", re.IGNORECASE), "UNAVAILABLE"),
     (
-        re.compile(r"^(\[request id: [^\]]*\] )?(unexpected|expected|inference (input|request)|input)"),
+        re.compile(r"^(\[request id: [^\]]*\] )?(unexpected|expected|incomplete|inference (input|request)|input)"),
         "INVALID_ARGUMENT",
     ),
 )

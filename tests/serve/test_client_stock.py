@@ -144,6 +144,12 @@ def test_errors_carry_their_status(ending, status: str) -> None:
         # Triton's own, as version 2.51 words them:
         ("[request id: <id_unknown>] inference input 'streaming' data-type is", "INVALID_ARGUMENT", "inference input"),
         ("unexpected inference input 'x' for model 'tensorrt_llm'", "INVALID_ARGUMENT", "unexpected"),
+        (
+            "[request id: r] incomplete string data for inference input 'text_input', expecting string of length 100 "
+            "but only 3 bytes available",
+            "INVALID_ARGUMENT",
+            "incomplete string data",
+        ),
         ("Request for unknown model: 'x' is not found", "NOT_FOUND", "unknown model"),
         ("Stub process 'tensorrt_llm_0_0' is not healthy.", "UNAVAILABLE", "not healthy"),
         ("Error generating request: boom", "UNKNOWN", "boom"),
