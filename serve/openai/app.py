@@ -140,13 +140,23 @@ R = TypeVar("R", ChatRequest, CompletionRequest)
 
 
 async def _parsed(request: Request, card: ModelCard, kind: type[R]) -> R:
-    try:
-        body = json.loads(await request.body())
-    except ValueError:
-        raise ApiError("the request body is not JSON") from None
-    parsed = kind.parse(body)
+    parsed = kind.parse(_json_of(await request.body()))
     card.require(parsed.model)
     return parsed
+
+
+def _json_of(body: bytes) -> Any:
+    """Raises ApiError for what is no JSON, and for JSON that neither the tokenizer nor our own answer could carry."""
+    try:
+        content = json.loads(body)
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ApiError("the request body holds half of a surrogate pair, which is no text") from None
+    except ValueError:
+        raise ApiError("the request body is not JSON") from None
+    except RecursionError:
+        raise ApiError("the request body is nested too deeply") from None
+    return content
 
 
 async def _respond(

@@ -61,9 +61,9 @@ class ModelCard:
 
     def of_chat(self, request: ChatRequest, request_id: str) -> GenerationRequest:
         """Render the model's own chat template. Raises ApiError where it refuses, or the prompt does not fit."""
-        if request.reasoning_effort is not None and not self.tokenizer.template_takes("reasoning_effort"):
-            raise unsupported("reasoning_effort", "this model's chat template has none")
         try:
+            if request.reasoning_effort is not None and not self.tokenizer.template_takes("reasoning_effort"):
+                raise unsupported("reasoning_effort", "this model's chat template has none")
             prompt = self.tokenizer.render_chat(
                 [_turn(message.role, message.text(), message.reasoning_content) for message in request.messages],
                 reasoning_effort=request.reasoning_effort,

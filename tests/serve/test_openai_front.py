@@ -191,6 +191,44 @@ def test_bad_input_is_400_with_the_parameters_name_and_nothing_is_sent(front, bo
     assert front.target.requests == []
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/chat/completions", {"messages": [{"role": "user", "content": "half a pair: \ud800"}]}),
+        ("/chat/completions", {"messages": USER, "stop": "\udfff"}),
+        ("/completions", {"prompt": "\ud800"}),
+        ("/completions", {"prompt": "1", "stop": ["\ud800"]}),
+        ("/completions", {"prompt": "1", "\ud800": 1}),
+    ],
+)
+def test_half_a_surrogate_pair_is_400_wherever_it_stands(front, path, body):
+    status, error = refused(front.url + path, {"model": "toy", **body})
+    assert (status, error["type"]) == (400, "invalid_request_error")
+    assert "half of a surrogate pair" in error["message"]
+    assert front.target.requests == []
+
+
+def test_a_whole_surrogate_pair_is_a_character(front, card):
+    body = b'{"model": "toy", "prompt": "\\ud83d\\ude00"}'
+    with post(front.url + "/completions", body):
+        assert card.tokenizer.encode("\U0001f600") == front.target.requests[-1].input_ids
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"model": "toy", "n": ' + b"[" * 5000 + b"]" * 5000 + b"}"])
+def test_a_body_nested_too_deeply_is_400(front, body):
+    status, error = refused(front.url + "/chat/completions", body)
+    assert (status, error["message"]) == (400, "the request body is nested too deeply")
+
+
+@pytest.mark.parametrize("asked", [{}, {"reasoning_effort": "low"}])
+def test_a_model_without_a_chat_template_refuses_chats(card, tmp_path, asked):
+    own = ChatTokenizer(folder=tmp_path, tokenizer=card.tokenizer.tokenizer, config={})
+    bare = ModelCard(name="toy", tokenizer=own, max_seq_len=256)
+    with pytest.raises(ApiError, match=r"^messages: .*expected a chat template") as caught:
+        bare.of_chat(ChatRequest.parse({"model": "toy", "messages": USER, **asked}), "id")
+    assert (caught.value.status, caught.value.param) == (400, "messages")
+
+
 def test_other_refusals_have_their_own_statuses(front):
     with pytest.raises(openai.NotFoundError, match="this server has 'toy'") as caught:
         ask(front, model="gpt-4")
