@@ -39,6 +39,7 @@ class MeasuredRun:
     max_send_delay_ms: float
     client: ClientFacts
     provenance: Provenance
+    num_instances: int
 
     @property
     def records(self) -> list[RequestRecord]:
@@ -46,7 +47,8 @@ class MeasuredRun:
 
     @property
     def num_gpus(self) -> int:
-        return self.provenance.engine.num_gpus if self.provenance.engine else 0
+        """Of the whole server; 0 on a CPU, or where the engine behind the URL is not known."""
+        return self.provenance.engine.num_gpus * self.num_instances if self.provenance.engine else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,7 @@ class _Prepared:
 
     requests: list[GenerationRequest]
     exact: bool
+    num_instances: int
     measured: WorkersRun | None
 
 
@@ -86,11 +89,11 @@ def measure(
                 some = Pattern(concurrency=min(pattern.concurrency or WARMUP_CONCURRENCY, len(warmup)))
                 with LoadProgress(f"warm-up {label}", num_requests=len(warmup), quiet=quiet) as progress:
                     await _drive(target, warmup, some, progress)
-            if workers > 1:
-                return _Prepared(requests=requests, exact=exact, measured=None)
-            with LoadProgress(f"bench {label}", num_requests=len(requests), quiet=quiet) as progress:
-                measured = await _drive(target, requests, pattern, progress)
-            return _Prepared(requests=requests, exact=exact, measured=measured)
+            measured = None
+            if workers <= 1:
+                with LoadProgress(f"bench {label}", num_requests=len(requests), quiet=quiet) as progress:
+                    measured = await _drive(target, requests, pattern, progress)
+            return _Prepared(requests=requests, exact=exact, num_instances=target.num_instances, measured=measured)
 
     prepared = asyncio.run(prepare())
     measured, requests = prepared.measured, prepared.requests
@@ -112,6 +115,7 @@ def measure(
         max_send_delay_ms=measured.run.max_send_delay_ms,
         client=ClientFacts(workers=measured.workers, busiest_cpu=measured.busiest_cpu),
         provenance=provenance,
+        num_instances=prepared.num_instances,
     )
 
 
@@ -171,6 +175,7 @@ def result_fields(run: MeasuredRun, load: MeasuredLoad, *, url: str, name: str |
         "lengths": "exact" if run.exact else "nominal",
         "token_counts": "server" if run.exact else "tokenizer",
         "client": run.client,
+        "num_instances": run.num_instances,
         "requests": RequestCounts.of(records),
         "errors": dict(Counter(errors_of(run.answers))),
         "steady_window_s": load.window.seconds,

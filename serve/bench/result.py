@@ -54,6 +54,8 @@ class LoadResult(ResultFile):
     token_counts: TokenCounts
     """tokenizer: a stock server tells no counts, so its text is encoded again (token_counts.py)."""
     client: ClientFacts | None = None
+    num_instances: int | None = None
+    """Engines in the server, by its own account; None in older files, whose numbers a GPU are those of one engine."""
     requests: RequestCounts
     errors: dict[str, int]
     """Reason of every request that failed or was cancelled -> how many gave it."""

@@ -25,6 +25,11 @@ class Target(Protocol):
         """False for a stock llmapi server, which takes no token ids either."""
         ...
 
+    @property
+    def num_instances(self) -> int:
+        """Engines in the server, each on GPUs of its own."""
+        ...
+
     def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]: ...
 
 

@@ -19,6 +19,12 @@ NEEDED_INPUTS = {
 NEEDED_OUTPUTS = {"text_output": "TYPE_STRING"}
 
 
+def count_instances(config: Any) -> int:
+    """How many engines the server runs, each instance being one; `config` is inference.ModelConfig."""
+    # A group of kind GPU has `count` instances on each of its GPUs; those of kind CPU, as llmapi models are, name none.
+    return sum(group.count * max(1, len(group.gpus)) for group in config.instance_group) or 1
+
+
 def check_contract(config: Any, model: str, *, url: str) -> None:
     """`config` is inference.ModelConfig. Raises ServeError (INVALID_ARGUMENT) for the first thing that differs."""
     from tritonclient.grpc import model_config_pb2

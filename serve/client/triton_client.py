@@ -24,7 +24,7 @@ import grpc  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from puzzle_trtllm.errors import ServeError
-from puzzle_trtllm.serve.client.contract import check_contract
+from puzzle_trtllm.serve.client.contract import check_contract, count_instances
 from puzzle_trtllm.serve.client.errors import error_of_status, error_of_words
 from puzzle_trtllm.serve.client.request import GenerationChunk, GenerationRequest, GenerationResult
 from puzzle_trtllm.serve.client.secret import grpc_metadata
@@ -63,6 +63,8 @@ class TritonLlmClient:
         self._channels: list[grpc.aio.Channel] = []
         self._stubs: list[Any] = []
         self._next = 0
+        self.num_instances = 1
+        """Engines in the server, by its own account; known once connected."""
         self._builder = RequestBuilder(model, ())
 
     async def __aenter__(self) -> TritonLlmClient:
@@ -82,6 +84,7 @@ class TritonLlmClient:
             await self._close()
             raise
         self._builder = RequestBuilder(self._model, [tensor.name for tensor in reply.config.input])
+        self.num_instances = count_instances(reply.config)
         return self
 
     async def __aexit__(

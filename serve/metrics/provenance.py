@@ -54,7 +54,7 @@ class EngineProvenance(BaseModel):
 
     path: str
     num_gpus: int
-    """0 for an engine that runs on the CPU."""
+    """Of one engine; 0 if it runs on the CPU. A server may run several (LoadResult.num_instances)."""
     manifest: EngineManifest
 
     @classmethod

@@ -63,6 +63,7 @@ class InProcess:
     """A load target without a server: the LLM itself."""
 
     gives_token_ids = True
+    num_instances = 1
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm

@@ -20,6 +20,7 @@ class FakeClient:
         self.script = script
         self.gives_token_ids = gives_token_ids
         self.finish_reason = finish_reason
+        self.num_instances = 1
         self.requests: list[GenerationRequest] = []
         self.in_flight: list[int] = []
         """Requests in flight, noted at every start."""

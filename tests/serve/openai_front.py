@@ -19,6 +19,7 @@ class ScriptedTarget:
     """Answers with `steps`: token ids of each response, a ServeError to raise, or a number of seconds to wait."""
 
     gives_token_ids = True
+    num_instances = 1
 
     def __init__(self) -> None:
         self.steps: list[object] = []

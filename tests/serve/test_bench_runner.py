@@ -16,6 +16,7 @@ from puzzle_trtllm.serve.bench.runner import run_bench
 from puzzle_trtllm.serve.evaluate.result import EvaluationResult
 from tests.serve.fake_client import FakeClient, one_token_a_response
 from tests.serve.measurements import PROVENANCE
+from tests.serve.scripted import scripted_engine
 
 TINY = Scenario(name="tiny", input_tokens=6, output_tokens=4, concurrency=2, num_requests=8, warmup_requests=3)
 
@@ -148,6 +149,19 @@ def test_a_scenario_that_the_engine_cannot_hold_is_refused_before_anything_is_se
     assert client.requests == []
     engine.llm_args["max_seq_len"] = 10
     assert bench(client, tokenizer_folder, engine="engine").requests.completed == 8
+
+
+@pytest.mark.parametrize(("runtime", "gpus"), [("tensorrt_llm", 2 * 3), ("reference", 0)])
+def test_the_gpus_of_every_instance_in_the_server_count(tokenizer_folder, tmp_path, runtime, gpus):
+    engine = scripted_engine(tmp_path / "engine", tokenizer_folder, tensor_parallel_size=2)
+    manifest = json.loads((engine.path / "engine.json").read_text())
+    (engine.path / "engine.json").write_text(json.dumps(manifest | {"runtime": runtime}))
+    client = FakeClient(one_token_a_response)
+    client.num_instances = 3
+    result = bench(client, tokenizer_folder, engine=engine.path)
+    assert result.num_instances == 3
+    a_gpu = result.scalars.get("output_tokens_per_s_per_gpu")
+    assert a_gpu == (pytest.approx(result.output_tokens_per_s / gpus) if gpus else None)
 
 
 def test_zero_successful_requests_are_one_clear_line(tokenizer_folder):

@@ -30,10 +30,13 @@ class StockServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.cancelled = asyncio.Event()
         self.without: set[str] = set()
         self.decoupled = True
+        self.instance_groups: list[dict] = []
 
     async def ModelConfig(self, request, context):
         reply = service_pb2.ModelConfigResponse()
         reply.config.model_transaction_policy.decoupled = self.decoupled
+        for group in self.instance_groups:
+            reply.config.instance_group.add(**group)
         for tensors, specs in ((reply.config.input, INPUTS), (reply.config.output, OUTPUTS)):
             for spec in specs:
                 if not spec.extra and spec.name not in self.without:
@@ -107,6 +110,25 @@ def test_a_result_counts_responses_where_tokens_are_unknown() -> None:
     assert (
         result.sent_ns < result.first_token_ns == result.token_times_ns[0] < result.token_times_ns[1] == result.end_ns
     )
+
+
+@pytest.mark.parametrize(
+    ("groups", "instances"),
+    [
+        ([], 1),
+        ([{"count": 2, "kind": "KIND_CPU"}], 2),
+        ([{"count": 2, "kind": "KIND_CPU"}, {"count": 1, "kind": "KIND_CPU"}], 3),
+        ([{"count": 2, "kind": "KIND_GPU", "gpus": [0, 1, 2]}], 6),  # on each of the GPUs
+    ],
+)
+def test_the_server_says_how_many_instances_it_runs(groups, instances) -> None:
+    async def scenario():
+        async with stock_server() as (service, url):
+            service.instance_groups = groups
+            async with TritonLlmClient(url) as client:
+                return client.num_instances
+
+    assert run(scenario()) == instances
 
 
 def test_an_empty_final_response_is_no_chunk() -> None:

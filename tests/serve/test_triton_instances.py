@@ -164,8 +164,9 @@ def environment_of(pid: int) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
-async def ask_many(url: str, num_requests: int) -> set[str]:
+async def ask_many(url: str, num_requests: int, *, instances: int) -> set[str]:
     async with TritonLlmClient(url) as client:
+        assert client.num_instances == instances
         request = GenerationRequest(prompt="hello", max_tokens=20)
         results = await asyncio.gather(*(client.generate(request) for _ in range(num_requests)))
         return {result.text for result in results}
@@ -179,7 +180,7 @@ def test_two_instances_serve_side_by_side_and_the_watch_notices_the_death_of_eit
             for child in children_of(stub)
         }
         assert set(engines) == {"6", "4"}
-        assert asyncio.run(ask_many(server.grpc_url, 24)) == {"hello" * 4}
+        assert asyncio.run(ask_many(server.grpc_url, 24, instances=2)) == {"hello" * 4}
         wait_until(lambda: sum(values_of(read_metrics(server.metrics_url), "puzzle_requests_total")) == 24, what="24")
         metrics = read_metrics(server.metrics_url)
         assert {key for key in metrics if key.startswith("puzzle_engine_up")} == {
