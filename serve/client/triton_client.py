@@ -223,4 +223,9 @@ class _Reader:
 
 
 async def _once(message: Any) -> AsyncIterator[Any]:
+    """The one message of a stream.
+
+    Writing and reading by call instead would save some 5% of a request's CPU time, but a server that answers before it
+    has read the message, or dies meanwhile, would be INTERNAL or an error of grpc's own instead of what it said.
+    """
     yield message
