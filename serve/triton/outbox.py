@@ -9,8 +9,12 @@ A request never has more than one response waiting. The loop leaves the newest s
 one before has not left yet, the two leave as one. While the senders keep up that is one response a step; when they do
 not, responses get larger instead of queues longer, and the engine never waits for a slow reader.
 
-The trap: `is_cancelled` must not be asked once the final response is on its way, because the server frees the object
-it would look at. `Reply` guards both with one lock.
+A response that cannot be sent (its tensors do not fit into shared memory, say) ends its request with INTERNAL, because
+a hole in a stream or an answer that never comes are worse. What counts as sent is what did leave.
+
+The traps: `is_cancelled` must not be asked once the final response is on its way, because the server frees the object
+it would look at; `Reply` guards both with one lock. And a send with the final flag closes Triton's sender even when it
+fails, so that nobody can be told any more: what may fail goes without the flag.
 """
 
 from __future__ import annotations
@@ -25,6 +29,12 @@ from puzzle_trtllm.serve.triton.response import Sent, Snapshot, Tensor, render
 
 Status = Literal["UNAVAILABLE", "INVALID_ARGUMENT", "CANCELLED", "INTERNAL"]
 Log = Callable[[str], None]
+OnLost = Callable[["Reply", str], None]
+"""Told of a request that had to end because a response of it could not be sent, and why."""
+
+_SURE_BYTES = 1 << 20
+"""A last response up to this size carries the final flag itself; a larger one, which shared memory may have no room
+for, is followed by the flag alone: one more round trip, and only for these."""
 
 
 class ResponseSender(Protocol):
@@ -55,9 +65,11 @@ class Outbox:
         self._thread = threading.Thread(target=self._send_all, name="puzzle-send", daemon=True)
         self._thread.start()
 
-    def open_reply(self, sender: ResponseSender, form: ReplyFormat) -> Reply:
-        """A new request's end of the wire."""
-        return Reply(sender, form, self._queue, self._encoder)
+    def open_reply(
+        self, sender: ResponseSender, form: ReplyFormat, *, on_lost: OnLost = lambda reply, why: None
+    ) -> Reply:
+        """A new request's end of the wire. `on_lost` is called in the sender thread."""
+        return Reply(sender, form, self._queue, self._encoder, on_lost)
 
     def close(self) -> None:
         """Send what waits, then end the thread."""
@@ -69,19 +81,25 @@ class Outbox:
             try:
                 self.responses_sent += reply.flush()
             except Exception as error:  # the server may have closed the request
-                self._log(f"a response could not be sent: {type(error).__name__}: {error}")
+                self._log(f"a last response could not be sent: {type(error).__name__}: {error}")
 
 
 class Reply:
     """The responses of one request. `update` and `fail` belong to one thread, `flush` to the sender thread."""
 
     def __init__(
-        self, sender: ResponseSender, form: ReplyFormat, replies: queue.SimpleQueue[Reply | None], encoder: Encoder
+        self,
+        sender: ResponseSender,
+        form: ReplyFormat,
+        replies: queue.SimpleQueue[Reply | None],
+        encoder: Encoder,
+        on_lost: OnLost,
     ) -> None:
         self._sender = sender
         self._form = form
         self._replies = replies
         self._encoder = encoder
+        self._on_lost = on_lost
         self._latest: Snapshot | None = None
         self._failure: tuple[Status, str] | None = None
         self._waiting = False
@@ -124,18 +142,44 @@ class Reply:
         now, failure = self._latest, self._failure
         if self._closed or (failure is None and not self._is_news(now)):
             return 0
-        final = failure is not None or (now is not None and now.finished)
-        if failure is not None:
-            response = self._encoder.error(*failure)
-        else:
+        if failure is None:
             assert now is not None
-            response = self._encoder.response(render(self._form, now, self._sent))
-            self._sent = Sent(max(self._sent.text_length, len(now.text)), max(self._sent.num_tokens, now.num_tokens))
-        if final:
-            with self._closing:
-                self._closed = True
-        self._sender.send(response, flags=self._encoder.FINAL if final else 0)
+            failure = self._try_to_send(now)
+        if failure is not None:
+            self._send_error(*failure)
         return 1
+
+    def _try_to_send(self, now: Snapshot) -> tuple[Status, str] | None:
+        """Returns how the request has to end instead, if it cannot be sent."""
+        try:
+            self._send(now)
+            return None
+        except Exception as error:
+            why = f"a response could not be sent: {type(error).__name__}: {error}"
+            self._on_lost(self, why)
+            return "INTERNAL", why
+
+    def _send(self, now: Snapshot) -> None:
+        response = self._encoder.response(render(self._form, now, self._sent))
+        if now.finished and _size_limit(now) <= _SURE_BYTES:
+            self._send_last(response)
+            return
+        self._sender.send(response, flags=0)
+        self._sent = Sent(max(self._sent.text_length, len(now.text)), max(self._sent.num_tokens, now.num_tokens))
+        if now.finished:
+            self._send_last()
+
+    def _send_error(self, status: Status, message: str) -> None:
+        try:
+            self._send_last(self._encoder.error(status, message))
+        except Exception:
+            # A model that is not decoupled may send once, and what failed counts. The flag alone still ends it.
+            self._sender.send(None, flags=self._encoder.FINAL)
+
+    def _send_last(self, response: Any = None) -> None:
+        with self._closing:
+            self._closed = True
+        self._sender.send(response, flags=self._encoder.FINAL)
 
     def _is_news(self, now: Snapshot | None) -> bool:
         if now is None:
@@ -146,3 +190,8 @@ class Reply:
         if not self._waiting:
             self._waiting = True
             self._replies.put(self)
+
+
+def _size_limit(now: Snapshot) -> int:
+    """More bytes than a response with all of it has: a character takes up to four in UTF-8, a token id four."""
+    return 4 * (len(now.text) + now.num_tokens)

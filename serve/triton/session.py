@@ -106,8 +106,11 @@ class Session:
             reply = self._outbox.open_reply(sender, ReplyFormat())
             self._loop.call_soon_threadsafe(self._refuse, reply, "INVALID_ARGUMENT", str(refusal))
             return
-        reply = self._outbox.open_reply(sender, call.reply)
+        reply = self._outbox.open_reply(sender, call.reply, on_lost=self._response_lost)
         self._loop.call_soon_threadsafe(self._begin, OpenRequest(request_id=request_id, reply=reply), call)
+
+    def _response_lost(self, reply: Reply, why: str) -> None:
+        self._loop.call_soon_threadsafe(self._give_up, reply, why)
 
     def engine_died(self, reason: str) -> None:
         """End all requests, now and from now on, with UNAVAILABLE."""
@@ -184,6 +187,13 @@ class Session:
         else:
             self._log(f"request {request.request_id!r} failed: {type(error).__name__}: {error}")
             self._end(request.reply, "INTERNAL", f"generation failed: {type(error).__name__}: {error}")
+
+    def _give_up(self, reply: Reply, why: str) -> None:
+        """The outbox has ended the request, of which a response could not be sent."""
+        for request in [request for request in self._open.values() if request.reply is reply]:
+            self._abort(request)
+        self._log(why)
+        self._end(reply, "INTERNAL", why)
 
     def _stop_by_id(self, request_id: str, reply: Reply) -> None:
         """`stop`: the running requests end, and so does this one, all CANCELLED as in NVIDIA's model."""

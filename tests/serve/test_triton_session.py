@@ -7,6 +7,7 @@ show at will.
 from __future__ import annotations
 
 import asyncio
+import math
 import subprocess
 import threading
 from types import SimpleNamespace
@@ -22,13 +23,23 @@ from puzzle_trtllm.serve.triton.response import Snapshot
 from puzzle_trtllm.serve.triton.session import Session
 from tests.serve.scripted import wait_until
 
+LARGE = 1 << 20
+"""Characters of an answer that shared memory may have no room for."""
+
 
 class Sender:
-    """Triton's response sender, remembering; as there, nothing may be sent or asked after the final flag."""
+    """Triton's response sender, remembering; as there, nothing may be sent or asked after the final flag.
 
-    def __init__(self) -> None:
+    `room` is the number of responses that shared memory still takes; errors and flags alone need none. As in Triton, a
+    send that fails has closed the sender if it carried the final flag, and is the only one of a model not decoupled.
+    """
+
+    def __init__(self, *, room: float = math.inf, decoupled: bool = True) -> None:
         self.responses: list[tuple[object, int]] = []
         self.cancelled = False
+        self.room = room
+        self.allowed = math.inf if decoupled else 1
+        self.closed = False
         self.gate = threading.Event()
         self.gate.set()
 
@@ -39,6 +50,16 @@ class Sender:
     def send(self, response=None, flags: int = 0) -> None:
         assert self.gate.wait(10)
         assert not self.final, "sent after the final response"
+        if self.closed:
+            raise RuntimeError("Response sender has been closed.")
+        if response is not None and self.allowed == 0:
+            raise RuntimeError("Non-decoupled model cannot send more than one response.")
+        self.closed = flags == 1
+        self.allowed -= response is not None
+        if isinstance(response, dict):
+            if self.room == 0:
+                raise RuntimeError("Failed to increase the shared memory pool size")
+            self.room -= 1
         self.responses.append((response, flags))
 
     def is_cancelled(self) -> bool:
@@ -55,8 +76,11 @@ class Sender:
 
 class Encoder:
     FINAL = 1
+    error_of_tensors: Exception | None = None
 
     def response(self, tensors):
+        if self.error_of_tensors is not None:
+            raise self.error_of_tensors
         return {name: array.tolist() for name, array in tensors}
 
     def error(self, status: str, message: str):
@@ -124,20 +148,22 @@ class Llm:
 
 @pytest.fixture
 def service():
-    llm = Llm()
-    outbox = Outbox(Encoder(), log=lambda message: None)
+    llm, encoder = Llm(), Encoder()
+    outbox = Outbox(encoder, log=lambda message: None)
     session = Session(
         llm=llm, sampling_params=SamplingParams, outbox=outbox, limits=RequestLimits(max_seq_len=16),
         max_open_requests=2, sweep_period_s=0.005, log=lambda message: None,
     )  # fmt: skip
-    yield SimpleNamespace(llm=llm, outbox=outbox, session=session)
+    yield SimpleNamespace(llm=llm, encoder=encoder, outbox=outbox, session=session)
     session.stop()
     outbox.close()
 
 
-def begin(service, *, request_id: str = "", text: str = "hi", **flags) -> tuple[Sender, Result]:
+def begin(
+    service, *, request_id: str = "", text: str = "hi", sender: Sender | None = None, **flags
+) -> tuple[Sender, Result]:
     """Accept a request and wait until the runtime has it."""
-    sender, before = Sender(), len(service.llm.results)
+    sender, before = sender or Sender(), len(service.llm.results)
     accept(service, sender, request_id=request_id, text=text, **flags)
     wait_until(lambda: len(service.llm.results) > before, what="submission")
     return sender, service.llm.results[-1]
@@ -196,6 +222,48 @@ def test_two_streams_keep_their_own_order(service) -> None:
         lambda: service.outbox.responses_sent == sum(len(sender.responses) for sender, _ in streams),
         what="both senders' responses are counted",
     )
+
+
+def test_a_part_of_a_stream_that_cannot_be_sent_ends_it_and_the_generation(service) -> None:
+    """A client that got the rest would take a text with a hole for the whole."""
+    sender, result = begin(service, streaming=True, stream_delta=True, sender=Sender(room=1))
+    result.push("a")
+    wait_until(lambda: len(sender.responses) == 1, what="the first response")
+    result.push("b")
+    reason = "a response could not be sent: RuntimeError: Failed to increase the shared memory pool size"
+    assert sender.error == ("INTERNAL", reason)
+    wait_until(lambda: service.session.queue_lengths() == (0, 0), what="the request is forgotten")
+    assert result.aborted and service.session.totals.ends == {"internal": 1}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_large_answer_that_cannot_be_sent_is_an_error_not_silence(service, streaming: bool) -> None:
+    sender, result = begin(service, streaming=streaming, sender=Sender(room=0))
+    result.push("x" * LARGE, None)
+    assert sender.error[0] == "INTERNAL" and "shared memory" in sender.error[1]
+
+
+def test_a_large_answer_that_cannot_be_sent_ends_without_words_where_only_one_response_may_be_sent(service) -> None:
+    sender, result = begin(service, sender=Sender(room=0, decoupled=False))
+    result.push("x" * LARGE, None)
+    wait_until(lambda: sender.final, what="the end")
+    assert sender.responses == [(None, 1)]
+
+
+def test_a_large_answer_is_followed_by_the_final_flag_alone(service) -> None:
+    sender, result = begin(service)
+    result.push("x" * LARGE, None)
+    wait_until(lambda: sender.final, what="the end")
+    assert sender.responses == [({"text_output": [b"x" * LARGE]}, 0), (None, 1)]
+    wait_until(lambda: service.outbox.responses_sent == 1, what="counted as one response")
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_tensors_that_cannot_be_made_are_an_error_not_silence(service, last: bool) -> None:
+    service.encoder.error_of_tensors = RuntimeError("no room for a tensor")
+    sender, result = begin(service, streaming=True)
+    result.push(None if last else "a")
+    assert sender.error == ("INTERNAL", "a response could not be sent: RuntimeError: no room for a tensor")
 
 
 @pytest.mark.parametrize(
