@@ -47,6 +47,8 @@ class OpenRequest:
     """The runtime's RequestOutput, once submitted."""
     task: asyncio.Task[None] | None = None
     num_tokens: int = 0
+    query_failed: bool = False
+    """Whether it was logged that the sweep cannot ask for its client."""
 
 
 @dataclass(kw_only=True)
@@ -180,6 +182,7 @@ class Session:
         request.reply.update(snapshot)
 
     def _end_with(self, request: OpenRequest, error: Exception) -> None:
+        self._abort_generation(request)  # the error may be ours, and the engine still at it
         if isinstance(error, EngineDeadError) or not engine_is_healthy(self._llm):
             self._bury(str(error) or type(error).__name__)
         elif request.num_tokens == 0 and is_about_the_request(error):
@@ -213,13 +216,16 @@ class Session:
 
     def _abort(self, request: OpenRequest) -> None:
         """Have the runtime free what the request holds, and forget its task."""
+        self._abort_generation(request)
+        if request.task is not None:
+            request.task.cancel()
+
+    def _abort_generation(self, request: OpenRequest) -> None:
         try:
             if request.result is not None:
                 request.result.abort()
         except Exception as error:  # an engine that cannot abort has worse trouble, found elsewhere
             self._log(f"abort of request {request.request_id!r} failed: {type(error).__name__}: {error}")
-        if request.task is not None:
-            request.task.cancel()
 
     def _bury(self, reason: str) -> None:
         if self._death is None:
@@ -250,10 +256,19 @@ class Session:
         while not self._stopping.wait(period_s):
             began_s = time.monotonic()
             for request in list(self._open.values()):
-                if request.reply.is_cancelled():
+                if self._client_has_gone(request):
                     self._loop.call_soon_threadsafe(self._cancel, request, "the client closed the request")
             spent_s = time.monotonic() - began_s
             period_s = min(max(self._sweep_period_s, spent_s / _SWEEP_SHARE), _SWEEP_LIMIT_S)
+
+    def _client_has_gone(self, request: OpenRequest) -> bool:
+        try:
+            return request.reply.is_cancelled()
+        except Exception as error:  # of this request; the others are to be asked too
+            if not request.query_failed:
+                request.query_failed = True
+                self._log(f"request {request.request_id!r} cannot be asked for: {type(error).__name__}: {error}")
+            return False
 
 
 def engine_is_healthy(llm: Any) -> bool:

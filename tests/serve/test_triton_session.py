@@ -10,6 +10,7 @@ import asyncio
 import math
 import subprocess
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,6 +38,7 @@ class Sender:
     def __init__(self, *, room: float = math.inf, decoupled: bool = True) -> None:
         self.responses: list[tuple[object, int]] = []
         self.cancelled = False
+        self.query_error: Exception | None = None
         self.room = room
         self.allowed = math.inf if decoupled else 1
         self.closed = False
@@ -64,6 +66,8 @@ class Sender:
 
     def is_cancelled(self) -> bool:
         assert not self.final, "asked after the final response"
+        if self.query_error is not None:
+            raise self.query_error
         return self.cancelled
 
     @property
@@ -295,6 +299,16 @@ def test_an_error_in_mid_stream_is_ours_not_the_clients(service) -> None:
     assert sender.error == ("INTERNAL", "generation failed: RequestError: lost")
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_request_that_fails_on_our_side_is_not_generated_on(service, begun: bool) -> None:
+    sender, result = begin(service, streaming=True)
+    if begun:
+        result.push("a")
+        wait_until(lambda: len(sender.responses) == 1, what="the first response")
+    result.push(RuntimeError("the detokenizer gave up"))
+    assert sender.error[0] == "INTERNAL" and result.aborted
+
+
 def test_a_runtime_that_just_stops_is_an_error_not_silence(service) -> None:
     sender, result = begin(service, streaming=True)
     result.push(StopAsyncIteration)
@@ -311,6 +325,16 @@ def test_a_client_that_goes_away_is_noticed_and_its_generation_aborted(service) 
     sender.cancelled = True
     assert sender.error == ("CANCELLED", "the client closed the request") and result.aborted
     wait_until(lambda: service.session.queue_lengths() == (0, 0), what="the request is forgotten")
+
+
+def test_a_client_that_cannot_be_asked_for_keeps_nobody_else_from_being_noticed(service) -> None:
+    (one, first), (other, second) = begin(service), begin(service)
+    one.query_error = RuntimeError("no such request")
+    time.sleep(0.05)
+    other.cancelled = True
+    assert other.error[0] == "CANCELLED" and second.aborted
+    first.push("a", None)
+    wait_until(lambda: one.final, what="the end of the one that cannot be asked for")
 
 
 def test_stop_cancels_all_requests_of_its_id_and_no_other(service) -> None:
