@@ -63,8 +63,11 @@ class ChatTokenizer:
         return (self.folder / "chat_template.jinja").is_file() or isinstance(self.config.get("chat_template"), str)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text` as it stands: special tokens in it are recognised, none are added."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        """Token ids of `text` as it stands: special tokens in it are recognised, none are added.
+
+        As a batch of one, for which tokenizers lets go of the GIL, and without offsets, which nobody reads.
+        """
+        return list(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))

@@ -1,9 +1,10 @@
 """The open requests of one LLM: one event loop in a thread of its own, one task a request.
 
 Triton's threads only parse and hand over (`accept`); everything that touches the LLM or the table of open requests
-runs in the loop, so there are no locks. A request ends in exactly one of: its last output, a refusal
-(INVALID_ARGUMENT), a cancel (CANCELLED), a full table or a dead engine (UNAVAILABLE), anything else (INTERNAL). Every
-end is a response with the final flag; silence would hang the client for ever.
+runs in the loop, so there are no locks. Only a long text becomes tokens in a thread, because all streams would stand
+still meanwhile. A request ends in exactly one of: its last output, a refusal (INVALID_ARGUMENT), a cancel (CANCELLED),
+a full table or a dead engine (UNAVAILABLE), anything else (INTERNAL). Every end is a response with the final flag;
+silence would hang the client for ever.
 
 Cancels are found by one sweep over all open requests, not by a timer or a query a step for each: a query is a round
 trip to the server (70 us, most of it CPU somewhere), so from some twenty open requests on the period stretches, at most
@@ -35,6 +36,9 @@ from puzzle_trtllm.serve.triton.response import take_snapshot
 _SWEEP_LIMIT_S = 0.06
 _SWEEP_SHARE = 0.05
 """Up to that limit, the sweep takes no more than this share of the time."""
+
+_LONG_TEXT = 4096
+"""Characters from which a prompt becomes tokens in a thread; a character takes about 1 us, a thread some 100."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -159,7 +163,8 @@ class Session:
     async def _generate(self, request: OpenRequest, call: GenerateCall) -> None:
         try:
             parameters = self._sampling_params(**call.sampling)
-            request.result = self._llm.generate_async(call.prompt, parameters, streaming=call.reply.streaming)
+            prompt = await self._read_prompt(call.prompt)
+            request.result = self._llm.generate_async(prompt, parameters, streaming=call.reply.streaming)
             async for output in request.result:
                 self._step(request, output)
                 if request.reply.ended:
@@ -167,6 +172,13 @@ class Session:
             self._end(request.reply, "INTERNAL", "the runtime ended the request without a last output")
         except Exception as error:
             self._end_with(request, error)
+
+    async def _read_prompt(self, prompt: str | list[int]) -> str | list[int]:
+        """Token ids of a long text, where the runtime says how; all else is the runtime's to read, as is an error."""
+        tokenizer = getattr(self._llm, "tokenizer", None)
+        if isinstance(prompt, str) and len(prompt) > _LONG_TEXT and tokenizer is not None:
+            return list(await asyncio.to_thread(tokenizer.encode, prompt))
+        return prompt
 
     def _step(self, request: OpenRequest, output: Any) -> None:
         snapshot = take_snapshot(output, request.reply.stops)

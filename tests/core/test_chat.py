@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -63,6 +65,18 @@ def test_a_template_inside_the_tokenizer_config(folder):
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": "{{ messages[0].content }}"}))
     assert ChatTokenizer.from_folder(folder).render_chat([{"role": "user", "content": "hi"}]) == "hi"
+
+
+def test_other_threads_go_on_while_a_long_text_is_read(folder):
+    tokenizer = ChatTokenizer.from_folder(folder)
+    text, ids = "1+2=3, " * 100_000, []
+    reading = threading.Thread(target=lambda: ids.extend(tokenizer.encode(text)))
+    reading.start()
+    moments = 0
+    while reading.is_alive():
+        time.sleep(0.001)
+        moments += 1
+    assert moments > 10 and ids == tokenizer.encode("1+2=3, ") * 100_000
 
 
 def test_text_round_trips(folder):

@@ -95,6 +95,7 @@ class Result:
     """A RequestOutput whose steps the test pushes: text, an exception, or None for the end."""
 
     def __init__(self, prompt) -> None:
+        self.prompt = prompt
         self.prompt_token_ids = [1, 2, 3]
         self.outputs = [CompletionOutput()]
         self.finished = False
@@ -210,6 +211,25 @@ def test_a_reader_that_does_not_keep_up_gets_larger_responses(service) -> None:
     wait_until(lambda: sender.final, what="the end")
     assert b"".join(r["text_output"][0] for r, _ in sender.responses) == b"abcdefgh"
     assert len(sender.responses) <= 2
+
+
+def test_a_long_text_becomes_tokens_while_other_streams_go_on(service) -> None:
+    read = threading.Event()
+
+    def encode(text: str) -> list[int]:
+        assert read.wait(10)
+        return [ord(character) for character in text]
+
+    service.llm.tokenizer = SimpleNamespace(encode=encode)
+    text = "ab" * 10_000
+    sender, result = begin(service, streaming=True)
+    accept(service, Sender(), text=text)
+    result.push("a", None)
+    wait_until(lambda: sender.final, what="the end of the other stream")
+    assert len(service.llm.results) == 1
+    read.set()
+    wait_until(lambda: len(service.llm.results) == 2, what="submission")
+    assert [each.prompt for each in service.llm.results] == ["hi", [ord(character) for character in text]]
 
 
 def test_two_streams_keep_their_own_order(service) -> None:
