@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import Self
 
 from puzzle_trtllm.serve.openai.errors import ApiError, unsupported
+from puzzle_trtllm.serve.triton.request import MAX_STOP_LENGTH, MAX_STOP_STRINGS
 
 MAX_PROMPTS = 256
 """Prompts of one /v1/completions request."""
@@ -122,8 +123,7 @@ class _Generation(BaseModel):
             request = cls.model_validate(known)
         except ValidationError as error:
             raise _first(error) from None
-        if "" in request.stops:
-            raise ApiError("stop: an empty stop string", param="stop")
+        _check_stops(request.stops)
         if request.stream_options is not None and not request.stream:
             raise ApiError("stream_options: only with stream: true", param="stream_options")
         return request
@@ -161,6 +161,16 @@ class CompletionRequest(_Generation):
         if self.stream and len(prompts) > 1:
             raise ApiError("prompt: only one prompt with stream: true", param="prompt")
         return prompts
+
+
+def _check_stops(stops: list[str]) -> None:
+    if "" in stops:
+        raise ApiError("stop: an empty stop string", param="stop")
+    if len(stops) > MAX_STOP_STRINGS:
+        raise ApiError(f"stop: {len(stops)} strings, expected at most {MAX_STOP_STRINGS}", param="stop")
+    longest = max(map(len, stops), default=0)
+    if longest > MAX_STOP_LENGTH:
+        raise ApiError(f"stop: a string of {longest} characters, expected at most {MAX_STOP_LENGTH}", param="stop")
 
 
 def _first(error: ValidationError) -> ApiError:

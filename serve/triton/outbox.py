@@ -109,8 +109,8 @@ class Reply:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop strings, so that a snapshot can hold back what may become one."""
-        return self._form.stop
+        """The stop strings, so that a snapshot can hold back what may become one. Only a stream shows a text early."""
+        return self._form.stop if self._form.streaming else ()
 
     @property
     def ended(self) -> bool:

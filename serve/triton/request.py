@@ -20,6 +20,10 @@ from puzzle_trtllm.serve.triton.contract import INPUTS, INPUTS_BY_NAME, SAMPLING
 Inputs = Mapping[str, npt.NDArray[Any]]
 """The tensors of a request by name; STRING tensors hold bytes objects."""
 
+MAX_STOP_STRINGS = 64
+MAX_STOP_LENGTH = 1024
+"""Characters. Every step looks for all of a request's stop strings, while all other requests wait."""
+
 _SAMPLING_NAMES = tuple(spec.name for spec in INPUTS if spec.name.startswith(SAMPLING_PREFIX))
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -178,9 +182,21 @@ def _sampling(inputs: Inputs) -> dict[str, Any]:
 
 
 def _stop_strings(tensor: str, array: npt.NDArray[Any]) -> list[str]:
+    if array.size > MAX_STOP_STRINGS:
+        raise RequestRefusedError(
+            tensor, "too many stop strings", found=array.size, expected=f"at most {MAX_STOP_STRINGS}"
+        )
     words = [_decode(tensor, word) for word in array.reshape(-1)]
     if "" in words:
         raise RequestRefusedError(tensor, "an empty stop string", expected="text")
+    longest = max(map(len, words), default=0)
+    if longest > MAX_STOP_LENGTH:
+        raise RequestRefusedError(
+            tensor,
+            "a stop string is too long",
+            found=f"{longest} characters",
+            expected=f"at most {MAX_STOP_LENGTH}",
+        )
     return words
 
 

@@ -61,10 +61,16 @@ def take_snapshot(output: Any, stops: tuple[str, ...] = ()) -> Snapshot:
 
 def hold_back(text: str, stops: tuple[str, ...]) -> str:
     """`text` without the longest end that is the beginning of a stop string."""
-    for length in range(min(len(text), max(map(len, stops), default=1) - 1), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return text[:-length]
-    return text
+    held = max((_length_begun(text, stop) for stop in stops), default=0)
+    return text[: len(text) - held]
+
+
+def _length_begun(text: str, stop: str) -> int:
+    """How much of `stop`, short of all, the end of `text` is. Finding its first character skips most places."""
+    start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while start >= 0 and not stop.startswith(text[start:]):
+        start = text.find(stop[0], start + 1)
+    return len(text) - start if start >= 0 else 0
 
 
 def render(reply: ReplyFormat, now: Snapshot, sent: Sent) -> list[Tensor]:

@@ -180,6 +180,8 @@ def test_a_chat_without_a_limit_may_fill_the_context(front):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", None, "only text"),
         ({"messages": [{"role": "user", "content": "1" * 300}]}, "messages", "context_length_exceeded", "256"),
         ({"stop": [""]}, "stop", None, "empty"),
+        ({"stop": ["a"] * 65}, "stop", None, "65 strings, expected at most 64"),
+        ({"stop": "a" * 1025}, "stop", None, "1025 characters, expected at most 1024"),
         ({"stream_options": {"include_usage": True}}, "stream_options", None, "stream: true"),
         ({"seed": -1}, "seed", "invalid_value", "greater than or equal to 0"),
     ],

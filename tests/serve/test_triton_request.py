@@ -54,6 +54,13 @@ def test_every_sampling_tensor_of_the_contract_is_known_to_sampling_params() -> 
     assert names <= set(SamplingParams.__dataclass_fields__)
 
 
+def test_as_many_stop_strings_as_allowed() -> None:
+    stops = ["\u00e9" * 1024] * 64
+    assert (
+        parse_request(tensors(sampling_param_stop=[stop.encode() for stop in stops]), LIMITS).sampling["stop"] == stops
+    )
+
+
 def test_the_reply_is_what_was_asked_for() -> None:
     call = parse_request(
         tensors(streaming=True, stream_delta=True, return_output_ids=True, return_finish_reason=False,
@@ -100,6 +107,14 @@ def test_stop_is_recognised() -> None:
         (tensors(sampling_param_best_of=2), "sampling_param_best_of: impossible value (found 2, expected 1"),
         (tensors(sampling_param_presence_penalty=float("inf")), "sampling_param_presence_penalty: impossible value"),
         (tensors(sampling_param_stop=[b""]), "sampling_param_stop: an empty stop string"),
+        (
+            tensors(sampling_param_stop=[b"a"] * 65),
+            "sampling_param_stop: too many stop strings (found 65, expected at mo",
+        ),
+        (
+            tensors(sampling_param_stop=[b"a", b"a" * 1025]),
+            "sampling_param_stop: a stop string is too long (found 1025",
+        ),
         (tensors(sampling_param_max_tokens=[1, 2]), "sampling_param_max_tokens: one value (found shape [2]"),
         (tensors(image_url=[b"http://x"]), "image_url: this input is not supported by this model"),
         (tensors(lora_id=1), "lora_id: LoRA adapters are not supported by this model"),

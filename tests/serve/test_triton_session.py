@@ -199,6 +199,12 @@ def test_without_streaming_there_is_one_response(service) -> None:
     assert sender.responses == [({"text_output": [b"ab"]}, 1)]
 
 
+@pytest.mark.parametrize(("streaming", "stops"), [(True, ("ab",)), (False, ())])
+def test_only_a_stream_holds_back_what_may_become_a_stop_string(service, streaming: bool, stops: tuple) -> None:
+    form = ReplyFormat(streaming=streaming, stop=("ab",))
+    assert service.outbox.open_reply(Sender(), form).stops == stops
+
+
 def test_a_reader_that_does_not_keep_up_gets_larger_responses(service) -> None:
     """While one response is stuck, later steps wait as one; nothing is lost and nothing piles up."""
     sender, result = begin(service, streaming=True, stream_delta=True)
