@@ -6,8 +6,8 @@ a thread of their own, which also asks the runtime for its statistics: that is h
 noticed.
 
     puzzle_engine_up                1 while the engine lives
-    puzzle_requests_waiting         open, no token yet
-    puzzle_requests_running         open, generating
+    puzzle_requests_waiting         open, but the engine has not begun (a runtime that does not say: no token yet)
+    puzzle_requests_running         all other open ones
     puzzle_kv_blocks_used, _total   as the runtime counts them (absent until it says)
     puzzle_kv_blocks_reused_total, puzzle_kv_blocks_missed_total
                                     prompt blocks found in the cache and not, if the runtime counts them
@@ -33,8 +33,8 @@ from puzzle_trtllm.serve.triton.session import Session, engine_is_healthy
 PERIOD_S = 1.0
 _GAUGES = {
     "puzzle_engine_up": "1 while the engine lives",
-    "puzzle_requests_waiting": "open requests without a token yet",
-    "puzzle_requests_running": "open requests that generate",
+    "puzzle_requests_waiting": "open requests that the engine has not begun",
+    "puzzle_requests_running": "open requests that the engine is at work on",
     "puzzle_kv_blocks_used": "KV cache blocks held by requests",
     "puzzle_kv_blocks_total": "KV cache blocks",
 }
@@ -77,6 +77,12 @@ def num_steps(stats: Any) -> int | None:
     return steps
 
 
+def num_active(stats: Any) -> int | None:
+    """Requests that the engine is at work on, from the same."""
+    active: int | None = _newest(stats).get("numActiveRequests")
+    return active
+
+
 def _newest(stats: Any) -> dict[str, Any]:
     newest: dict[str, Any] = {}
     if stats:
@@ -102,6 +108,7 @@ class MetricsThread:
         self._llm = llm
         self._log = log
         self._stats_wanted = True
+        self._num_active = 0
         self._labels = {"model": "tensorrt_llm", **(labels or {})}
         gauge, counter = metric_family.GAUGE, metric_family.COUNTER
         # The families must outlive their metrics, so they are kept.
@@ -133,7 +140,7 @@ class MetricsThread:
 
     def publish(self) -> None:
         """Set every metric to its value now."""
-        waiting, running = self._session.queue_lengths()
+        waiting, running = self._session.queue_lengths(self._num_active)
         self._set("puzzle_engine_up", 0 if self._session.death else 1)
         self._set("puzzle_requests_waiting", waiting)
         self._set("puzzle_requests_running", running)
@@ -162,6 +169,8 @@ class MetricsThread:
             self._stats_wanted = False
             self._log(f"the runtime gives no statistics: {type(error).__name__}: {error}")
         else:
+            if (active := num_active(stats)) is not None:
+                self._num_active = active
             if (steps := num_steps(stats)) is not None:
                 self._count_to("puzzle_engine_steps_total", steps)
             if (blocks := kv_blocks(stats)) is not None:

@@ -127,10 +127,15 @@ class Session:
         """Why the engine is dead; None while it lives."""
         return self._death
 
-    def queue_lengths(self) -> tuple[int, int]:
-        """(waiting for their first token, generating)."""
+    def queue_lengths(self, num_active: int = 0) -> tuple[int, int]:
+        """(waiting, running) of the open requests; `num_active` is what the engine says to be at work on, if it does.
+
+        Without it a request that is not streaming waits until its end, because no token of it is seen before. Those
+        that are seen to run count in any case: under attention data parallelism TensorRT-LLM tells one rank's number.
+        """
         requests = list(self._open.values())
-        running = sum(1 for request in requests if request.num_tokens)
+        started = sum(1 for request in requests if request.num_tokens)
+        running = min(len(requests), max(started, num_active))
         return len(requests) - running, running
 
     def stop(self) -> None:

@@ -485,6 +485,29 @@ def test_metrics_tell_waiting_from_running_and_count_tokens(service, metrics) ->
     assert {name: Family.values.get(name) for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("num_active", "waiting", "running"),
+    [(None, 2, 0), (0, 2, 0), (1, 1, 1), (2, 0, 2), (5, 0, 2)],  # 5: what ran a step ago
+)
+def test_what_runs_is_what_the_engine_is_at_work_on(service, metrics, num_active, waiting: int, running: int) -> None:
+    """Of requests that are not streaming nothing is seen before their end."""
+    begin(service), begin(service)
+    service.llm.stats = [{"iter": 7} if num_active is None else {"iter": 7, "numActiveRequests": num_active}]
+    metrics._watch_engine()
+    metrics.publish()
+    assert (Family.values["puzzle_requests_waiting"], Family.values["puzzle_requests_running"]) == (waiting, running)
+
+
+def test_a_request_with_a_token_runs_whatever_the_engine_says(service, metrics) -> None:
+    (_, first), (_, second) = begin(service, streaming=True), begin(service, streaming=True)
+    first.push("a"), second.push("a")
+    wait_until(lambda: service.session.queue_lengths() == (0, 2), what="two tokens")
+    service.llm.stats = ['{"numActiveRequests": 1}']
+    metrics._watch_engine()
+    metrics.publish()
+    assert (Family.values["puzzle_requests_waiting"], Family.values["puzzle_requests_running"]) == (0, 2)
+
+
 def test_the_metrics_notice_that_an_idle_engine_died(service, metrics) -> None:
     service.llm.stats = EngineDeadError("killed while idle")
     metrics._watch_engine()
