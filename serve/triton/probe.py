@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 import urllib.error
 import urllib.request
 
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_NO_ANSWER = (OSError, http.client.HTTPException)
+"""A server that dies while it answers leaves half a response, which is no OSError."""
 _SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 
 
@@ -17,7 +20,7 @@ def http_status(url: str, *, timeout_s: float = 2) -> int | None:
             return int(response.status)
     except urllib.error.HTTPError as error:
         return error.code
-    except OSError:
+    except _NO_ANSWER:
         return None
 
 
@@ -29,7 +32,7 @@ def read_metrics(url: str, *, timeout_s: float = 2) -> dict[str, float] | None:
     try:
         with _NO_PROXY.open(url, timeout=timeout_s) as response:
             text = response.read().decode()
-    except OSError:
+    except _NO_ANSWER:
         return None
     samples = {}
     for name, labels, value in _SAMPLE.findall(text):
