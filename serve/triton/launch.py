@@ -77,7 +77,7 @@ class TritonServer:
         self._on_wait = on_wait or (lambda seconds: None)
         self._repository_options = repository_options
         self._process: GuardedProcess | None = None
-        self.log_file = log_file or Path(tempfile.gettempdir()) / f"puzzle-triton-{os.getpid()}-{id(self):x}.log"
+        self.log_file = log_file or Path(tempfile.gettempdir()) / f"puzzle-triton-{uuid.uuid4().hex[:12]}.log"
 
     # --- life -------------------------------------------------------------------------------------------------------
 
