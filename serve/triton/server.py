@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from puzzle_trtllm.engine import Engine
+from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.triton.launch import TritonServer
 from puzzle_trtllm.serve.triton.probe import read_metrics, values_of
 from puzzle_trtllm.serve.triton.process import is_alive
@@ -26,6 +27,8 @@ from puzzle_trtllm.serve.triton.repository import PLUGIN_FOLDER
 __all__ = ["TritonServer", "serve_engine", "watch"]
 
 _POLL_S = 0.5
+_RESTART_PAUSE_S = 5.0
+"""After a start that failed, before the next."""
 
 
 class _StopAskedError(BaseException):
@@ -33,7 +36,10 @@ class _StopAskedError(BaseException):
 
 
 class Beside(Protocol):
-    """A process that lives and dies with the server: started when the server is ready, stopped before it."""
+    """A process that lives and dies with the server: started when the server is ready, stopped before it.
+
+    After a death it is stopped last, so that it can still tell its clients.
+    """
 
     def start(self, server: TritonServer) -> None: ...
     def failure(self) -> str | None: ...
@@ -57,12 +63,13 @@ def serve_engine(
 
     On a rank of an MPI job that is not the first it is a worker, and returns when the leader has ended (ranks.py). Call
     it from the main thread. `on_ready` is called after every start. `beside` is started with the server, and its death
-    ends the server too. Raises ServeError when one of them does not start.
+    ends the server too. Raises ServeError when one of them does not start the first time; a restart is tried again.
     """
     say = _silent if quiet else _say
     engine = engine if isinstance(engine, Engine) else Engine.open(engine)
     if engine.manifest.runtime == "tensorrt_llm" and serve_as_worker(engine.path, engine.llm_args, PLUGIN_FOLDER):
         return 0
+    served = False
     with _signals_raise():
         try:
             while True:
@@ -75,10 +82,18 @@ def serve_engine(
                     on_wait=_progress(say),
                     **server_options,
                 )
-                reason = _serve_once(server, beside, on_ready, say)
+                try:
+                    reason = _serve_once(server, beside, on_ready, say)
+                except ServeError as error:
+                    if not served:
+                        raise
+                    say(f"not started, next try in {_RESTART_PAUSE_S:.0f} s: {error}")
+                    time.sleep(_RESTART_PAUSE_S)
+                    continue
                 say(f"{reason}; the log is {server.log_file}")
                 if not restart:
                     return 1
+                served = True
                 say("starting again")
         except _StopAskedError:
             return 0
@@ -110,9 +125,9 @@ def _serve_once(
         _stop(beside)
         server.stop(grace_s=1)
         raise
-    _stop(beside)
     server.keep_log()
     server.stop(grace_s=1)
+    _stop(beside)
     return reason
 
 

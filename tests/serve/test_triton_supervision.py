@@ -1,0 +1,155 @@
+"""What `serve` does around the server, with a server that is none: the orders of events, restarts that fail, probes.
+
+With a real server: test_triton_lifecycle.py and test_triton_restart.py.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+
+from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.serve.triton import server as supervision
+from puzzle_trtllm.serve.triton.launch import TritonServer
+from puzzle_trtllm.serve.triton.probe import http_status, read_metrics
+from puzzle_trtllm.serve.triton.server import serve_engine
+from tests.serve.scripted import scripted_engine
+
+
+@pytest.fixture(scope="module")
+def engine(make_checkpoint, tmp_path_factory):
+    return scripted_engine(tmp_path_factory.mktemp("scripted") / "engine", make_checkpoint([(4, None), (2, 16)]))
+
+
+@pytest.fixture
+def history(monkeypatch) -> list[str]:
+    """What happens to the fake servers and what is beside them."""
+    history: list[str] = []
+    monkeypatch.setattr(supervision, "_RESTART_PAUSE_S", 0.01)
+    monkeypatch.setattr(supervision, "TritonServer", lambda *_, **options: FakeServer(history, **options))
+    return history
+
+
+class FakeServer:
+    """Dies as soon as it is watched; `starts` tells which starts fail."""
+
+    starts: ClassVar[list[bool]] = []
+
+    def __init__(self, history: list[str], **options) -> None:
+        self.history = history
+        self.engine = SimpleNamespace(path=Path("engine"))
+        self.grpc_url = self.http_url = self.metrics_url = ""
+        self.log_file = Path("log")
+
+    def start(self) -> None:
+        if self.starts and not self.starts.pop(0):
+            self.history.append("start fails")
+            raise ServeError("port 8001 (gRPC) is in use")
+        self.history.append("start")
+
+    def stop(self, *, grace_s: float | None = None) -> None:
+        self.history.append("stop")
+
+    def keep_log(self) -> None:
+        self.history.append("keep log")
+
+    def stub_pids(self) -> set[int]:
+        return set()
+
+    def exit_code(self) -> int:
+        return 1
+
+
+class FakeFront:
+    """What runs beside."""
+
+    def __init__(self, history: list[str]) -> None:
+        self.history = history
+
+    def start(self, server) -> None:
+        self.history.append("front start")
+
+    def failure(self) -> None:
+        return None
+
+    def stop(self) -> None:
+        self.history.append("front stop")
+
+
+def test_after_a_death_what_is_beside_the_server_stops_last(engine, history) -> None:
+    """So that it can tell its clients; stopped first it would cut their streams in the middle."""
+    assert serve_engine(engine, beside=FakeFront(history), quiet=True) == 1
+    assert history == ["start", "front start", "keep log", "stop", "front stop"]
+
+
+def test_a_restart_that_fails_is_tried_again(engine, history, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(FakeServer, "starts", [True, False, False, True])
+    restarts = []
+
+    def stop_at_the_second(server) -> None:
+        restarts.append(server)
+        if len(restarts) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert serve_engine(engine, restart=True, on_ready=stop_at_the_second) == 0
+    assert [event for event in history if "start" in event] == ["start", "start fails", "start fails", "start"]
+    assert "not started, next try in 0 s: port 8001 (gRPC) is in use" in capfd.readouterr().err
+
+
+def test_a_first_start_that_fails_is_an_error_also_with_restart(engine, history, monkeypatch) -> None:
+    monkeypatch.setattr(FakeServer, "starts", [False])
+    with pytest.raises(ServeError, match="8001"):
+        serve_engine(engine, restart=True, quiet=True)
+    assert history == ["start fails"]
+
+
+def test_a_signal_ends_the_pause_before_the_next_try(engine, history, monkeypatch) -> None:
+    monkeypatch.setattr(FakeServer, "starts", [True, False])
+    monkeypatch.setattr(supervision, "_RESTART_PAUSE_S", 60.0)
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    assert serve_engine(engine, restart=True, quiet=True) == 0
+    timer.join()
+    assert history[-1] == "start fails"
+
+
+def test_every_start_has_a_log_of_its_own(engine) -> None:
+    """Servers of a supervisor come and go, and their addresses in memory come again."""
+    assert len({TritonServer(engine).log_file for _ in range(6)}) == 6
+
+
+HALF_ANSWERS = [
+    b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\npuzzle_engine_up 1\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n10\r\nabc",
+    b"not http\r\n\r\n",
+    b"",
+]
+
+
+@pytest.mark.parametrize("answer", HALF_ANSWERS)
+def test_half_an_answer_is_no_metrics(answer: bytes) -> None:
+    assert read_metrics(served_once(answer)) is None
+
+
+def test_an_answer_that_is_not_http_is_no_status() -> None:
+    assert http_status(served_once(b"not http\r\n\r\n")) is None
+
+
+def served_once(answer: bytes) -> str:
+    """The URL of a server that says these bytes and is gone."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with listener, listener.accept()[0] as connection:
+            connection.recv(4096)
+            connection.sendall(answer)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}/metrics"
