@@ -6,11 +6,13 @@ delete what is being read.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from puzzle_trtllm.errors import PuzzleError
+from puzzle_trtllm.folders import place_of
 
 HEADER_ALLOWANCE_BYTES = 16 * 2**20
 """For shard headers, the index, config.json and our own records."""
@@ -23,8 +25,8 @@ def check_output_folder(out: Path, *, source: Path, num_bytes: int) -> None:
 
 
 def check_not_source(out: Path, *, source: Path) -> None:
-    """Raise PuzzleError if writing `out` would replace `source` or a folder that holds it."""
-    resolved = out.resolve()
+    """Raise PuzzleError if writing `out` would replace `source` or a folder that holds it, or a mount point."""
+    resolved = place_of(out)
     if resolved == source.resolve() or resolved in source.resolve().parents:
         raise PuzzleError("the output folder would replace the checkpoint it is made from", file=out)
 
@@ -45,7 +47,7 @@ def bytes_to_copy(files: Iterable[Path], out: Path) -> int:
 
 def _existing(path: Path) -> Path:
     """The nearest folder above `path`, or itself, that is there."""
-    folder = path.resolve()
+    folder = Path(os.path.realpath(path))
     while not folder.is_dir():
         folder = folder.parent
     return folder

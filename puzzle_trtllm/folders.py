@@ -27,13 +27,25 @@ def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `out` that becomes `out` if the block succeeds and vanishes if it fails.
 
     With `overwrite` an existing folder `out` is replaced at the very end; without it an existing non-empty `out` is a
-    PuzzleError, raised before anything is written.
+    PuzzleError, raised before anything is written, or at the end if it came to be there meanwhile.
     """
-    out = Path(out).absolute()
+    out = place_of(out)
     with claimed_sibling(out, suffix=f"partial-{os.getpid()}", overwrite=overwrite) as partial:
         clear_folder(partial)
         yield partial
-        replace_folder(partial, out)
+        replace_folder(partial, out, overwrite=overwrite)
+
+
+def place_of(out: Path) -> Path:
+    """Where `out` really lies: what a symbolic link points to is written, not the link.
+
+    Raises PuzzleError for a mount point: nothing can be renamed to it, which would show only at the very end.
+    """
+    place = Path(os.path.realpath(out))
+    if os.path.ismount(place):
+        expected = f"a folder in it, such as {Path(out) / 'out'}"
+        raise PuzzleError("is a mount point, which cannot be replaced", file=out, expected=expected)
+    return place
 
 
 @contextmanager
@@ -62,7 +74,7 @@ def claimed_sibling(out: Path, *, suffix: str, overwrite: bool) -> Iterator[Path
 
 def check_vacant(out: Path, *, overwrite: bool) -> None:
     """Raise PuzzleError if `out` is no folder, or is one with something in it that may not be overwritten."""
-    if out.exists() and not out.is_dir():
+    if os.path.lexists(out) and not out.is_dir():
         raise PuzzleError("exists and is not a folder", file=out)
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise PuzzleError("the output folder exists and is not empty (--overwrite replaces it)", file=out)
@@ -77,12 +89,25 @@ def clear_folder(folder: Path, *, keep: str | None = None) -> None:
             entry.unlink()
 
 
-def replace_folder(folder: Path, out: Path) -> None:
-    """Rename `folder` to `out`, removing an `out` that is there. Raises OSError."""
+def replace_folder(folder: Path, out: Path, *, overwrite: bool) -> None:
+    """Rename `folder` to `out`, removing with `overwrite` an `out` that is there.
+
+    Raises PuzzleError when something that may not be overwritten came to be there since the start, or OSError; then
+    `out` is as it was.
+    """
+    try:
+        check_vacant(out, overwrite=overwrite)
+    except PuzzleError as error:
+        raise PuzzleError(f"{error}: it came meanwhile, so what was made for this place is removed") from None
     old = out.with_name(f".{out.name}.old-{os.getpid()}")
-    if out.exists():
+    if overwrite and out.exists():
         out.rename(old)
-    folder.rename(out)
+    try:
+        folder.rename(out)  # refused by the kernel where another writer was faster than the check
+    except OSError:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -18,7 +18,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from puzzle_trtllm.folders import check_vacant, claimed_sibling, clear_folder, replace_folder, write_atomically
+from puzzle_trtllm.folders import (
+    check_vacant,
+    claimed_sibling,
+    clear_folder,
+    place_of,
+    replace_folder,
+    write_atomically,
+)
 
 _SUFFIX = "partial-resumable"
 
@@ -33,7 +40,7 @@ def resumable_folder(out: Path, *, job: Mapping[str, Any], keep: str, overwrite:
 
     Raises PuzzleError as `atomic_folder` does.
     """
-    out = Path(out).absolute()
+    out = place_of(out)
     with claimed_sibling(out, suffix=_SUFFIX, overwrite=overwrite) as workplace:
         folder = workplace / "folder"
         if _is_same_job(workplace, job):
@@ -43,12 +50,12 @@ def resumable_folder(out: Path, *, job: Mapping[str, Any], keep: str, overwrite:
             folder.mkdir()
             write_atomically(workplace / "job.json", _canonical(job))
         yield folder
-        replace_folder(folder, out)
+        replace_folder(folder, out, overwrite=overwrite)
 
 
 def finished_bytes(out: Path, *, job: Mapping[str, Any], keep: str, overwrite: bool = False) -> int:
     """Bytes on disk that `resumable_folder` with these arguments would keep. Raises PuzzleError if `out` is in use."""
-    out = Path(out).absolute()
+    out = place_of(out)
     check_vacant(out, overwrite=overwrite)
     workplace = out.with_name(f".{out.name}.{_SUFFIX}")
     if not _is_same_job(workplace, job):

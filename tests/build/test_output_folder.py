@@ -11,7 +11,7 @@ import pytest
 
 from puzzle_trtllm.build import output_folder
 from puzzle_trtllm.build.derive import derive
-from puzzle_trtllm.build.output_folder import bytes_to_copy, check_disk_space
+from puzzle_trtllm.build.output_folder import bytes_to_copy, check_disk_space, check_output_folder
 from puzzle_trtllm.errors import PuzzleError
 
 
@@ -44,6 +44,17 @@ def test_exactly_what_is_needed_is_enough(tmp_path, monkeypatch):
         match=r"not enough disk space .found 1\.00 GiB, 1,073,741,824 bytes, expected 1\.00 GiB, 1,073,741,825 bytes",
     ):
         check_disk_space(tmp_path / "child", num_bytes=enough + 1)
+
+
+def test_a_mount_point_is_refused(tmp_path):
+    with pytest.raises(PuzzleError, match="/proc: is a mount point"):
+        check_output_folder(Path("/proc"), source=tmp_path, num_bytes=0)
+
+
+def test_a_link_to_itself_has_a_disk_too(tmp_path):
+    (tmp_path / "out").symlink_to("out")
+    assert bytes_to_copy([], tmp_path / "out") == 0
+    check_output_folder(tmp_path / "out", source=tmp_path / "parent", num_bytes=0)
 
 
 def test_derive_asks_for_its_shards_and_what_it_must_copy(

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from puzzle_trtllm.errors import PuzzleError
 from puzzle_trtllm.folders import atomic_folder, link_or_copy, write_atomically
+from puzzle_trtllm.resumable_folder import finished_bytes, resumable_folder
 
 
 def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
+
+
+def resumable(out: Path, *, overwrite: bool = False) -> AbstractContextManager[Path]:
+    return resumable_folder(out, job={}, keep="*", overwrite=overwrite)
+
+
+both_kinds = pytest.mark.parametrize("kind", [atomic_folder, resumable])
 
 
 def test_a_result_appears_only_at_the_end(tmp_path):
@@ -101,6 +111,72 @@ def write_and_be_killed(out: Path, *, overwrite: bool = False, at_rename: bool =
 def _rename_once_then_die(source: Path, target: Path) -> None:
     os.rename(source, target)  # noqa: PTH104 (Path.rename is what is replaced)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@both_kinds
+class TestAPlaceThatFillsMeanwhile:
+    def test_another_writers_result_is_kept(self, tmp_path, kind):
+        with (
+            pytest.raises(PuzzleError, match=r"out: .*not empty.*: it came meanwhile.*removed"),
+            kind(tmp_path / "out"),
+        ):
+            with atomic_folder(tmp_path / "other") as other:
+                (other / "precious").write_text("")
+            (tmp_path / "other").rename(tmp_path / "out")
+        assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["precious"]
+
+    def test_a_file_is_kept_even_with_overwrite(self, tmp_path, kind):
+        with (
+            pytest.raises(PuzzleError, match="is not a folder: it came meanwhile"),
+            kind(tmp_path / "out", overwrite=True),
+        ):
+            (tmp_path / "out").write_text("precious")
+        assert names(tmp_path) == ["out"] and (tmp_path / "out").read_text() == "precious"
+
+    def test_a_rename_that_fails_leaves_what_was_there(self, tmp_path, kind, monkeypatch):
+        def rename(source: Path, target: Path) -> None:
+            if target.name == "out" and ".old-" not in source.name:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            os.rename(source, target)  # noqa: PTH104 (Path.rename is what is replaced)
+
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "old").write_text("")
+        with pytest.raises(PuzzleError, match="writing failed"), kind(tmp_path / "out", overwrite=True):
+            monkeypatch.setattr(Path, "rename", rename)
+        assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["old"]
+
+
+@both_kinds
+class TestALinkOrMountPoint:
+    def test_a_link_is_followed_and_stays(self, tmp_path, kind):
+        (tmp_path / "disk" / "data").mkdir(parents=True)
+        (tmp_path / "disk" / "data" / "old").write_text("")
+        (tmp_path / "out").symlink_to("disk/data")
+        with kind(tmp_path / "out", overwrite=True) as folder:
+            (folder / "new").write_text("")
+        assert (tmp_path / "out").is_symlink()
+        assert names(tmp_path) == ["disk", "out"] and names(tmp_path / "disk" / "data") == ["new"]
+
+    def test_a_link_may_point_to_what_is_not_there_yet(self, tmp_path, kind):
+        (tmp_path / "out").symlink_to("disk/data")
+        with kind(tmp_path / "out") as folder:
+            (folder / "new").write_text("")
+        assert names(tmp_path / "disk" / "data") == ["new"]
+
+    def test_a_link_to_itself_is_refused_at_once(self, tmp_path, kind):
+        (tmp_path / "out").symlink_to("out")
+        with pytest.raises(PuzzleError, match="is not a folder"), kind(tmp_path / "out"):
+            pytest.fail("the block must not run")
+
+    def test_a_mount_point_is_refused_at_once(self, kind):
+        message = r"^/proc: is a mount point, which cannot be replaced .expected a folder in it, such as /proc/out"
+        with pytest.raises(PuzzleError, match=message), kind(Path("/proc"), overwrite=True):
+            pytest.fail("the block must not run")
+
+
+def test_a_mount_point_is_refused_when_asked_what_is_finished():
+    with pytest.raises(PuzzleError, match="is a mount point"):
+        finished_bytes(Path("/proc"), job={}, keep="*", overwrite=True)
 
 
 class TestAfterAKill:
