@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture, read_json_object
-from puzzle_trtllm.errors import ArchitectureError, EngineError
-from puzzle_trtllm.yaml_files import load_model, resolve_name
+from puzzle_trtllm.errors import ArchitectureError, ConfigError, EngineError
+from puzzle_trtllm.yaml_files import load_model, read_mapping, resolve_name
 
 ENGINE_SCHEMA_VERSION = 1
 ENGINE_CONFIG_FOLDER = Path(__file__).parent / "engine_configs"
@@ -112,15 +111,13 @@ class Engine:
             raise EngineError("missing", file=manifest_file, expected="an engine folder made by `puzzle-trtllm build`")
         try:
             manifest = EngineManifest.model_validate(read_json_object(manifest_file))
-            llm_args = yaml.safe_load((folder / LLM_ARGS_NAME).read_text(encoding="utf-8")) or {}
+            llm_args = read_mapping(folder / LLM_ARGS_NAME)
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(str(part) for part in problem["loc"])
             raise EngineError(problem["msg"], file=manifest_file, key=key, found=repr(problem["input"])) from None
-        except ArchitectureError as error:
+        except (ArchitectureError, ConfigError) as error:
             raise EngineError(str(error)) from None
-        except (OSError, yaml.YAMLError) as error:
-            raise EngineError(f"cannot be read: {error}", file=folder / LLM_ARGS_NAME) from None
         if not (folder / "model" / "config.json").is_file():
             raise EngineError("missing", file=folder / "model" / "config.json")
         return cls(path=folder.resolve(), manifest=manifest, llm_args=llm_args)

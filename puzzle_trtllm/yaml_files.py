@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -25,16 +25,37 @@ def resolve_name(name_or_path: str | Path, folder: Path, kind: str) -> Path:
     raise ConfigError(f"no such {kind}", file=path, expected=f"a YAML file or one of: {known}")
 
 
-def load_model(file: Path, model: type[Model]) -> Model:
-    """Read `file` as `model`. Raises ConfigError in one line for the first thing that is wrong."""
+def read_mapping(file: Path) -> dict[Any, Any]:
+    """The mapping in a YAML file. Raises ConfigError in one line."""
     try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+        value = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
-    except yaml.YAMLError as error:
+    # ValueError: bytes that are not UTF-8, or what looks like a date and is none; YAML nested too deep recurses.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", file=file) from None
     if not isinstance(value, dict):
         raise ConfigError("must be a mapping", file=file, found=type(value).__name__)
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's own rule is that keys are unique; PyYAML lets the last one win."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.composer.ComposerError(None, None, f"key {key.value!r} occurs twice", key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+def load_model(file: Path, model: type[Model]) -> Model:
+    """Read `file` as `model`. Raises ConfigError in one line for the first thing that is wrong."""
+    value = read_mapping(file)
     try:
         return model.model_validate(value)
     except ValidationError as error:

@@ -69,11 +69,23 @@ def test_a_missing_part_is_one_line(folder, name):
         Engine.open(folder)
 
 
-@pytest.mark.parametrize(("name", "content"), [("engine.json", "{"), ("llm_args.yaml", "a: [")])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("engine.json", b"{"),
+        ("llm_args.yaml", b"a: ["),
+        ("llm_args.yaml", b"a: caf\xe9"),
+        ("llm_args.yaml", b"a: 2020-13-45"),
+        ("llm_args.yaml", b"a: 1\na: 2"),
+        ("llm_args.yaml", b"- a"),
+        ("llm_args.yaml", b"[" * 5000),
+    ],
+)
 def test_an_unreadable_part_is_one_line(folder, name, content):
-    (folder / name).write_text(content)
-    with pytest.raises(EngineError, match=name.replace(".", r"\.")):
+    (folder / name).write_bytes(content)
+    with pytest.raises(EngineError, match=name.replace(".", r"\.")) as caught:
         Engine.open(folder)
+    assert "\n" not in str(caught.value)
 
 
 class TestEngineConfig:

@@ -68,14 +68,25 @@ GOOD = "name: x\ninput_tokens: 1\noutput_tokens: 1\nconcurrency: 1\nnum_requests
         ("- a\n- b\n", "must be a mapping .found list"),
         ("a: [1\nb: 2", "not valid YAML"),
         ("", "must be a mapping"),
+        (b"name: caf\xe9\n", "not valid YAML: .*utf-8"),
+        (GOOD.replace("name: x", "name: 2020-13-45"), "not valid YAML: month must be in 1..12"),
+        ("[" * 5000, "not valid YAML: .*recursion"),
+        (GOOD + "concurrency: 2\n", "not valid YAML: key 'concurrency' occurs twice .*line 6"),
+        (GOOD + "deep: [{a: 1, a: 1}]\n", "not valid YAML: key 'a' occurs twice .*line 6"),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, content, message):
     file = tmp_path / "x.yaml"
-    file.write_text(content)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=message) as caught:
         load_scenario(file)
     assert str(caught.value).startswith(str(file)) and "\n" not in str(caught.value)
+
+
+def test_a_merge_may_be_overridden(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("<<: {name: x, input_tokens: 1, output_tokens: 1, concurrency: 1, num_requests: 1}\nconcurrency: 2")
+    assert load_scenario(file).concurrency == 2
 
 
 @pytest.mark.parametrize("name", ["nothing", "nothing.yaml", "/tmp/nothing/long.yaml", "sub/long"])
