@@ -51,7 +51,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", file=file) from None
     header = _parse(raw, file)
-    metadata = header.pop("__metadata__", {})
+    metadata = _metadata(header.pop("__metadata__", {}), file)
     data_start = 8 + length
     entries = {name: _entry(name, info, file, data_start) for name, info in header.items()}
     _check_ranges(entries, file, data_start, size)
@@ -78,11 +78,22 @@ def _parse(raw: bytes, file: Path) -> dict[str, Any]:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
     except _DuplicateTensorError as error:
         raise CheckpointError("occurs twice in the header", file=file, key=str(error)) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"corrupt header: {error}", file=file) from None
     if not isinstance(header, dict):
         raise CheckpointError("corrupt header: not an object", file=file)
     return header
+
+
+def _metadata(value: Any, file: Path) -> dict[str, str]:
+    """The format has text here only; other writers go on from what we read."""
+    if not isinstance(value, dict):
+        raise CheckpointError("must be a mapping", file=file, key="__metadata__", found=type(value).__name__)
+    for key, text in value.items():
+        if not isinstance(text, str):
+            found = type(text).__name__
+            raise CheckpointError("must be text", file=file, key=f"__metadata__.{key}", found=found)
+    return value
 
 
 class _DuplicateTensorError(Exception):
@@ -106,7 +117,7 @@ def _entry(name: str, info: Any, file: Path, data_start: int) -> TensorEntry:
         well_formed = False
     if not well_formed:
         raise CheckpointError("corrupt header entry", file=file, key=name)
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise CheckpointError("unknown dtype", file=file, key=name, found=dtype)
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if end - start != expected:

@@ -78,6 +78,10 @@ def test_header_is_aligned_for_memory_mapping():
     [
         (b"{not json", b"", "corrupt header"),
         (b"[]", b"", "not an object"),
+        (b"[" * 200_000, b"", "corrupt header: .*recursion"),
+        ({"__metadata__": ["format"]}, b"", "__metadata__: must be a mapping .found list"),
+        ({"__metadata__": {"format": "pt", "step": 3}}, b"", r"__metadata__\.step: must be text .found int"),
+        ({"a": {"dtype": ["U8"], "shape": [2], "data_offsets": [0, 2]}}, b"xx", r"a: unknown dtype .found \['U8'\]"),
         (b"\xff\xfe", b"", "corrupt header"),
         (b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}',
          b"xx", "a: occurs twice"),
