@@ -1,8 +1,8 @@
 """`doctor`: can this machine serve a Puzzle child with TensorRT-LLM, and if not, what exactly is in the way?
 
 It imports the installed TensorRT-LLM and checks every row of the plugin's table (models/trtllm/upstream.py), then GPU,
-driver, NCCL, Triton and versions, and, given an engine, its arguments against the installed classes. Nothing is
-started and no GPU memory is taken beyond what importing costs.
+driver, NCCL, Triton and versions, and, given an engine, its arguments against the installed classes and its GPUs
+against those that torch sees. Nothing is started and no GPU memory is taken beyond what importing costs.
 
 A check has one of four outcomes: `ok`; `note`, worth knowing and no obstacle; `missing`, not there at all; `wrong`,
 there and does not fit. The machine is ready when nothing is missing or wrong.
@@ -31,6 +31,8 @@ Outcome = Literal["ok", "note", "missing", "wrong"]
 
 OLDEST_SUPPORTED = (1, 2)
 MIN_SHARED_MEMORY_BYTES = 2**30
+GPUS_PER_NODE = 8
+"""The most that one node has; an engine for more is served by several, unless it says otherwise (gpus_per_node)."""
 _GPU_FIELDS = "name,memory.total,driver_version,compute_cap"
 _PACKAGES = ("torch", "transformers", "numpy", "tritonclient")
 
@@ -177,7 +179,13 @@ def _nccl() -> Iterator[Check]:
         advice = "torch cannot reach NCCL: this torch is a CPU build, or its CUDA libraries are not found"
         yield Check(group="GPU", name="NCCL", outcome="wrong", found=found, advice=advice)
         return
-    yield Check(group="GPU", name="NCCL", outcome="ok", found=f"{version}; torch sees {num_gpus} GPUs")
+    yield Check(
+        group="GPU",
+        name="NCCL",
+        outcome="ok" if num_gpus else "wrong",
+        found=f"{version}; torch sees {num_gpus} GPUs",
+        advice="" if num_gpus else "CUDA_VISIBLE_DEVICES hides them, or this torch and the driver do not go together",
+    )
 
 
 def _not_checked() -> Check:
@@ -217,7 +225,7 @@ def _shared_memory() -> Iterator[Check]:
 
 
 def _engine(engine: Engine) -> Iterator[Check]:
-    """Whether the installed argument classes take the engine's arguments."""
+    """Whether the installed argument classes take the engine's arguments, and the GPUs suffice."""
     name = engine.path.name
     if engine.manifest.runtime != "tensorrt_llm":
         yield Check(group="engine", name=name, outcome="note", found="made for the reference runtime")
@@ -238,6 +246,27 @@ def _engine(engine: Engine) -> Iterator[Check]:
         yield Check(group="engine", name=name, outcome="wrong", found=found, advice=advice)
         return
     yield Check(group="engine", name=name, outcome="ok", found="TorchLlmArgs takes its llm_args.yaml")
+    yield from _gpus_of_engine(engine)
+
+
+def _gpus_of_engine(engine: Engine) -> Iterator[Check]:
+    """Whether this node has the GPUs that it must bring: all of them, or a node's share of an engine of several."""
+    try:
+        import torch
+
+        found = torch.cuda.device_count()
+    except Exception:
+        return  # already said beside NCCL
+    needed = int(engine.llm_args.get("tensor_parallel_size") or 1)
+    share = min(needed, int(engine.llm_args.get("gpus_per_node") or GPUS_PER_NODE))
+    advice = f"build it with `num_gpus: {found}`; where nodes have fewer each, say so in `llm_args: gpus_per_node`"
+    yield Check(
+        group="engine",
+        name="GPUs",
+        outcome="ok" if share <= found else "wrong",
+        found=f"{found} here, {share} needed" + (f" of {needed} in all" if share < needed else ""),
+        advice="" if share <= found else advice,
+    )
 
 
 def _version(package: str) -> str | None:

@@ -7,6 +7,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from puzzle_trtllm import doctor
@@ -129,6 +130,14 @@ def test_a_driver_that_does_not_answer(gpu_host):
     assert (driver.outcome, driver.found) == ("wrong", "NVIDIA-SMI has failed")
 
 
+def test_a_torch_that_sees_no_gpu_is_wrong(gpu_host, monkeypatch):
+    monkeypatch.setattr(sys.modules["torch"].cuda, "device_count", lambda: 0)
+    diagnosis = doctor.diagnose()
+    nccl = by_name(diagnosis)["GPU: NCCL"]
+    assert (nccl.outcome, nccl.found) == ("wrong", "2.27.3; torch sees 0 GPUs")
+    assert "CUDA_VISIBLE_DEVICES" in nccl.advice and not diagnosis.ready
+
+
 class TestEngine:
     @pytest.fixture
     def engine(self, make_checkpoint, tmp_path):
@@ -146,6 +155,29 @@ class TestEngine:
         refused = by_name(doctor.diagnose(engine.path))["engine: engine"]
         assert refused.outcome == "wrong"
         assert refused.found == "ValueError: stream_interval Extra inputs are not permitted"
+
+    @pytest.mark.parametrize(
+        ("arguments", "outcome", "found"),
+        [
+            ({}, "ok", "2 here, 1 needed"),
+            ({"tensor_parallel_size": 2}, "ok", "2 here, 2 needed"),
+            ({"tensor_parallel_size": 4}, "wrong", "2 here, 4 needed"),
+            ({"tensor_parallel_size": 4, "gpus_per_node": 2}, "ok", "2 here, 2 needed of 4 in all"),
+            ({"tensor_parallel_size": 16}, "wrong", "2 here, 8 needed of 16 in all"),
+        ],
+    )
+    def test_its_gpus_against_those_of_this_node(self, engine, gpu_host, arguments, outcome, found):
+        file = engine.path / "llm_args.yaml"
+        file.write_text(yaml.safe_dump({**engine.llm_args, **arguments}))
+        diagnosis = doctor.diagnose(engine.path)
+        gpus = by_name(diagnosis)["engine: GPUs"]
+        assert (gpus.outcome, gpus.found) == (outcome, found)
+        assert ("gpus_per_node" in gpus.advice) is (not diagnosis.ready) is (outcome == "wrong")
+
+    def test_an_engine_of_two_nodes_of_eight(self, engine, gpu_host, monkeypatch):
+        (engine.path / "llm_args.yaml").write_text(yaml.safe_dump({**engine.llm_args, "tensor_parallel_size": 16}))
+        monkeypatch.setattr(sys.modules["torch"].cuda, "device_count", lambda: 8)
+        assert by_name(doctor.diagnose(engine.path))["engine: GPUs"].outcome == "ok"
 
     def test_no_engine_folder_is_the_users_error(self, tmp_path):
         with pytest.raises(EngineError, match=r"engine\.json: missing"):
