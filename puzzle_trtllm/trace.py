@@ -35,12 +35,16 @@ TimeUnit = Literal["ms", "s"]
 _PROMPT_KEYS = ("input_length", "input_ids", "text_input")
 
 
+MAX_TIMESTAMP = 1e20
+"""More than the ns since 1970; what is far beyond is no number any more once it is converted."""
+
+
 class _Line(BaseModel):
     """One line as it is written."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
-    timestamp: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    timestamp: float | None = Field(default=None, ge=0, le=MAX_TIMESTAMP, allow_inf_nan=False)
     output_length: int = Field(ge=1)
     input_length: int | None = Field(default=None, ge=1)
     hash_ids: list[int] | None = None
@@ -144,6 +148,8 @@ def _parse(text: str, place: str, ignored: set[str]) -> _Line:
         key = ".".join(str(part) for part in first["loc"]) or None
         found = None if first["type"] == "missing" else repr(first["input"])
         raise ConfigError(first["msg"], file=place, key=key, found=found) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nesting as deep
+        raise ConfigError(f"not readable: {error}", file=place) from None
     ignored.update(set(value) - set(_Line.model_fields))
     prompts = [key for key in _PROMPT_KEYS if getattr(line, key) is not None]
     if len(prompts) != 1:
@@ -180,6 +186,8 @@ def _request(line: _Line, time_ns: int | None, place: str, block_tokens: int) ->
         input_ids = None if line.input_ids is None else array("i", line.input_ids)
     except OverflowError:
         raise ConfigError("not 32-bit integers", file=place, key="input_ids") from None
+    if input_ids is not None and min(input_ids) < 0:
+        raise ConfigError("no token id", file=place, key="input_ids", found=min(input_ids), expected="0 or more")
     return TracedRequest(
         time_ns=time_ns,
         output_length=line.output_length,
