@@ -162,6 +162,22 @@ class TestSourceTree:
         assert diagnose_source(files.root).checks[0].outcome == "wrong"
         assert diagnose_source(files.root, line="1.2").checks[0].outcome == "ok"
 
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("base.py", b"# caf\xe9\n", "base.py: not UTF-8 text"),
+            ("version.py", b"# caf\xe9\n", "version.py: not UTF-8 text"),
+            ("base.py", b"class", "base.py: not Python"),
+            ("base.py", b"x = 1\0", "base.py: not Python"),
+        ],
+    )
+    def test_a_file_that_is_no_python_is_one_line(self, files, name, content, message):
+        (files.root / "tensorrt_llm" / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=message) as caught:
+            assert files.version is None
+            self.check(files, path="LLM.run")
+        assert "\n" not in str(caught.value)
+
     def test_another_folder_is_one_line(self, tmp_path):
         with pytest.raises(ConfigError, match=r"no source of TensorRT-LLM .expected a folder that holds tensorrt_llm/"):
             SourceTree(tmp_path)

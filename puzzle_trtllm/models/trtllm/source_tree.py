@@ -41,7 +41,7 @@ class SourceTree:
     def version(self) -> str | None:
         """`__version__` of tensorrt_llm/version.py."""
         file = self.root / PACKAGE / "version.py"
-        match = re.search(r'__version__ *= *"([^"]+)"', file.read_text(encoding="utf-8")) if file.is_file() else None
+        match = re.search(r'__version__ *= *"([^"]+)"', _read(file)) if file.is_file() else None
         return match[1] if match else None
 
     def check(self, requirement: Requirement) -> Finding:
@@ -171,12 +171,12 @@ class _Module:
 
     def __init__(self, name: str, file: Path) -> None:
         self.name = name
-        self.text = file.read_text(encoding="utf-8")
+        self.text = _read(file)
         self._package = name if file.name == "__init__.py" else name.rpartition(".")[0]
         try:
             tree = ast.parse(self.text)
-        except SyntaxError as error:
-            raise ConfigError(f"not Python that this interpreter reads: {error.msg}", file=file) from None
+        except (SyntaxError, ValueError, RecursionError) as error:  # ValueError: zero bytes
+            raise ConfigError(f"not Python that this interpreter reads: {error}", file=file) from None
         self.definitions: dict[str, _Definition] = {}
         self.imports: dict[str, tuple[str, str]] = {}
         self.star_imports: list[str] = []
@@ -196,6 +196,15 @@ class _Module:
                 self.star_imports.append(origin)
             else:
                 self.imports[alias.asname or alias.name] = (origin, alias.name)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not UTF-8 text: {error}", file=file) from None
 
 
 def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
