@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from requirements.machine import LOCKED_PYTHON, all_checks, check_disk
 
@@ -275,15 +275,45 @@ def set_up(shared_torch: str | None) -> None:
 
 
 def set_up_with_the_best_torch() -> None:
-    """Try the torch of the base interpreter first; where its own requirements fight the lock, install another."""
-    shared_torch = existing_torch(base_python())
+    """Try the torch of the base interpreter first; where its own requirements fight the lock, install another.
+
+    A .venv that has begun to get its own goes on with that.
+    """
+    has_begun_its_own = bool(recorded()) and is_usable(shared=False)
+    shared_torch = None if has_begun_its_own else existing_torch(base_python())
     if shared_torch is not None:
         say(f"  ok    using the torch {shared_torch} of {base_python()}")
         try:
             return set_up(shared_torch)
         except SetupError as error:
+            if not tells_of_conflict(str(error)):
+                raise  # an outage or a full disk: the next run goes on from here
             say(f"  note  that torch does not go with the lock, so .venv gets its own: {error}")
     return set_up(None)
+
+
+def tells_of_conflict(error: str) -> bool:
+    """Whether pip could not bring the torch together with the rest, or found torch on its index, but not this one."""
+    conflict = r"ResolutionImpossible|conflicting dependencies|incompatible"
+    another_torch = r"requirement torch==\S+ .*\(from versions: (?!none)"
+    return re.search(f"{conflict}|{another_torch}", error) is not None
+
+
+def wait_for_other_set_ups(this_file: IO[bytes]) -> bool:
+    """Hold the lock on this file until it is closed; False where the disk has no locks."""
+    try:
+        fcntl.flock(this_file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
+def open_for_lock(file: Path) -> IO[bytes]:
+    """Open for writing, which NFS wants of an exclusive lock, or for reading where the file is read-only."""
+    try:
+        return file.open("r+b")
+    except OSError:
+        return file.open("rb")
 
 
 def _output(command: list[str]) -> str:
@@ -302,11 +332,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only check the machine")
     only_check = parser.parse_args(arguments).check
     started = time.monotonic()
-    with Path(__file__).open("rb") as this_file:
+    with open_for_lock(Path(__file__)) as this_file:
         if not only_check:
-            fcntl.flock(this_file, fcntl.LOCK_EX)  # a second set-up waits here for the first
+            locked = wait_for_other_set_ups(this_file)
             if is_current():
                 return 0
+            if not locked:
+                say("  note  this disk has no locks: start no second set-up here before this one has ended")
         say("Checking this machine")
         if not report(all_checks(ROOT, resuming=VENV.exists())):
             return 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import errno
+import fcntl
 import json
 import shutil
 import subprocess
@@ -178,6 +180,28 @@ def test_a_finished_environment_is_left_alone(project: Path, monkeypatch: pytest
     assert bootstrap.main([]) == 0
 
 
+def test_the_lock_is_one_that_nfs_grants(tmp_path: Path) -> None:
+    """An exclusive one is refused there on a file that is open for reading only."""
+    (tmp_path / "file").touch()
+    with bootstrap.open_for_lock(tmp_path / "file") as file:
+        assert file.writable()
+        assert bootstrap.wait_for_other_set_ups(file)
+        with bootstrap.open_for_lock(tmp_path / "file") as second, pytest.raises(BlockingIOError):
+            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_disk_without_locks_is_noted_and_no_obstacle(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(bootstrap.fcntl, "flock", refuse)
+    monkeypatch.setattr(bootstrap, "set_up_with_the_best_torch", lambda: None)
+    assert bootstrap.main([]) == 0
+    assert "note  this disk has no locks" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("file", ["pyproject.toml", "requirements/cpu-py311.txt", "requirements/numpy1.txt"])
 def test_a_changed_requirement_makes_it_out_of_date(file: str, project: Path) -> None:
     finish(project)
@@ -339,6 +363,49 @@ def test_a_torch_that_fights_the_lock_is_left_aside(project: Path, monkeypatch: 
     monkeypatch.setattr(bootstrap, "existing_torch", lambda python: "2.11.0+cu130")
     bootstrap.set_up_with_the_best_torch()
     assert tried == ["2.11.0+cu130", None]
+
+
+CONFLICT = "ERROR: Cannot install a and torch because these package versions have conflicting dependencies."
+ANOTHER = (
+    "ERROR: Could not find a version that satisfies the requirement torch==2.11.0+cu130 (from versions: 2.9.0, 2.9.1)"
+)
+OUTAGE = "ERROR: Could not find a version that satisfies the requirement torch==2.11.0+cu130 (from versions: none)"
+
+
+@pytest.mark.parametrize(
+    ("error", "conflict"),
+    [
+        (CONFLICT, True),
+        ("ERROR: ResolutionImpossible: for help visit https://pip.pypa.io", True),
+        (ANOTHER, True),
+        (OUTAGE, False),
+        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", False),
+    ],
+)
+def test_what_tells_of_a_conflict(error: str, conflict: bool) -> None:
+    assert bootstrap.tells_of_conflict(f"packages failed (the whole log: /tmp/conflict/setup.log)\n{error}") is conflict
+
+
+def test_an_outage_is_no_conflict_and_keeps_what_was_made(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str | None] = []
+
+    def set_up(shared_torch: str | None) -> None:
+        tried.append(shared_torch)
+        raise bootstrap.SetupError(OUTAGE)
+
+    monkeypatch.setattr(bootstrap, "set_up", set_up)
+    monkeypatch.setattr(bootstrap, "existing_torch", lambda python: "2.11.0+cu130")
+    assert bootstrap.main([]) == 1
+    assert tried == ["2.11.0+cu130"]
+
+
+def test_a_set_up_that_has_begun_its_own_torch_goes_on_with_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str | None] = []
+    monkeypatch.setattr(bootstrap, "set_up", tried.append)
+    monkeypatch.setattr(bootstrap, "existing_torch", lambda python: "2.11.0+cu130")
+    bootstrap.make_venv(shared=False)
+    bootstrap.set_up_with_the_best_torch()
+    assert tried == [None]
 
 
 def test_pip_settings_that_install_elsewhere_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
