@@ -12,6 +12,7 @@ from pathlib import Path
 from puzzle_trtllm.build.planner.comparison import Cell, Comparison
 from puzzle_trtllm.build.planner.throughput import Load
 from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.folders import write_atomically
 
 CELL_WIDTH, CELL_HEIGHT, LEFT, TOP, BOTTOM = 104, 40, 210, 100, 46
 FULL_COLOUR = 2.5
@@ -52,15 +53,12 @@ def heat_map_html(comparison: Comparison) -> str:
 
 
 def write_heat_map(comparison: Comparison, file: str | Path) -> Path:
-    """Write the picture, as .svg or .html. Raises ConfigError for another suffix."""
+    """Write the picture, as .svg or .html. Raises ConfigError for another suffix, PuzzleError where it cannot."""
     path = Path(file)
     if path.suffix not in (".svg", ".html"):
         raise ConfigError("unknown kind of picture", key="out", found=path.name, expected="a name in .svg or .html")
     text = heat_map_svg(comparison) if path.suffix == ".svg" else heat_map_html(comparison)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, text)
     return path
 
 

@@ -12,7 +12,7 @@ from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.build.planner import Load, compare, plan, plan_json
 from puzzle_trtllm.build.planner.comparison import Comparison
 from puzzle_trtllm.build.planner.heat_map import colour_of, heat_map_svg, load_name, text_colour_of, write_heat_map
-from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.errors import ConfigError, PuzzleError
 from puzzle_trtllm.gpus import load_gpu, load_gpus
 from tests.front_door.cli import assert_user_error, invoke, last_json, run
 
@@ -101,6 +101,13 @@ def test_files_are_svg_or_html(map_: Comparison, tmp_path: Path) -> None:
     assert "<svg" in page
     with pytest.raises(ConfigError, match=r"unknown kind of picture .*map.png"):
         write_heat_map(map_, tmp_path / "map.png")
+
+
+def test_a_picture_that_cannot_be_written_is_one_line_and_leaves_nothing(map_: Comparison, tmp_path: Path) -> None:
+    (tmp_path / "map.svg").mkdir()
+    with pytest.raises(PuzzleError, match=r"map\.svg: cannot be written"):
+        write_heat_map(map_, tmp_path / "map.svg")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["map.svg"]
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
