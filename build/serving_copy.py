@@ -24,7 +24,7 @@ from puzzle_trtllm.checkpoint_writer import PlannedTensor, Progress, rewrite_che
 from puzzle_trtllm.errors import CheckpointError
 from puzzle_trtllm.families import GPT_OSS, GPT_OSS_PUZZLE, Family
 from puzzle_trtllm.folders import link_or_copy
-from puzzle_trtllm.tensors import is_expert_tensor
+from puzzle_trtllm.tensors import is_expert_tensor, kv_scale_of
 
 _NOT_FOR_SERVING = ("auto_map", "per_layer_config", "num_experts")
 """Remote code is not shipped here, per_layer_config would compete with block_configs, and num_experts triggers a legacy
@@ -64,7 +64,7 @@ def write_serving_copy(
     checkpoint: Checkpoint, folder: Path, folding: Folding, *, progress: Progress | None = None
 ) -> list[str]:
     """Write the serving copy into the empty `folder` and return notes on what was changed for serving."""
-    scales = {entry.name: None for entry in checkpoint.kv_scales.values()}
+    scales = {name: None for name in checkpoint.tensors if kv_scale_of(name) is not None}
     replace: dict[str, PlannedTensor | None] = {**scales, **folding.replace}
     rewrite_checkpoint(
         checkpoint,

@@ -73,11 +73,22 @@ class Checkpoint:
         """The same checkpoint, blind to the tensors `names`."""
         return replace(self, tensors={name: entry for name, entry in self.tensors.items() if name not in names})
 
-    @property
-    def kv_scales(self) -> dict[tuple[int, str], TensorEntry]:
-        """Calibrated scales by (layer, "k" | "v" | "q"), under whichever of their names they are stored."""
-        found = ((kv_scale_of(name), entry) for name, entry in self.tensors.items())
-        return {key: entry for key, entry in found if key is not None}
+    @cached_property
+    def kv_scales(self) -> Mapping[tuple[int, str], TensorEntry]:
+        """Calibrated scales by (layer, "k" | "v" | "q"), under whichever of their names they are stored.
+
+        Raises CheckpointError when one is stored under two names: nobody could say which holds.
+        """
+        scales: dict[tuple[int, str], TensorEntry] = {}
+        for name, entry in self.tensors.items():
+            key = kv_scale_of(name)
+            if key in scales:
+                raise CheckpointError(
+                    "the same KV scale under two names", file=entry.file, key=name, found=f"{scales[key].name} as well"
+                )
+            if key is not None:
+                scales[key] = entry
+        return scales
 
     @property
     def weight_bytes(self) -> int:

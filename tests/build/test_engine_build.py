@@ -14,7 +14,7 @@ from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import rewrite_checkpoint, tensor_of
 from puzzle_trtllm.engine import Engine, EngineConfig
 from puzzle_trtllm.errors import CheckpointError, ConfigError, PuzzleError
-from puzzle_trtllm.tensors import is_expert_tensor
+from puzzle_trtllm.tensors import is_expert_tensor, kv_scale_of
 from tests.toys import RETURN_ID
 
 PLAIN = [(4, 16), (4, None)]
@@ -50,6 +50,15 @@ def config(**changes) -> EngineConfig:
 @pytest.fixture
 def engine(child, tmp_path) -> Engine:
     return build_engine(child, tmp_path / "engine", config=config())
+
+
+def with_a_second_name(checkpoint, tmp_path):
+    """A copy whose first K scale is also there under its other known name, with another value."""
+    source, out = Checkpoint.open(checkpoint), tmp_path / "two-names"
+    out.mkdir()
+    second = tensor_of("model.layers.0.self_attn.k_scale", "F32", np.array(4.0, dtype=np.float32))
+    rewrite_checkpoint(source, out, config=source.config, replace={}, add=[second])
+    return out
 
 
 class TestTheFolder:
@@ -189,6 +198,10 @@ class TestScales:
         assert all(served.raw(name).tobytes() == source.raw(name).tobytes() for name in served.tensors)
         assert engine.llm_args["kv_cache_config"]["dtype"] == "auto"
 
+    def test_none_is_served_under_any_of_its_names(self, child, tmp_path):
+        engine = build_engine(with_a_second_name(child, tmp_path), tmp_path / "e", config=config(kv_dtype="bf16"))
+        assert not [name for name in Checkpoint.open(engine.model_path).tensors if kv_scale_of(name)]
+
     def test_unit_scale_must_be_asked_for_twice(self, child, tmp_path):
         engine = build_engine(child, tmp_path / "e", config=config(), fold="none", allow_unit_scale=True)
         assert engine.manifest.kv_fold.mode == "none"
@@ -220,6 +233,10 @@ class TestRefusals:
 
     def test_permission_does_not_replace_the_choice(self, make_checkpoint, tmp_path):
         self.refused(make_checkpoint(MIXED), tmp_path, ConfigError, "has no KV scales", allow_unit_scale=True)
+
+    def test_one_scale_under_two_names(self, child, tmp_path):
+        match = r"layers\.0\.self_attn\.k_scale: the same KV scale under two names .*self_attn\.k_proj\.k_scale"
+        self.refused(with_a_second_name(child, tmp_path), tmp_path, CheckpointError, match)
 
     def test_channel_fold_without_its_file(self, child, tmp_path):
         self.refused(child, tmp_path, CheckpointError, "--fold channel needs it", fold="channel")
