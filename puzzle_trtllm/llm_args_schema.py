@@ -22,7 +22,8 @@ SCHEMA_FILE = Path(__file__).with_name("llm_args_schema.json")
 ROOT_CLASS = "TorchLlmArgs"
 NEWEST_TARGET = "late"
 _LATE = "_added_on_late_main"
-_OPTIONAL = re.compile(r"^Optional\[(.*)\]( \[0,1\])?$")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OPTIONAL = re.compile(r"^Optional\[(.*?)\]( \[0,1\])?$")
 
 
 @cache
@@ -66,6 +67,8 @@ def _check_class(class_name: str, values: Mapping[str, Any], target: str, prefix
             continue
         if kind in _schema() and isinstance(value, Mapping):
             _check_class(kind, value, target, f"{prefix}{key}.", file)
+        elif kind == "Dict[str,str]" and isinstance(value, Mapping):
+            _check_environment(value, f"{prefix}{key}", file)
         elif not _fits(kind, value):
             raise ConfigError(
                 "wrong type of an LLM argument",
@@ -76,7 +79,22 @@ def _check_class(class_name: str, values: Mapping[str, Any], target: str, prefix
             )
 
 
-def _unknown_key(class_name: str, key: str, target: str, prefix: str, file: str | Path) -> ConfigError:
+def _check_environment(variables: Mapping[Any, Any], key: str, file: str | Path) -> None:
+    """Environment variables, the only mapping of strings among the arguments; a shell must be able to export them."""
+    for name, value in variables.items():
+        if not isinstance(name, str) or _VARIABLE.fullmatch(name) is None:
+            message = "no name of an environment variable"
+            raise ConfigError(message, file=file, key=f"{key}.{name}", expected="letters, digits and _, no digit first")
+        if not isinstance(value, str):
+            expected = f'a string: "{value}" in quotes' if _is_number(value) else "a string"
+            message = "wrong type of an LLM argument"
+            raise ConfigError(
+                message, file=file, key=f"{key}.{name}", found=json.dumps(value, default=str), expected=expected
+            )
+
+
+def _unknown_key(class_name: str, given: Any, target: str, prefix: str, file: str | Path) -> ConfigError:
+    key = str(given)
     if key in fields_of(class_name, NEWEST_TARGET):
         message = f"not in TensorRT-LLM {target}, only in its newest line (target: {NEWEST_TARGET})"
         return ConfigError(message, file=file, key=prefix + key)
@@ -100,7 +118,7 @@ def _fits(kind: str, value: Any) -> bool:
         return isinstance(value, list) and all(_fits(kind[len("List[") : -1], item) for item in value)
     if kind.startswith("Dict[") or kind in _schema():
         return isinstance(value, Mapping)
-    check = _CHECKS.get(re.split(r"[ |]", kind)[0])
+    check = _CHECKS.get(kind) or _CHECKS.get(re.split(r"[ |]", kind)[0])
     return check is None or check(value)
 
 
@@ -119,5 +137,6 @@ _CHECKS: Mapping[str, Callable[[Any], bool]] = {
     "PositiveInt": lambda value: _is_integer(value) and value > 0,
     "NonNegativeInt": lambda value: _is_integer(value) and value >= 0,
     "float": _is_number,
+    "float [0,1]": lambda value: _is_number(value) and 0 <= value <= 1,
     "NonNegativeFloat": lambda value: _is_number(value) and value >= 0,
 }

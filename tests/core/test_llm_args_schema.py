@@ -56,6 +56,13 @@ def test_recorded_fields():
         ({"kv_cache_config": None}, "kv_cache_config: wrong type"),
         ({"moe_config": {"backend": "MAGIC"}}, r'moe_config\.backend: wrong type .*"MAGIC".*TRITON'),
         ({"moe_config": "TRITON"}, "moe_config: wrong type"),
+        ({"env_overrides": {"A": 0}}, r'env_overrides\.A: wrong type .*found 0, expected a string: "0" in quotes'),
+        ({"env_overrides": {"A": None}}, r"env_overrides\.A: wrong type .*found null, expected a string\)"),
+        ({"env_overrides": {"A B": "x"}}, r"env_overrides\.A B: no name of an environment variable"),
+        ({"env_overrides": {"1A": "x"}}, r"env_overrides\.1A: no name of an environment variable"),
+        ({"env_overrides": ["A"]}, "env_overrides: wrong type"),
+        ({"kv_cache_config": {"free_gpu_memory_fraction": -0.1}}, "free_gpu_memory_fraction: wrong type"),
+        ({"kv_cache_config": {3: 1}}, r"kv_cache_config\.3: unknown LLM argument"),
     ],
 )
 def test_a_refused_argument_is_one_line(arguments, message):
