@@ -12,6 +12,7 @@ never less than the model's window; left out, a runtime would derive it from the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,15 @@ from puzzle_trtllm.sharding import count_shard_bytes, shards_of
 DEFAULT_MAX_NUM_TOKENS = 8192
 DEFAULT_TOKENS_PER_BLOCK = 32
 MIN_TOKENS_PER_BLOCK = 8
+DTYPE_KEY = "kv_cache_config.dtype"
+_COUNTS = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "max_seq_len",
+    "max_batch_size",
+    "max_num_tokens",
+    "kv_cache_config.tokens_per_block",
+)
 
 
 def derive_llm_args(
@@ -41,8 +51,8 @@ def derive_llm_args(
 ) -> list[DerivedValue]:
     """All arguments for one engine, in the order they are written. `file` names the engine config in errors.
 
-    Raises ConfigError for an override that TensorRT-LLM does not know, an impossible layout, a scenario longer than the
-    model, or a memory cap that leaves no room for one sequence.
+    Raises ConfigError for an override that TensorRT-LLM does not know or that contradicts the engine config, an
+    impossible layout, a scenario longer than the model, or a memory cap that leaves no room for one sequence.
     """
     if "model" in config.llm_args:
         raise ConfigError("is passed by the loader of the engine", file=file, key="llm_args.model")
@@ -50,7 +60,9 @@ def derive_llm_args(
     values = Values(config.llm_args)
     _parallel(values, config, file)
     _max_seq_len(values, architecture, scenario, file)
+    _check_sizes(values, file)
     _check_ranks(values, architecture, config, file)
+    _check_decisions(values, config, file)
     if config.runtime == "tensorrt_llm":
         room = find_room(architecture, config, values, max_num_tokens=_max_num_tokens(values, 0), file=file)
         _batch(values, *batch_size(room))
@@ -63,9 +75,6 @@ def derive_llm_args(
         _divide_memory(values, config, scenario, room)
     result = list(values.finish())
     nested = to_nested(result)
-    if nested["kv_cache_config"]["tokens_per_block"] < 1:
-        found = nested["kv_cache_config"]["tokens_per_block"]
-        raise ConfigError("must be positive", file=file, key="kv_cache_config.tokens_per_block", found=found)
     if config.runtime == "tensorrt_llm":
         check_expert_layout(architecture, nested, file=file)
     _check_windows(architecture, nested, file)
@@ -98,6 +107,37 @@ def _parallel(values: Values, config: EngineConfig, file: str) -> None:
         values.put("moe_expert_parallel_size", tp, reason)
     elif tp > 1:
         values.put("moe_expert_parallel_size", tp, "whole experts to every rank, as on GPUs")
+
+
+def _check_sizes(values: Values, file: str) -> None:
+    """Overrides that something is divided by or multiplied with. Raises ConfigError."""
+    for key in _COUNTS:
+        count = values.get(key, 1)
+        if count is None or count < 1:
+            raise ConfigError("must be positive", file=file, key=key, found=json.dumps(count), expected="at least 1")
+    key = "kv_cache_config.free_gpu_memory_fraction"
+    fraction = values.get(key)
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ConfigError("must be above 0 and at most 1", file=file, key=key, found=fraction)
+
+
+def _check_decisions(values: Values, config: EngineConfig, file: str) -> None:
+    """Overrides that contradict a key of the engine config, by which memory is counted and scales are folded."""
+    decided: tuple[tuple[str, object, str, str], ...] = (
+        (DTYPE_KEY, _cache_dtype(config), "kv_dtype", config.kv_dtype),
+        ("enable_attention_dp", config.parallel == "dep", "parallel", config.parallel),
+    )
+    for key, value, decided_by, decision in decided:
+        found = values.get(key, value)
+        if found != value:
+            message = f"disagrees with {decided_by}: {decision} of the engine config"
+            expected = f"{json.dumps(value)}; to change it, set {decided_by}"
+            raise ConfigError(message, file=file, key=key, found=json.dumps(found), expected=expected)
+
+
+def _cache_dtype(config: EngineConfig) -> str:
+    """TensorRT-LLM's name for kv_dtype; "auto" is the model's own dtype."""
+    return "fp8" if config.kv_dtype == "fp8" else "auto"
 
 
 def _check_ranks(values: Values, a: PuzzleArchitecture, config: EngineConfig, file: str) -> None:
@@ -164,8 +204,7 @@ def _divide_memory(values: Values, config: EngineConfig, scenario: Scenario, roo
 
 def _kv_cache(values: Values, a: PuzzleArchitecture, config: EngineConfig) -> None:
     max_seq_len = values.get("max_seq_len")
-    dtype = "fp8" if config.kv_dtype == "fp8" else "auto"
-    values.put("kv_cache_config.dtype", dtype, f"kv_dtype: {config.kv_dtype} of the engine config")
+    values.put(DTYPE_KEY, _cache_dtype(config), f"kv_dtype: {config.kv_dtype} of the engine config")
     windows = [min(block.sliding_window or max_seq_len, max_seq_len) for block in a.blocks]
     values.put(
         "kv_cache_config.max_attention_window", windows, "one entry a layer: its window; max_seq_len where it sees all"

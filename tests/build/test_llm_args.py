@@ -173,10 +173,33 @@ class TestOverrides:
             ),
             ({"kv_cache_config": {"max_attention_window": None}}, "needs one entry a layer"),
             ({"kv_cache_config": {"tokens_per_block": 0}}, "tokens_per_block: must be positive"),
+            ({"tensor_parallel_size": 0}, "tensor_parallel_size: must be positive .found 0, expected at least 1"),
+            ({"max_seq_len": -5}, "max_seq_len: must be positive .found -5"),
+            ({"max_batch_size": 0}, "max_batch_size: must be positive .found 0"),
+            ({"max_batch_size": None}, "max_batch_size: must be positive .found null"),
+            ({"max_num_tokens": -1}, "max_num_tokens: must be positive .found -1"),
+            ({"kv_cache_config": {"free_gpu_memory_fraction": 5.0}}, r"free_gpu_memory_fraction: .*found 5\.0"),
+            ({"kv_cache_config": {"free_gpu_memory_fraction": 0}}, "free_gpu_memory_fraction: must be above 0 and"),
+            ({"kv_cache_config": {1: 2}}, r"llm_args: kv_cache_config\.1: unknown LLM argument"),
         ],
     )
-    def test_wrong_ones_are_one_line(self, llm_args, match):
-        refused(match, llm_args=llm_args)
+    @pytest.mark.parametrize("runtime", ["reference", "tensorrt_llm"])
+    def test_wrong_ones_are_one_line(self, llm_args, match, runtime):
+        refused(match, llm_args=llm_args, runtime=runtime)
+
+    @pytest.mark.parametrize(
+        ("kv_dtype", "override", "expected"), [("bf16", "fp8", "auto"), ("fp8", "auto", "fp8"), ("fp8", "x", "fp8")]
+    )
+    def test_the_caches_dtype_is_kv_dtypes_to_say(self, kv_dtype, override, expected):
+        match = f'dtype: disagrees with kv_dtype: {kv_dtype} .*found "{override}", expected "{expected}"; to change it, set kv'
+        refused(match, kv_dtype=kv_dtype, llm_args={"kv_cache_config": {"dtype": override}})
+        same = arguments(kv_dtype=kv_dtype, llm_args={"kv_cache_config": {"dtype": expected}})
+        assert same["kv_cache_config"]["dtype"] == expected
+
+    @pytest.mark.parametrize(("parallel", "override"), [("tp", True), ("dep", False)])
+    def test_attention_dp_is_parallels_to_say(self, parallel, override):
+        match = f"enable_attention_dp: disagrees with parallel: {parallel} .*set parallel"
+        refused(match, runtime="tensorrt_llm", parallel=parallel, llm_args={"enable_attention_dp": override})
 
 
 def test_a_scenario_longer_than_the_model():
