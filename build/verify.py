@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 from puzzle_trtllm.architecture import ExpertsFormat
@@ -85,7 +85,7 @@ def _verify_record(
     child: Checkpoint, parent: Checkpoint, record: DerivationRecord, *, quiet: bool
 ) -> VerificationReport:
     names = _names_to_compare(child, parent)
-    changes = _config_changes(child, parent, experts_format=record.experts_format)
+    changes = _config_changes(child, parent, experts_format=record.experts_format) + _block_changes(child, record)
     difference = changes[0] if changes else _first_unaccounted(names, parent, record)
     comparison = _Comparison(child, parent, record.kept_experts)
     if difference is None:
@@ -254,6 +254,16 @@ def _config_changes(child: Checkpoint, parent: Checkpoint, experts_format: Exper
         f"config.json: {field.name}: {ours} in the child, {theirs} in the parent"
         for field in fields(expected)
         if (ours := getattr(child.architecture, field.name)) != (theirs := getattr(expected, field.name))
+    ]
+
+
+def _block_changes(child: Checkpoint, record: DerivationRecord) -> list[str]:
+    """Layers that are not as they were derived, one line each; no tensor shows a window."""
+    found = [block.to_json() for block in child.architecture.blocks]
+    return [
+        f"config.json: block_configs[{layer}]: {ours} in the child, {recorded} when it was derived"
+        for layer, (ours, recorded) in enumerate(zip_longest(found, record.block_configs))
+        if ours != recorded
     ]
 
 

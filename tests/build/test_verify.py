@@ -50,6 +50,19 @@ def test_a_derived_child_is_identical_to_the_last_byte(child, parent):
     assert (report.num_tensors, report.num_bytes) == (len(checkpoint.tensors), checkpoint.weight_bytes)
 
 
+def test_a_window_that_was_changed_since(child, parent):
+    file = child / "config.json"
+    config = json.loads(file.read_text())
+    config["block_configs"][1]["sliding_window"] = 4
+    file.write_text(json.dumps(config))
+    report = verify(child, against=parent)
+    assert not report.identical
+    assert report.first_difference == (
+        "config.json: block_configs[1]: {'num_local_experts': 6, 'sliding_window': 4} in the child, "
+        "{'num_local_experts': 6, 'sliding_window': 40} when it was derived"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "row", "expert"),
     [
