@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from puzzle_trtllm.config_values import boolean, positive_integer, positive_number, section
 from puzzle_trtllm.errors import ArchitectureError
 from puzzle_trtllm.families import GPT_OSS_PUZZLE, family_of
 from puzzle_trtllm.rope import RopeConfig
@@ -32,6 +33,9 @@ ExpertsFormat = Literal["mxfp4", "bf16"]
 KvDtype = Literal["bf16", "fp8"]
 
 KV_BYTES_PER_VALUE: Mapping[KvDtype, int] = {"bf16": 2, "fp8": 1}
+
+_LAYER_TYPES = ("sliding_attention", "full_attention")
+"""Hugging Face's names; layers alternate in this order where a config says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,23 +79,23 @@ class PuzzleArchitecture:
     def from_config(cls, config: Mapping[str, Any], *, source: str | Path = "config.json") -> PuzzleArchitecture:
         """Read a Hugging Face config. `source` names the file in errors."""
         family_of(config, source)
-        quantization = config.get("quantization_config") or {}
+        quantization = section(config, "quantization_config", source)
         try:
             return cls(
                 blocks=read_block_configs(config, source),
-                hidden_size=_integer(config, "hidden_size", source),
-                intermediate_size=_integer(config, "intermediate_size", source),
-                num_attention_heads=_integer(config, "num_attention_heads", source),
-                num_key_value_heads=_integer(config, "num_key_value_heads", source),
-                head_dim=_integer(config, "head_dim", source),
-                vocab_size=_integer(config, "vocab_size", source),
-                experts_per_token=_integer(config, _top_k_key(config), source),
-                max_position_embeddings=_integer(config, "max_position_embeddings", source),
+                hidden_size=positive_integer(config, "hidden_size", source),
+                intermediate_size=positive_integer(config, "intermediate_size", source),
+                num_attention_heads=positive_integer(config, "num_attention_heads", source),
+                num_key_value_heads=positive_integer(config, "num_key_value_heads", source),
+                head_dim=positive_integer(config, "head_dim", source),
+                vocab_size=positive_integer(config, "vocab_size", source),
+                experts_per_token=positive_integer(config, _top_k_key(config), source),
+                max_position_embeddings=positive_integer(config, "max_position_embeddings", source),
                 rope=RopeConfig.from_config(config, source=source),
-                rms_norm_eps=float(config.get("rms_norm_eps", 1e-5)),
-                swiglu_limit=float(config.get("swiglu_limit", 7.0)),
-                attention_bias=bool(config.get("attention_bias", True)),
-                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+                rms_norm_eps=positive_number(config, "rms_norm_eps", source, default=1e-5),
+                swiglu_limit=positive_number(config, "swiglu_limit", source, default=7.0),
+                attention_bias=boolean(config, "attention_bias", source, default=True),
+                tie_word_embeddings=boolean(config, "tie_word_embeddings", source, default=False),
                 experts_format="mxfp4" if quantization.get("quant_method") == "mxfp4" else "bf16",
             )
         except ArchitectureError as error:
@@ -169,7 +173,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ArchitectureError(f"cannot be read: {error.strerror}", file=file) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArchitectureError(f"not valid JSON: {error}", file=file) from None
     if not isinstance(value, dict):
         raise ArchitectureError("not a JSON object", file=file, found=type(value).__name__, expected="object")
@@ -218,7 +222,7 @@ def read_block_configs(config: Mapping[str, Any], source: str | Path) -> tuple[B
         entries = config["block_configs"]
         if not isinstance(entries, list) or not entries:
             raise ArchitectureError("must be a list with one entry a layer", file=source, key="block_configs")
-        blocks = tuple(_read_block(entry, f"block_configs[{i}]", source) for i, entry in enumerate(entries))
+        blocks = tuple(_read_entry(entry, f"block_configs[{i}]", source) for i, entry in enumerate(entries))
         num_layers = config.get("num_hidden_layers", len(blocks))
         if num_layers != len(blocks):
             raise ArchitectureError(
@@ -229,56 +233,77 @@ def read_block_configs(config: Mapping[str, Any], source: str | Path) -> tuple[B
                 expected=num_layers,
             )
         return blocks
-    num_layers = _integer(config, "num_hidden_layers", source)
-    layer_types = config.get("layer_types") or [
-        "full_attention" if i % 2 else "sliding_attention" for i in range(num_layers)
-    ]
+    overrides = {str(layer): own for layer, own in section(config, "per_layer_config", source).items()}
+    return tuple(
+        _read_block(
+            {
+                "num_local_experts": config.get("num_local_experts"),
+                "sliding_window": config.get("sliding_window") if layer_type == "sliding_attention" else None,
+                **section(overrides, str(layer), source, prefix="per_layer_config."),
+            },
+            f"layer {layer}",
+            source,
+        )
+        for layer, layer_type in enumerate(_read_layer_types(config, source))
+    )
+
+
+def _read_layer_types(config: Mapping[str, Any], source: str | Path) -> list[str]:
+    """The attention of each layer; windows on the even ones where nothing is said."""
+    num_layers = positive_integer(config, "num_hidden_layers", source)
+    found = config.get("layer_types") or [_LAYER_TYPES[i % 2] for i in range(num_layers)]
+    layer_types = found if isinstance(found, list) else [found]
+    for layer_type in layer_types:
+        if layer_type not in _LAYER_TYPES:
+            raise ArchitectureError(
+                "unknown kind of attention",
+                file=source,
+                key="layer_types",
+                found=json.dumps(layer_type, default=str),
+                expected=" or ".join(_LAYER_TYPES),
+            )
     if len(layer_types) != num_layers:
         raise ArchitectureError(
             "wrong number of layers", file=source, key="layer_types", found=len(layer_types), expected=num_layers
         )
-    overrides = config.get("per_layer_config") or {}
-    merged_blocks = []
-    for layer, layer_type in enumerate(layer_types):
-        own = dict(overrides.get(str(layer)) or overrides.get(layer) or {})
-        merged = {
-            "num_local_experts": config.get("num_local_experts"),
-            "sliding_window": config.get("sliding_window") if layer_type == "sliding_attention" else None,
-            **own,
-        }
-        merged_blocks.append(_read_block(merged, f"layer {layer}", source))
-    return tuple(merged_blocks)
+    return layer_types
 
 
-def _read_block(entry: Any, key: str, source: str | Path) -> BlockConfig:
+def _read_entry(entry: Any, key: str, source: str | Path) -> BlockConfig:
+    """One entry of block_configs: flat with exactly its two keys (a misspelt window would be none), or nested."""
     if not isinstance(entry, Mapping):
         raise ArchitectureError("must be an object", file=source, key=key, found=type(entry).__name__)
     if "ffn" in entry or "attention" in entry:
-        moe = (entry.get("ffn") or {}).get("moe") or {}
-        entry = {
+        ffn, attention = (section(entry, name, source, prefix=f"{key}.") for name in ("ffn", "attention"))
+        moe = section(ffn, "moe", source, prefix=f"{key}.ffn.")
+        nested = {
             "num_local_experts": moe.get("num_local_experts"),
-            "sliding_window": (entry.get("attention") or {}).get("sliding_window"),
+            "sliding_window": attention.get("sliding_window"),
         }
-    experts = entry.get("num_local_experts")
-    window = entry.get("sliding_window")
+        return _read_block(nested, key, source)
+    names = [field.name for field in fields(BlockConfig)]
+    for name in entry:
+        if name not in names:
+            raise ArchitectureError("unknown key", file=source, key=f"{key}.{name}", expected=" and ".join(names))
+    for name in names:
+        if name not in entry:
+            raise ArchitectureError("missing key", file=source, key=f"{key}.{name}")
+    return _read_block(entry, key, source)
+
+
+def _read_block(values: Mapping[str, Any], key: str, source: str | Path) -> BlockConfig:
+    experts, window = values["num_local_experts"], values["sliding_window"]
     for name, value, optional in (("num_local_experts", experts, False), ("sliding_window", window, True)):
         if not (optional and value is None) and (isinstance(value, bool) or not isinstance(value, int)):
             expected = "an integer or null" if optional else "an integer"
             raise ArchitectureError(
-                "wrong type", file=source, key=f"{key}.{name}", found=json.dumps(value), expected=expected
+                "wrong type", file=source, key=f"{key}.{name}", found=json.dumps(value, default=str), expected=expected
             )
-    return BlockConfig(num_local_experts=int(experts or 0), sliding_window=window)
+    return BlockConfig(num_local_experts=experts, sliding_window=window)
 
 
 def _top_k_key(config: Mapping[str, Any]) -> str:
     return "num_experts_per_tok" if "num_experts_per_tok" in config else "experts_per_token"
-
-
-def _integer(config: Mapping[str, Any], key: str, source: str | Path) -> int:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArchitectureError("must be a positive integer", file=source, key=key, found=json.dumps(value))
-    return value
 
 
 def _validate(a: PuzzleArchitecture) -> None:

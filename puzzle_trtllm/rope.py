@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from puzzle_trtllm.config_values import boolean, positive_integer, positive_number, section
 from puzzle_trtllm.errors import ArchitectureError
 
 _KNOWN_TYPES = ("yarn", "default")
@@ -38,25 +39,26 @@ class RopeConfig:
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, source: str | Path) -> RopeConfig:
         key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-        block = config.get(key) or {}
+        block, prefix = section(config, key, source), f"{key}."
         rope_type = block.get("rope_type", block.get("type", "default"))
         if rope_type not in _KNOWN_TYPES:
             raise ArchitectureError(
                 "unknown kind", file=source, key=f"{key}.rope_type", found=rope_type, expected=" or ".join(_KNOWN_TYPES)
             )
-        original = block.get("original_max_position_embeddings", config.get("initial_context_length", 4096))
-        try:
-            return cls(
-                theta=float(block.get("rope_theta", config.get("rope_theta", 150000.0))),
-                rope_type=rope_type,
-                factor=float(block.get("factor", 1.0)),
-                beta_fast=float(block.get("beta_fast", 32.0)),
-                beta_slow=float(block.get("beta_slow", 1.0)),
-                original_max_position_embeddings=int(original),
-                truncate=bool(block.get("truncate", True)),
-            )
-        except (TypeError, ValueError) as error:
-            raise ArchitectureError(f"not a number: {error}", file=source, key=key) from None
+        name = "original_max_position_embeddings"
+        return cls(
+            theta=positive_number(block, "rope_theta", source, prefix=prefix)
+            if "rope_theta" in block
+            else positive_number(config, "rope_theta", source, default=150000.0),
+            rope_type=rope_type,
+            factor=positive_number(block, "factor", source, default=1.0, prefix=prefix),
+            beta_fast=positive_number(block, "beta_fast", source, default=32.0, prefix=prefix),
+            beta_slow=positive_number(block, "beta_slow", source, default=1.0, prefix=prefix),
+            original_max_position_embeddings=positive_integer(block, name, source, prefix=prefix)
+            if name in block
+            else positive_integer(config, "initial_context_length", source, default=4096),
+            truncate=boolean(block, "truncate", source, default=True, prefix=prefix),
+        )
 
     @property
     def attention_scaling(self) -> float:

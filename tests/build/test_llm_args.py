@@ -191,7 +191,9 @@ class TestOverrides:
         ("kv_dtype", "override", "expected"), [("bf16", "fp8", "auto"), ("fp8", "auto", "fp8"), ("fp8", "x", "fp8")]
     )
     def test_the_caches_dtype_is_kv_dtypes_to_say(self, kv_dtype, override, expected):
-        match = f'dtype: disagrees with kv_dtype: {kv_dtype} .*found "{override}", expected "{expected}"; to change it, set kv'
+        match = (
+            f'dtype: disagrees with kv_dtype: {kv_dtype} .*found "{override}", expected "{expected}"; .*set kv_dtype'
+        )
         refused(match, kv_dtype=kv_dtype, llm_args={"kv_cache_config": {"dtype": override}})
         same = arguments(kv_dtype=kv_dtype, llm_args={"kv_cache_config": {"dtype": expected}})
         assert same["kv_cache_config"]["dtype"] == expected

@@ -218,6 +218,22 @@ class TestChildArchitectureFile:
         assert str(caught.value).startswith(str(tmp_path / "child.json"))
         assert "\n" not in str(caught.value)
 
+    @pytest.mark.parametrize(
+        ("entry", "message"),
+        [
+            ({"num_local_experts": 3}, r"block_configs\[1\]\.sliding_window: missing key"),
+            ({"num_local_experts": 3, "sliding_windw": 8}, r"block_configs\[1\]\.sliding_windw: unknown key"),
+            ({"sliding_window": 8}, r"block_configs\[1\]\.num_local_experts: missing key"),
+        ],
+    )
+    def test_an_entry_has_both_keys_and_no_other(self, tmp_path, entry, message):
+        with pytest.raises(ArchitectureError, match=message):
+            self.read(tmp_path, {"block_configs": [{"num_local_experts": 4, "sliding_window": 16}, entry]})
+
+    def test_nesting_without_end(self, tmp_path):
+        with pytest.raises(ArchitectureError, match=r"child\.json: not valid JSON: maximum recursion"):
+            self.read(tmp_path, "[" * 200_000)
+
     def test_a_window_beyond_the_models_length_is_merely_useless(self, tmp_path):
         blocks = [{"num_local_experts": 4, "sliding_window": 10**6}, {"num_local_experts": 4, "sliding_window": None}]
         assert self.read(tmp_path, {"block_configs": blocks})[0].sliding_window == 10**6
@@ -230,6 +246,10 @@ class TestChildArchitectureFile:
     def test_a_missing_file(self, tmp_path):
         with pytest.raises(ArchitectureError, match=r"nothing\.json: cannot be read"):
             read_blocks(tmp_path / "nothing.json", self.PARENT)
+
+
+PLAIN = {"model_type": "gpt_oss", "block_configs": None}
+"""No blocks of its own."""
 
 
 class TestImpossibleConfigs:
@@ -248,6 +268,23 @@ class TestImpossibleConfigs:
             ({"num_experts_per_tok": 6}, r"block_configs\[1\].num_local_experts"),
             ({"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.rope_type"),
             ({"rope_scaling": {"rope_type": "yarn", "factor": "big"}}, "rope_scaling"),
+            ({"rope_scaling": {"rope_type": "yarn", "factor": 0}}, r"rope_scaling\.factor: .*positive number .found 0"),
+            ({"rope_scaling": "yarn"}, r'rope_scaling: must be an object .found "yarn"'),
+            ({"rope_theta": -1.0}, r"rope_theta: must be a positive number .found -1\.0"),
+            ({"rope_theta": float("inf")}, "rope_theta: must be a positive number"),
+            ({"rms_norm_eps": None}, "rms_norm_eps: must be a positive number .found null"),
+            ({"rms_norm_eps": "x"}, 'rms_norm_eps: must be a positive number .found "x"'),
+            ({"swiglu_limit": None}, "swiglu_limit: must be a positive number .found null"),
+            ({"attention_bias": "false"}, 'attention_bias: must be true or false .found "false"'),
+            ({"quantization_config": "mxfp4"}, 'quantization_config: must be an object .found "mxfp4"'),
+            ({**PLAIN, "layer_types": 5}, "layer_types: unknown kind of attention .found 5"),
+            (
+                {**PLAIN, "layer_types": ["chunked_attention", "full_attention"]},
+                'layer_types: unknown kind of attention .found "chunked_attention", expected sliding_attention or full',
+            ),
+            ({**PLAIN, "per_layer_config": [{}]}, "per_layer_config: must be an object"),
+            ({**PLAIN, "per_layer_config": {"1": 5}}, r"per_layer_config\.1: must be an object .found 5"),
+            ({"block_configs": [{"ffn": "a"}] * 2}, r'block_configs\[0\]\.ffn: must be an object .found "a"'),
         ],
     )
     def test_one_line_that_names_the_key(self, change, message):
