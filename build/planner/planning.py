@@ -100,7 +100,7 @@ def plan(
     allocator or layout; NoRoomError for a model that leaves no room for one sequence.
     """
     assumptions = assumptions or Assumptions()
-    check_request(architecture, gpu, num_gpus, load, kv_dtype)
+    check_request(architecture, gpu, num_gpus, load, kv_dtype, batch)
     find_allocator(allocator)
     layouts = (parse_layout(layout, num_gpus, architecture),) if layout else possible_layouts(num_gpus, architecture)
     whole = weights_by_split(architecture)
@@ -117,10 +117,12 @@ def plan(
     return replace(best, alternatives=tuple(entry for entry in tried if entry[0] != best.setup.layout.name))
 
 
-def check_request(a: PuzzleArchitecture, gpu: Gpu, num_gpus: int, load: Load, kv_dtype: KvDtype) -> None:
+def check_request(
+    a: PuzzleArchitecture, gpu: Gpu, num_gpus: int, load: Load, kv_dtype: KvDtype, batch: int | None = None
+) -> None:
     """Raise ConfigError for what no layout can mend."""
-    for key, value in (("gpus", num_gpus), ("isl", load.isl), ("osl", load.osl)):
-        if value < 1:
+    for key, value in (("gpus", num_gpus), ("isl", load.isl), ("osl", load.osl), ("batch", batch)):
+        if value is not None and value < 1:
             raise ConfigError("must be at least 1", key=key, found=value)
     if load.sequence_tokens > a.max_position_embeddings:
         raise ConfigError(

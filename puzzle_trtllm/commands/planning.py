@@ -35,7 +35,7 @@ def plan_command(
         str, typer.Option("--allocator", help="Who cuts the KV pool: see the table of a plan.")
     ] = "trtllm_v1_tuned",
     batch: Annotated[
-        int | None, typer.Option("--batch", help="Sequences in flight a replica (default: the best number).")
+        int | None, typer.Option("--batch", min=1, help="Sequences in flight a replica (default: the best number).")
     ] = None,
     memory_rule: Annotated[
         Literal["free", "total"],

@@ -174,6 +174,13 @@ def test_bad_input_is_one_line(arguments: tuple[str, ...], words: tuple[str, ...
     assert_user_error(invoke("plan", CHILD_FILE, *arguments), *words)
 
 
+@pytest.mark.parametrize("batch", [0, -1])
+def test_no_sequence_in_flight_is_no_plan(batch: int) -> None:
+    assert invoke("plan", CHILD_FILE, "--gpus", "8", "--batch", str(batch), *LONG).exit_code == 2
+    with pytest.raises(ConfigError, match=f"batch: must be at least 1 .found {batch}"):
+        plan(CHILD, gpu=load_gpu("h100-80gb"), num_gpus=8, load=Load(isl=1024, osl=64), batch=batch)
+
+
 def test_an_engine_folder_is_planned_as_its_serving_copy(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(CHILD_FILE.read_text(encoding="utf-8"), encoding="utf-8")
