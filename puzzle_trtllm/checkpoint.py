@@ -29,12 +29,23 @@ if TYPE_CHECKING:
     import torch
 
 INDEX_NAME = "model.safetensors.index.json"
+_HUB_PATTERNS = (
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "*.txt",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "USAGE_POLICY*",
+)
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _NUMPY_DTYPES: Mapping[str, type[np.generic]] = {
     "U8": np.uint8,
     "BF16": np.uint16,
     "F16": np.float16,
     "F32": np.float32,
+    "F64": np.float64,
     "I32": np.int32,
     "I64": np.int64,
 }
@@ -120,6 +131,9 @@ class Checkpoint:
     def numpy(self, name: str) -> NDArray[Any]:
         """The tensor as a memory-mapped array of its shape; BF16 comes as its uint16 bit patterns."""
         entry = self.entry(name)
+        if entry.dtype not in _NUMPY_DTYPES:
+            expected = ", ".join(_NUMPY_DTYPES)
+            raise CheckpointError("cannot be read", file=entry.file, key=name, found=entry.dtype, expected=expected)
         return self.raw(name).view(_NUMPY_DTYPES[entry.dtype]).reshape(entry.shape)
 
     def float32(self, name: str) -> NDArray[np.float32]:
@@ -178,9 +192,10 @@ def resolve_folder(path: str | Path, *, weights: bool = True) -> Path:
         raise CheckpointError("no such checkpoint folder", file=path)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"] if weights else ["config.json", INDEX_NAME]
+    wanted = list(_HUB_PATTERNS) if weights else ["config.json", INDEX_NAME]
+    subfolders = ["*/*"]  # a pattern's * crosses "/": the original weights in openai/gpt-oss-120b are 65 GB more
     try:
-        return Path(snapshot_download(str(path), allow_patterns=patterns))
+        return Path(snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=subfolders))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

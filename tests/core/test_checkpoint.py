@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from puzzle_trtllm.checkpoint import INDEX_NAME, Checkpoint
+from puzzle_trtllm.checkpoint import INDEX_NAME, Checkpoint, resolve_folder
 from puzzle_trtllm.checkpoint_writer import rewrite_checkpoint, tensor_of
 from puzzle_trtllm.errors import ArchitectureError, CheckpointError, PuzzleError
 from puzzle_trtllm.tensors import count_weight_bytes, kv_scale_of
@@ -41,6 +41,17 @@ def replaced(folder, tmp_path, replace):
     source, out = Checkpoint.open(folder), tmp_path / "replaced"
     out.mkdir()
     rewrite_checkpoint(source, out, config=source.config, replace=replace)
+    return out
+
+
+K_SCALE = "model.layers.0.self_attn.k_proj.k_scale"
+
+
+def with_a_scale(folder, tmp_path, dtype, value):
+    """A copy of the folder with one K scale of this dtype."""
+    source, out = Checkpoint.open(folder), tmp_path / "scaled"
+    out.mkdir()
+    rewrite_checkpoint(source, out, config=source.config, replace={}, add=[tensor_of(K_SCALE, dtype, value)])
     return out
 
 
@@ -83,6 +94,31 @@ class TestReading:
         checkpoint = Checkpoint.open(make_checkpoint(BLOCKS, kv_scales=[(0.5, 1.0), (2.0, 4.0)]))
         found = {key: float(checkpoint.numpy(entry.name)) for key, entry in checkpoint.kv_scales.items()}
         assert found == {(0, "k"): 0.5, (0, "v"): 1.0, (1, "k"): 2.0, (1, "v"): 4.0}
+
+    def test_a_float_of_64_bits_is_narrowed(self, folder, tmp_path):
+        out = with_a_scale(folder, tmp_path, "F64", np.float64(0.25))
+        values = Checkpoint.open(out).float32(K_SCALE)
+        assert (values.dtype, float(values)) == (np.float32, 0.25)
+
+    def test_a_dtype_that_numpy_lacks_is_one_line(self, folder, tmp_path):
+        out = with_a_scale(folder, tmp_path, "F8_E8M0", np.uint8(127))
+        with pytest.raises(CheckpointError, match=r"k_scale: cannot be read .found F8_E8M0, expected .*F64"):
+            Checkpoint.open(out).float32(K_SCALE)
+
+
+def test_the_hub_is_asked_for_what_rides_along_but_no_subfolder(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    files = ["config.json", "model-00001-of-00002.safetensors", "chat_template.jinja", "LICENSE", "USAGE_POLICY"]
+    files += ["NOTICE.txt", "o200k.tiktoken", "README.md", "original/model.safetensors", "original/config.json"]
+    taken = []
+
+    def download(name: str, **patterns: list[str]) -> str:
+        taken.extend(hub.utils.filter_repo_objects(files, **patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert resolve_folder("openai/gpt-oss-120b") == tmp_path
+    assert taken == files[:7]
 
 
 class TestFingerprint:
