@@ -13,15 +13,16 @@ Experts are hard-linked; only the small shards are written anew.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from puzzle_trtllm.architecture import PuzzleArchitecture
+from puzzle_trtllm.architecture import PuzzleArchitecture, read_json_object
 from puzzle_trtllm.build.companions import GENERATION_CONFIG, companions
 from puzzle_trtllm.build.fold import Folding
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import PlannedTensor, Progress, rewrite_checkpoint
-from puzzle_trtllm.errors import CheckpointError
+from puzzle_trtllm.errors import ArchitectureError, CheckpointError
 from puzzle_trtllm.families import GPT_OSS, GPT_OSS_PUZZLE, Family
 from puzzle_trtllm.folders import link_or_copy
 from puzzle_trtllm.tensors import is_expert_tensor, kv_scale_of
@@ -84,8 +85,10 @@ def _write_generation_config(checkpoint: Checkpoint, folder: Path) -> list[str]:
     """generation_config.json with every token that ends a generation; made from config.json where there is none."""
     file = checkpoint.path / GENERATION_CONFIG
     given = _read_json(file) if file.is_file() else {}
-    eos = given.get("eos_token_id", checkpoint.config.get("eos_token_id"))
-    ids = [eos] if isinstance(eos, int) else list(eos or [])
+    if given.get("eos_token_id") is not None:
+        ids = _token_ids(given, file)
+    else:
+        ids = _token_ids(checkpoint.config, checkpoint.path / "config.json")
     notes = []
     call_id = _special_token_id(checkpoint.path, "<|call|>")
     if call_id is not None and call_id not in ids:
@@ -96,17 +99,35 @@ def _write_generation_config(checkpoint: Checkpoint, folder: Path) -> list[str]:
     return notes
 
 
+def _token_ids(config: Mapping[str, Any], file: Path) -> list[int]:
+    """The config's eos_token_id as a list; empty where it says none."""
+    eos = config.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(_is_token_id(token_id) for token_id in ids):
+        raise CheckpointError(
+            "must be a token id or a list of them", file=file, key="eos_token_id", found=json.dumps(eos)
+        )
+    return list(ids)
+
+
 def _special_token_id(folder: Path, token: str) -> int | None:
     file = folder / "tokenizer.json"
     added = _read_json(file).get("added_tokens", []) if file.is_file() else []
-    return next((int(entry["id"]) for entry in added if entry.get("content") == token), None)
+    if not isinstance(added, list) or not all(_is_added_token(entry) for entry in added):
+        raise CheckpointError("must be a list of objects with id and content", file=file, key="added_tokens")
+    return next((entry["id"] for entry in added if entry["content"] == token), None)
+
+
+def _is_added_token(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("content"), str) and _is_token_id(entry.get("id"))
+
+
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot be read: {error}", file=file) from None
-    if not isinstance(value, dict):
-        raise CheckpointError("not a JSON object", file=file)
-    return value
+        return read_json_object(file)
+    except ArchitectureError as error:
+        raise CheckpointError(str(error)) from None

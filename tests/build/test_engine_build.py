@@ -172,6 +172,11 @@ class TestTheServingCopy:
         engine = build_engine(child, tmp_path / "e", config=config())
         assert json.loads((engine.model_path / "generation_config.json").read_text()) == {"eos_token_id": [RETURN_ID]}
 
+    def test_ends_where_config_json_says_if_the_generation_config_says_null(self, child, tmp_path):
+        (child / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
+        engine = build_engine(child, tmp_path / "e", config=config())
+        assert json.loads((engine.model_path / "generation_config.json").read_text()) == {"eos_token_id": [RETURN_ID]}
+
 
 class TestScales:
     def test_are_folded_and_recorded(self, engine, child):
@@ -265,6 +270,25 @@ class TestRefusals:
         replace = {name: tensor_of(name, "BF16", np.zeros((4, 64), np.uint16))}
         rewrite_checkpoint(source, bad, config=source.config, replace=replace)
         self.refused(bad, tmp_path, CheckpointError, rf"{name}: wrong dtype or shape")
+
+    @pytest.mark.parametrize(
+        ("name", "change", "match"),
+        [
+            (
+                "generation_config.json",
+                {"eos_token_id": 2.5},
+                r"eos_token_id: must be a token id or a list .*found 2\.5",
+            ),
+            ("generation_config.json", {"eos_token_id": "a"}, 'eos_token_id: must be a token id or a list .*found "a"'),
+            ("generation_config.json", {"eos_token_id": [1, -1]}, "eos_token_id: must be a token id or a list"),
+            ("tokenizer.json", {"added_tokens": None}, "added_tokens: must be a list of objects"),
+            ("tokenizer.json", {"added_tokens": ["x"]}, "added_tokens: must be a list of objects"),
+            ("tokenizer.json", {"added_tokens": [{"content": "<|call|>"}]}, "added_tokens: must be a list of objects"),
+        ],
+    )
+    def test_a_companion_with_a_wrong_value(self, child, tmp_path, name, change, match):
+        (child / name).write_text(json.dumps(change))
+        self.refused(child, tmp_path, CheckpointError, rf"{name}: {match}")
 
     def test_a_truncated_shard(self, child, tmp_path):
         shard = sorted(child.glob("*.safetensors"))[-1]
