@@ -20,7 +20,7 @@ from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture
 from puzzle_trtllm.build.derived_values import DerivedValue, Values, to_nested
 from puzzle_trtllm.build.expert_layout import check_expert_layout
 from puzzle_trtllm.build.gpu_args import FREE_FRACTION, Room, batch_size, find_room, moe_backend, put_gpu_args, the_gpu
-from puzzle_trtllm.build.parallelism import check_parallelism
+from puzzle_trtllm.build.parallelism import check_kv_heads, check_parallelism
 from puzzle_trtllm.build.planner.layout import Layout
 from puzzle_trtllm.build.planner.weights import weights_per_gpu
 from puzzle_trtllm.build.window_shares import format_shares, held_tokens, window_shares
@@ -144,15 +144,8 @@ def _check_ranks(values: Values, a: PuzzleArchitecture, config: EngineConfig, fi
     """Before anything is counted per GPU. Raises ConfigError."""
     nested = to_nested(list(values.finish()))
     check_parallelism(a, config, nested, file=file)
-    tp, kv_heads = nested["tensor_parallel_size"], a.num_key_value_heads
-    if config.runtime == "tensorrt_llm" and not nested.get("enable_attention_dp") and kv_heads % tp:
-        raise ConfigError(
-            "TensorRT-LLM's gpt-oss loader does not repeat KV heads",
-            file=file,
-            key="tensor_parallel_size",
-            found=tp,
-            expected=f"a divisor of the {kv_heads} KV heads, or parallel: dep",
-        )
+    if config.runtime == "tensorrt_llm":
+        check_kv_heads(a, nested, file=file)
 
 
 def _max_seq_len(values: Values, a: PuzzleArchitecture, scenario: Scenario, file: str) -> None:

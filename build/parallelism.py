@@ -36,6 +36,19 @@ def check_parallelism(
             _check(False, *problem, file)
 
 
+def check_kv_heads(architecture: PuzzleArchitecture, llm_args: Mapping[str, Any], *, file: str) -> None:
+    """Raise ConfigError for more ranks than TensorRT-LLM's loader can deal KV heads to."""
+    tp, kv_heads = llm_args["tensor_parallel_size"], architecture.num_key_value_heads
+    if not llm_args.get("enable_attention_dp") and kv_heads % tp:
+        raise ConfigError(
+            "TensorRT-LLM's gpt-oss loader does not repeat KV heads",
+            file=file,
+            key="tensor_parallel_size",
+            found=tp,
+            expected=f"a divisor of the {kv_heads} KV heads, or parallel: dep",
+        )
+
+
 def _check(holds: bool, key: str, found: object, expected: str, file: str) -> None:
     if not holds:
         raise ConfigError("impossible parallelism", file=file, key=key, found=found, expected=expected)

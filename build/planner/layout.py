@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from puzzle_trtllm.architecture import PuzzleArchitecture
-from puzzle_trtllm.build.parallelism import check_parallelism
+from puzzle_trtllm.build.parallelism import check_kv_heads, check_parallelism
 from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import ConfigError
 
@@ -68,7 +68,10 @@ def parse_layout(name: str, num_gpus: int, architecture: PuzzleArchitecture) -> 
 
 
 def possible_layouts(num_gpus: int, architecture: PuzzleArchitecture) -> tuple[Layout, ...]:
-    """Every layout on powers of two (and on all GPUs) that the model can have; dep1 is tp1."""
+    """Every layout on powers of two (and on all GPUs) that `build` takes; dep1 is tp1.
+
+    KV heads that are repeated, as other engines do, are planned only when they are asked for by name.
+    """
     sizes = sorted({1 << power for power in range(num_gpus.bit_length())} | {num_gpus})
     names = [
         f"{kind}{size}"
@@ -80,7 +83,9 @@ def possible_layouts(num_gpus: int, architecture: PuzzleArchitecture) -> tuple[L
     found = []
     for name in names:
         try:
-            found.append(parse_layout(name, num_gpus, architecture))
+            layout = parse_layout(name, num_gpus, architecture)
+            check_kv_heads(architecture, _llm_args(layout), file=name)
+            found.append(layout)
         except ConfigError:
             continue
     return tuple(found)
@@ -89,9 +94,13 @@ def possible_layouts(num_gpus: int, architecture: PuzzleArchitecture) -> tuple[L
 def _check(layout: Layout, architecture: PuzzleArchitecture) -> None:
     size = layout.gpus_per_replica
     config = EngineConfig(runtime="tensorrt_llm", num_gpus=size, parallel=layout.kind)
-    llm_args = {
+    check_parallelism(architecture, config, _llm_args(layout), file=f"{layout.kind}{size}")
+
+
+def _llm_args(layout: Layout) -> dict[str, Any]:
+    size = layout.gpus_per_replica
+    return {
         "tensor_parallel_size": size,
         "moe_expert_parallel_size": size,
         "enable_attention_dp": layout.kind == "dep",
     }
-    check_parallelism(architecture, config, llm_args, file=f"{layout.kind}{size}")

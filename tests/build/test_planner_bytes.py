@@ -64,6 +64,11 @@ def test_more_gpus_than_kv_heads_repeat_them() -> None:
     assert kv.bytes_per_token_and_layer == 2 * 16 * 2  # K and V of one whole head
 
 
+def test_layouts_that_build_would_refuse_are_not_offered() -> None:
+    """16 ranks would repeat the 8 KV heads, which TensorRT-LLM's loader cannot."""
+    assert [one.name for one in possible_layouts(16, CHILD)][-3:] == ["2 x tp8", "2 x dep8", "dep16"]
+
+
 def test_layouts_that_the_smallest_layer_forbids() -> None:
     """64 experts cannot be dealt to 128 GPUs, and 64 heads not to 3."""
     with pytest.raises(ConfigError, match="64 experts of layer 15"):
