@@ -30,16 +30,16 @@ from puzzle_trtllm.build.derivation import DerivationRecord, ImportanceSource
 from puzzle_trtllm.build.derivation_plan import DerivationPlan, plan_child
 from puzzle_trtllm.build.expert_formats import config_with_format
 from puzzle_trtllm.build.importance import ExpertImportance, read_importance
-from puzzle_trtllm.build.output_folder import bytes_to_copy, check_disk_space, check_not_source
+from puzzle_trtllm.build.output_folder import check_disk_space, check_not_source
 from puzzle_trtllm.build.progress import byte_progress, warn
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import (
     MAX_SHARD_BYTES,
     SHARD_PATTERN,
+    copy_companions,
     write_shards,
 )
 from puzzle_trtllm.errors import CheckpointError
-from puzzle_trtllm.folders import link_or_copy
 from puzzle_trtllm.resumable_folder import finished_bytes, resumable_folder
 
 _DROPPED = ((re.compile(r"\.rotary_emb\.inv_freq$"), "computed from config.json"),)
@@ -87,7 +87,7 @@ def derive(
     plan = plan_child(source, child_architecture, scores.kept_experts(blocks), dropped)
     out = Path(out)
     check_not_source(out, source=source.path)
-    needed = plan.num_bytes + bytes_to_copy(_companions(source), out)
+    needed = plan.num_bytes + sum(file.stat().st_size for file in _companions(source))
     where: _Target = {"job": _job(source, plan, max_shard_bytes), "keep": SHARD_PATTERN, "overwrite": overwrite}
     if finished := finished_bytes(out, **where):
         check_disk_space(out, num_bytes=needed - finished)  # before the folder is claimed: a failure there removes it
@@ -97,7 +97,7 @@ def derive(
         with byte_progress("derive", plan.num_bytes, quiet=quiet) as progress:
             write_shards(folder, plan.tensors, max_shard_bytes=max_shard_bytes, keep_finished=True, progress=progress)
         _write_config(folder, source, plan.architecture)
-        _link_companions(folder, source)
+        copy_companions(_companions(source), folder)  # but no older model code of a parent that is itself a child
         child = _open_result(folder, plan.architecture)
         record = _record(source, child, plan, scores, Path(architecture))
         record.write(folder)
@@ -153,12 +153,6 @@ def _companions(parent: Checkpoint) -> list[Path]:
     if parent.kv_scales:
         files += [file for name in _CALIBRATION_FILES if (file := parent.path / name).is_file()]
     return files
-
-
-def _link_companions(folder: Path, parent: Checkpoint) -> None:
-    for file in _companions(parent):
-        if not (folder / file.name).exists():  # a parent that is itself a child brings older model code
-            link_or_copy(file, folder / file.name)
 
 
 def _open_result(folder: Path, architecture: PuzzleArchitecture) -> Checkpoint:

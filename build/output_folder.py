@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 from puzzle_trtllm.errors import PuzzleError
@@ -37,12 +36,6 @@ def check_disk_space(out: Path, *, num_bytes: int) -> None:
     needed = num_bytes + HEADER_ALLOWANCE_BYTES
     if free < needed:
         raise PuzzleError("not enough disk space", file=out, found=_gib(free), expected=_gib(needed))
-
-
-def bytes_to_copy(files: Iterable[Path], out: Path) -> int:
-    """Bytes of those `files` that are on another disk than `out`; the others are hard-linked and take none."""
-    disk = _existing(out).stat().st_dev
-    return sum(status.st_size for file in files if (status := file.stat()).st_dev != disk)
 
 
 def _existing(path: Path) -> Path:

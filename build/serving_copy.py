@@ -21,10 +21,9 @@ from puzzle_trtllm.architecture import PuzzleArchitecture, read_json_object
 from puzzle_trtllm.build.companions import GENERATION_CONFIG, companions
 from puzzle_trtllm.build.fold import Folding
 from puzzle_trtllm.checkpoint import Checkpoint
-from puzzle_trtllm.checkpoint_writer import PlannedTensor, Progress, rewrite_checkpoint
+from puzzle_trtllm.checkpoint_writer import PlannedTensor, Progress, copy_companions, rewrite_checkpoint
 from puzzle_trtllm.errors import ArchitectureError, CheckpointError
 from puzzle_trtllm.families import GPT_OSS, GPT_OSS_PUZZLE, Family
-from puzzle_trtllm.folders import link_or_copy
 from puzzle_trtllm.tensors import is_expert_tensor, kv_scale_of
 
 _NOT_FOR_SERVING = ("auto_map", "per_layer_config", "num_experts")
@@ -75,9 +74,7 @@ def write_serving_copy(
         companions=False,
         progress=progress,
     )
-    for file in companions(checkpoint):
-        if file.name != GENERATION_CONFIG:
-            link_or_copy(file, folder / file.name)
+    copy_companions((file for file in companions(checkpoint) if file.name != GENERATION_CONFIG), folder)
     return _write_generation_config(checkpoint, folder)
 
 

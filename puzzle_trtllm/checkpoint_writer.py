@@ -8,6 +8,7 @@ LLM's loader globs the files and ignores the index, so a stale duplicate would w
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,8 +146,14 @@ def rewrite_checkpoint(
     write_shards(folder, [*planned, *add], linked_shards=linked, progress=progress)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if companions:
-        for file in source.companion_files():
-            link_or_copy(file, folder / file.name)
+        copy_companions(source.companion_files(), folder)
+
+
+def copy_companions(files: Iterable[Path], folder: Path) -> None:
+    """Copy small files into `folder`, but none that it already has; a link would share later edits in place."""
+    for file in files:
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
 
 
 def _split(tensors: Sequence[PlannedTensor], max_shard_bytes: int) -> Iterator[list[PlannedTensor]]:

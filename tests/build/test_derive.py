@@ -142,6 +142,13 @@ class TestTheChild:
         for module in json.loads((child / "config.json").read_text())["auto_map"].values():
             assert (child / f"{module.split('.')[0]}.py").is_file()
 
+    def test_edited_in_place_leaves_the_parent_alone(self, parent, inputs, tmp_path):
+        before = (parent / "generation_config.json").read_bytes()
+        derive(parent, tmp_path / "child", **inputs)
+        with (tmp_path / "child" / "generation_config.json").open("r+") as file:
+            file.write("{ }")
+        assert (parent / "generation_config.json").read_bytes() == before
+
     def test_carries_kv_scales_along(self, make_checkpoint, write_architecture, write_importance, tmp_path):
         parent = make_checkpoint(PARENT_BLOCKS, kv_scales=[(0.5, 2.0)] * 3)
         arguments = {"architecture": write_architecture(CHILD_BLOCKS), "importance": write_importance(SCORES)}

@@ -140,6 +140,10 @@ class TestTheServingCopy:
         name = next(name for name in source.tensors if is_expert_tensor(name))
         assert served.entry(name).file.stat().st_ino == source.entry(name).file.stat().st_ino
 
+    def test_shares_no_small_file_with_the_checkpoint(self, engine, child):
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            assert not (engine.model_path / name).samefile(child / name)
+
     def test_is_in_transformers_hands_the_same_model(self, make_checkpoint, tmp_path):
         torch = pytest.importorskip("torch")
         transformers = pytest.importorskip("transformers")

@@ -1,36 +1,16 @@
-"""What must fit on the disk: bytes that are written, and companions only where they cannot be linked."""
+"""What must fit on the disk: all bytes that are written, companions included."""
 
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from puzzle_trtllm.build import output_folder
 from puzzle_trtllm.build.derive import derive
-from puzzle_trtllm.build.output_folder import bytes_to_copy, check_disk_space, check_output_folder
+from puzzle_trtllm.build.output_folder import check_disk_space, check_output_folder
 from puzzle_trtllm.errors import PuzzleError
-
-
-@pytest.fixture
-def other_disk(tmp_path) -> Iterator[Path]:
-    memory = Path("/dev/shm")
-    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("has one disk only")
-    folder = Path(tempfile.mkdtemp(dir=memory))
-    yield folder
-    shutil.rmtree(folder)
-
-
-def test_links_take_no_space_and_copies_do(tmp_path, other_disk):
-    (tmp_path / "tokenizer.json").write_bytes(b"x" * 1000)
-    (other_disk / "LICENSE").write_bytes(b"x" * 500)
-    files = [tmp_path / "tokenizer.json", other_disk / "LICENSE"]
-    assert bytes_to_copy(files, tmp_path / "not" / "yet" / "there") == 500
-    assert bytes_to_copy(files, other_disk / "child") == 1000
 
 
 def test_exactly_what_is_needed_is_enough(tmp_path, monkeypatch):
@@ -53,12 +33,11 @@ def test_a_mount_point_is_refused(tmp_path):
 
 def test_a_link_to_itself_has_a_disk_too(tmp_path):
     (tmp_path / "out").symlink_to("out")
-    assert bytes_to_copy([], tmp_path / "out") == 0
     check_output_folder(tmp_path / "out", source=tmp_path / "parent", num_bytes=0)
 
 
-def test_derive_asks_for_its_shards_and_what_it_must_copy(
-    make_checkpoint, write_architecture, write_importance, other_disk, tmp_path, monkeypatch
+def test_derive_asks_for_its_shards_and_what_it_copies(
+    make_checkpoint, write_architecture, write_importance, tmp_path, monkeypatch
 ):
     parent = make_checkpoint([(6, 16)])
     inputs = {"architecture": write_architecture([(4, 16)]), "importance": write_importance([[1, 2, 3, 4, 5, 6]])}
@@ -67,8 +46,7 @@ def test_derive_asks_for_its_shards_and_what_it_must_copy(
         "puzzle_trtllm.build.derive.check_disk_space", lambda out, *, num_bytes: asked.append(num_bytes)
     )
     derive(parent, tmp_path / "child", **inputs)
-    derive(parent, other_disk / "child", **inputs)
     shards = sum(f.stat().st_size - 8 - int.from_bytes(f.read_bytes()[:8], "little")
                  for f in (tmp_path / "child").glob("*.safetensors"))  # fmt: skip
     names = ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-    assert asked == [shards, shards + sum((parent / name).stat().st_size for name in names)]
+    assert asked == [shards + sum((parent / name).stat().st_size for name in names)]

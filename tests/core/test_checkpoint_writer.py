@@ -132,3 +132,10 @@ class TestRewrite:
     def test_unknown_names_are_our_own_bug(self, source, tmp_path):
         with pytest.raises(ValueError, match="not in the checkpoint"):
             self.rewrite(source, tmp_path, replace={"nothing": None})
+
+
+def test_companions_are_copied_not_linked(source, tmp_path):
+    rewrite_checkpoint(source, tmp_path, config=source.config, replace={})
+    for file in source.companion_files():
+        copy = tmp_path / file.name
+        assert copy.read_bytes() == file.read_bytes() and not copy.samefile(file)
