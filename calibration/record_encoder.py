@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from puzzle_trtllm.chat import ChatTokenizer
+from puzzle_trtllm.chat import REASONING_EFFORTS, ChatTokenizer
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.errors import CalibrationError, CheckpointError
 
@@ -54,12 +54,12 @@ class RecordEncoder:
         if isinstance(value, str) and column not in ("messages", "input_ids"):
             return self._checked(self._read_tokenizer().encode(value), place)
         if _is_token_ids(value) and column not in ("messages", "text"):
-            return self._checked(value, place)
+            return self._checked(_unpadded(value, record.get("attention_mask"), place), place)
         if column == "input_ids":
             raise CalibrationError("must be a list of token ids", file=place, key=column)
         if column == "text":
             raise CalibrationError("must be a string", file=place, key=column)
-        return self._checked(self._encode_chat(value, column, record.get("reasoning_effort"), place), place)
+        return self._checked(self._encode_chat(value, column, _effort(record, place), place), place)
 
     def _said(self, record: Mapping[str, Any], place: str) -> tuple[str, Any]:
         wanted = COLUMNS if self._column is None else (self._column,)
@@ -69,7 +69,7 @@ class RecordEncoder:
             raise CalibrationError("unknown record", file=place, found=list(record), expected=expected)
         return found[0], record[found[0]]
 
-    def _encode_chat(self, value: Any, column: str, effort: object, place: str) -> list[int]:
+    def _encode_chat(self, value: Any, column: str, effort: str | None, place: str) -> list[int]:
         messages = _messages(value)
         if messages is None:
             raise CalibrationError("must be a list of messages", file=place, key=column)
@@ -82,7 +82,7 @@ class RecordEncoder:
         try:
             text = tokenizer.render_chat(
                 messages,
-                reasoning_effort=None if effort is None else str(effort),
+                reasoning_effort=effort,
                 add_generation_prompt=messages[-1].get("role") != "assistant",
                 now=TEMPLATE_DATE,
             )
@@ -118,6 +118,34 @@ class RecordEncoder:
 
 def _is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
+
+
+def _unpadded(ids: list[int], mask: Any, place: str) -> list[int]:
+    """The ids that `mask` keeps; None keeps all."""
+    if mask is None:
+        return ids
+    if not isinstance(mask, list) or len(mask) != len(ids) or not all(type(m) is int and m in (0, 1) for m in mask):
+        raise CalibrationError(
+            "does not fit the token ids",
+            file=place,
+            key="attention_mask",
+            expected=f"a list of {len(ids)} zeros and ones",
+        )
+    return [i for i, kept in zip(ids, mask, strict=True) if kept]
+
+
+def _effort(record: Mapping[str, Any], place: str) -> str | None:
+    """What the record asks for. Templates are no check: gpt-oss's prints whatever it is given."""
+    effort: str | None = record.get("reasoning_effort")
+    if effort is not None and effort not in REASONING_EFFORTS:
+        raise CalibrationError(
+            "unknown reasoning effort",
+            file=place,
+            key="reasoning_effort",
+            found=effort,
+            expected=", ".join(REASONING_EFFORTS),
+        )
+    return effort
 
 
 def _messages(value: Any) -> list[dict[str, Any]] | None:

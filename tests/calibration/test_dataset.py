@@ -65,6 +65,31 @@ def test_texts_and_token_ids(checkpoint, tmp_path):
     assert sorted(ids_of(load_dataset(paragraphs, checkpoint))) == sorted([encode("one\ntwo"), encode("three")])
 
 
+def test_padding_that_a_mask_tells_of_is_left_out(checkpoint, tmp_path):
+    padded = {"input_ids": [0, 0, 5, 6, 7, 0], "attention_mask": [0, 0, 1, 1, 1, 0]}
+    assert ids_of(load_dataset(write_jsonl(tmp_path / "d.jsonl", padded), checkpoint)) == [[5, 6, 7]]
+    unmasked = {"input_ids": [5, 6], "attention_mask": None}  # Arrow's way to say that there is none
+    assert ids_of(load_dataset(write_jsonl(tmp_path / "n.jsonl", unmasked), checkpoint)) == [[5, 6]]
+
+
+@pytest.mark.parametrize("mask", [[1], [1, 1, 1], [1, 2], [[1, 1]], [1, True], [1, 0.5], 1, "11"])
+def test_a_mask_that_does_not_fit_is_refused(checkpoint, tmp_path, mask):
+    file = write_jsonl(tmp_path / "d.jsonl", {"input_ids": [5, 6], "attention_mask": mask})
+    with pytest.raises(CalibrationError, match=r"d\.jsonl:1: attention_mask: .*expected a list of 2 zeros and ones"):
+        load_dataset(file, checkpoint)
+
+
+@pytest.mark.parametrize("effort", ["ultra", 5, ["high"]])
+def test_an_unknown_effort_of_a_record_is_refused_whatever_the_template_takes(make_checkpoint, tmp_path, effort):
+    folder = make_checkpoint([(4, 8)])
+    (folder / "chat_template.jinja").write_text("{{ reasoning_effort }}{{ messages[0].content }}")
+    file = write_jsonl(
+        tmp_path / "d.jsonl", {"messages": [{"role": "user", "content": "1"}], "reasoning_effort": effort}
+    )
+    with pytest.raises(CalibrationError, match=r"d\.jsonl:1: reasoning_effort: unknown .*expected low, medium, high"):
+        load_dataset(file, Checkpoint.open(folder))
+
+
 def test_the_checkpoint_may_bring_its_own(checkpoint, make_checkpoint):
     folder = make_checkpoint([(4, 8)])
     write_jsonl(folder / "calibration.jsonl", {"input_ids": [1, 2]})
