@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -67,6 +68,8 @@ class CalibrationDataset:
 
     source: str | Path
     sequences: tuple[NDArray[np.int64], ...]
+    contents: tuple[bytes, ...] = ()
+    """By sequence a digest of what its record says (EncodedRecord.content); none where rows hold several records."""
 
     @property
     def num_tokens(self) -> int:
@@ -85,6 +88,19 @@ class CalibrationDataset:
             digest.update(np.int64(len(sequence)).tobytes())
             digest.update(sequence.tobytes())
         return f"sha256:{digest.hexdigest()}"
+
+    def subset(self, kept: Sequence[bool]) -> CalibrationDataset:
+        """The sequences for which `kept` is true."""
+        sequences, contents = compress(self.sequences, kept), compress(self.contents, kept)
+        return replace(self, sequences=tuple(sequences), contents=tuple(contents))
+
+    def packed(self, length: int) -> CalibrationDataset:
+        """Rows of exactly `length` tokens; a last incomplete one stays, so that little data is not none."""
+        if not self.sequences:
+            return self
+        stream = np.concatenate(self.sequences)
+        rows = tuple(stream[start : start + length] for start in range(0, len(stream), length))
+        return replace(self, sequences=rows, contents=())
 
     def batches(self, max_tokens: int) -> Iterator[NDArray[np.int64]]:
         """Token ids `[B, T]`, shortest first; at most `max_tokens` each unless one sequence alone is longer."""
@@ -112,9 +128,11 @@ def load_dataset(
     sequence_length: int | None = None,
     pack: bool = False,
     seed: int = 0,
+    pack_later: bool = False,
 ) -> CalibrationDataset:
     """Draw, render and tokenize `dataset` for this checkpoint; DataOptions says what each keyword means.
 
+    `pack_later` leaves what `pack` asks for to the caller (`CalibrationDataset.packed`), who gets whole records.
     Raises CalibrationError naming file and line.
     """
     limit = checkpoint.architecture.max_position_embeddings
@@ -125,29 +143,33 @@ def load_dataset(
     if bundled and sequence_length is None:
         sequence_length = limit
     sequences: list[NDArray[np.int64]] = []
+    contents: list[bytes] = []
     num_tokens = 0
     records = draw_records(source, max_samples=max_samples, seed=seed, config=dataset_config, split=split)
     for place, record in records:
-        ids = encoder.encode(record, place)
+        encoded = encoder.encode(record, place)
+        ids = encoded.ids
         if sequence_length is None and len(ids) > limit:
             expected = f"at most {limit} tokens, or a sequence_length to cut at"
             raise CalibrationError("longer than the model's limit", file=place, found=len(ids), expected=expected)
         sequences.append(ids if pack else ids[:sequence_length])
+        contents.append(encoded.content)
         num_tokens += len(sequences[-1])
         if num_tokens >= max_tokens:
             break
-    if pack:
-        sequences = _pack(sequences, sequence_length or limit)
-    sequences = [sequence for sequence in sequences if len(sequence)]
-    if not sequences:
+    found = CalibrationDataset(source=source, sequences=tuple(sequences), contents=tuple(contents))
+    found = found.subset([len(sequence) > 0 for sequence in sequences])
+    if not found.sequences:
         raise CalibrationError("no tokens", file=source, expected="at least one record with text")
-    return CalibrationDataset(source=source, sequences=tuple(sequences))
+    return found.packed(sequence_length or limit) if pack and not pack_later else found
 
 
-def load_chosen(checkpoint: Checkpoint, options: DataOptions, *, max_tokens: int) -> CalibrationDataset:
+def load_chosen(
+    checkpoint: Checkpoint, options: DataOptions, *, max_tokens: int, pack_later: bool = False
+) -> CalibrationDataset:
     """`load_dataset` with the keywords of `options`; `max_tokens` holds when they do not say."""
     named: dict[str, Any] = {"max_tokens": max_tokens, "dataset": None, **options}
-    return load_dataset(named.pop("dataset"), checkpoint, **named)
+    return load_dataset(named.pop("dataset"), checkpoint, pack_later=pack_later, **named)
 
 
 def _check_options(efforts: Sequence[str], sequence_length: int | None, limit: int, pack: bool) -> None:
@@ -167,9 +189,3 @@ def _named_or_default(dataset: str | Path | None, checkpoint: Checkpoint) -> str
         return dataset
     own = checkpoint.path / OWN_NAME
     return own if own.is_file() else BUNDLED
-
-
-def _pack(sequences: Sequence[NDArray[np.int64]], length: int) -> list[NDArray[np.int64]]:
-    """Rows of exactly `length` from the concatenation; a last incomplete row stays, so that little data is not none."""
-    stream = np.concatenate(sequences)
-    return [stream[start : start + length] for start in range(0, len(stream), length)]

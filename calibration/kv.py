@@ -187,8 +187,8 @@ def _require_device(device: str) -> None:
 
 def _prepare(source: Checkpoint, options: KvOptions, ranks: Ranks) -> tuple[_Work, str | None]:
     """The work, and why nothing can be measured, if so."""
-    sample = load_chosen(source, options.data, max_tokens=MAX_TOKENS)
-    data, held_out = set_aside(sample, options.held_out, source, sequence_length=options.data.get("sequence_length"))
+    sample = load_chosen(source, options.data, max_tokens=MAX_TOKENS, pack_later=True)
+    data, held_out = set_aside(sample, options.held_out, source, options.data)
     require_enough(sum(1 for _ in data.batches(MAX_TOKENS_PER_BATCH)), ranks)
     missing = None
     if not options.quality:

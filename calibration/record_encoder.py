@@ -7,7 +7,10 @@ has no row for means that it belongs to another model.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -25,6 +28,16 @@ COLUMNS = ("messages", "text", "input_ids")
 """What a record says, in whichever of these columns it has."""
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedRecord:
+    """What a record became."""
+
+    ids: NDArray[np.int64]
+    """`[T]`"""
+    content: bytes
+    """A digest of what it says, which for a conversation leaves its effort out."""
 
 
 class RecordEncoder:
@@ -48,18 +61,22 @@ class RecordEncoder:
         self._num_conversations = 0
         self._tokenizer: ChatTokenizer | None = None
 
-    def encode(self, record: Mapping[str, Any], place: str) -> NDArray[np.int64]:
-        """int64 `[T]`. Raises CalibrationError naming `place`, CheckpointError when the tokenizer cannot be used."""
+    def encode(self, record: Mapping[str, Any], place: str) -> EncodedRecord:
+        """Raises CalibrationError naming `place`, CheckpointError when the tokenizer cannot be used."""
         column, value = self._said(record, place)
         if isinstance(value, str) and column not in ("messages", "input_ids"):
-            return self._checked(self._read_tokenizer().encode(value), place)
+            return self._encoded(self._read_tokenizer().encode(value), place)
         if _is_token_ids(value) and column not in ("messages", "text"):
-            return self._checked(_unpadded(value, record.get("attention_mask"), place), place)
+            return self._encoded(_unpadded(value, record.get("attention_mask"), place), place)
         if column == "input_ids":
             raise CalibrationError("must be a list of token ids", file=place, key=column)
         if column == "text":
             raise CalibrationError("must be a string", file=place, key=column)
-        return self._checked(self._encode_chat(value, column, _effort(record, place), place), place)
+        messages = _messages(value)
+        if messages is None:
+            raise CalibrationError("must be a list of messages", file=place, key=column)
+        ids = self._encode_chat(messages, _effort(record, place), place)
+        return self._encoded(ids, place, content=json.dumps(messages, sort_keys=True, default=str))
 
     def _said(self, record: Mapping[str, Any], place: str) -> tuple[str, Any]:
         wanted = COLUMNS if self._column is None else (self._column,)
@@ -69,10 +86,7 @@ class RecordEncoder:
             raise CalibrationError("unknown record", file=place, found=list(record), expected=expected)
         return found[0], record[found[0]]
 
-    def _encode_chat(self, value: Any, column: str, effort: str | None, place: str) -> list[int]:
-        messages = _messages(value)
-        if messages is None:
-            raise CalibrationError("must be a list of messages", file=place, key=column)
+    def _encode_chat(self, messages: list[dict[str, Any]], effort: str | None, place: str) -> list[int]:
         tokenizer = self._read_tokenizer()
         if self._plain_without_template and not tokenizer.has_template:
             return tokenizer.encode("\n".join(str(message["content"]) for message in messages))
@@ -104,7 +118,8 @@ class RecordEncoder:
             self._tokenizer = tokenizer
         return self._tokenizer
 
-    def _checked(self, ids: Sequence[int], place: str) -> NDArray[np.int64]:
+    def _encoded(self, ids: Sequence[int], place: str, *, content: str | None = None) -> EncodedRecord:
+        """Checked against the vocabulary; without `content` the ids are what the record says."""
         vocab_size = self._checkpoint.architecture.vocab_size
         if len(ids) and max(ids) >= vocab_size:
             raise CalibrationError(
@@ -113,7 +128,9 @@ class RecordEncoder:
                 found=max(ids),
                 expected=f"below {vocab_size}",
             )
-        return np.array(ids, dtype=np.int64)
+        array = np.array(ids, dtype=np.int64)
+        said = array.tobytes() if content is None else content.encode()
+        return EncodedRecord(ids=array, content=hashlib.sha256(said).digest())
 
 
 def _is_token_ids(value: Any) -> bool:

@@ -181,6 +181,47 @@ def test_a_sequence_on_both_sides_is_dropped(make_checkpoint):
     assert not {s.tobytes() for s in data.sequences} & {s.tobytes() for s in held_out.sequences}
 
 
+def write_jsonl(file: Path, *records: object) -> Path:
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def test_a_conversation_that_calibration_sees_at_another_effort_is_dropped(folder, tmp_path):
+    def ask(text: str, **more: str) -> dict[str, object]:
+        return {"messages": [{"role": "user", "content": text}], **more}
+
+    source = Checkpoint.open(folder)
+    sample = load_dataset(write_jsonl(tmp_path / "d.jsonl", ask("1+2=", reasoning_effort="high")), source)
+    others = write_jsonl(tmp_path / "h.jsonl", ask("1+2=", reasoning_effort="low"), ask("1+2="), ask("5+6="))
+    _, held_out = set_aside(sample, others, source)
+    assert [ids.tolist() for ids in held_out.sequences] == [
+        ids.tolist() for ids in load_dataset(write_jsonl(tmp_path / "e.jsonl", ask("5+6=")), source).sequences
+    ]
+
+
+def test_a_held_out_file_is_read_with_the_options_of_the_sample(folder, tmp_path):
+    """Its column and efforts are the sample's; its records are its own affair, and a file has no config."""
+    source = Checkpoint.open(folder)
+    options = {"column": "q", "efforts": ["high"], "sequence_length": 40, "max_samples": 1, "seed": 3}
+    sample = load_dataset(write_jsonl(tmp_path / "d.jsonl", {"q": "1+2="}), source, **options)
+    questions = [{"q": [{"role": "user", "content": text * 20}]} for text in ("3+4=", "5+6=")]
+    file = write_jsonl(tmp_path / "h.jsonl", *questions)
+    expected = load_dataset(file, source, column="q", efforts=["high"], sequence_length=40)
+    _, held_out = set_aside(sample, file, source, {**options, "dataset": "a/b", "dataset_config": "c"})
+    assert held_out.fingerprint == expected.fingerprint
+    assert [len(ids) for ids in held_out.sequences] == [40, 40]
+
+
+def test_records_are_set_aside_before_they_are_packed(folder, tmp_path):
+    source = Checkpoint.open(folder)
+    file = write_jsonl(tmp_path / "d.jsonl", *({"input_ids": [10 + i] * 5} for i in range(8)), {"input_ids": [10] * 5})
+    options = {"sequence_length": 4, "pack": True}
+    data, held_out = set_aside(load_dataset(file, source, **options, pack_later=True), 3, source, options)
+    seen, measured = (np.concatenate(part.sequences) for part in (data, held_out))
+    assert not set(seen) & set(measured)
+    assert all(len(row) == 4 for row in data.sequences[:-1] + held_out.sequences[:-1])
+
+
 def test_the_scales_do_not_depend_on_measuring(folder, calibrated, tmp_path):
     calibrate_kv(folder, tmp_path / "out", quality=False)
     report = json.loads((tmp_path / "out" / "kv_report.json").read_text())
