@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from puzzle_trtllm.chat import REASONING_EFFORTS, ChatTokenizer
 from puzzle_trtllm.checkpoint import Checkpoint
-from puzzle_trtllm.errors import CalibrationError, CheckpointError
+from puzzle_trtllm.errors import CalibrationError, CheckpointError, PuzzleError
 
 TEMPLATE_DATE = datetime(2025, 8, 5)
 """The day of gpt-oss's release."""
@@ -65,16 +65,14 @@ class RecordEncoder:
         """Raises CalibrationError naming `place`, CheckpointError when the tokenizer cannot be used."""
         column, value = self._said(record, place)
         if isinstance(value, str) and column not in ("messages", "input_ids"):
-            return self._encoded(self._read_tokenizer().encode(value), place)
+            return self._encoded(self._tokens(value, place), place)
         if _is_token_ids(value) and column not in ("messages", "text"):
             return self._encoded(_unpadded(value, record.get("attention_mask"), place), place)
         if column == "input_ids":
             raise CalibrationError("must be a list of token ids", file=place, key=column)
         if column == "text":
             raise CalibrationError("must be a string", file=place, key=column)
-        messages = _messages(value)
-        if messages is None:
-            raise CalibrationError("must be a list of messages", file=place, key=column)
+        messages = _messages(value, column, place)
         ids = self._encode_chat(messages, _effort(record, place), place)
         return self._encoded(ids, place, content=json.dumps(messages, sort_keys=True, default=str))
 
@@ -89,7 +87,7 @@ class RecordEncoder:
     def _encode_chat(self, messages: list[dict[str, Any]], effort: str | None, place: str) -> list[int]:
         tokenizer = self._read_tokenizer()
         if self._plain_without_template and not tokenizer.has_template:
-            return tokenizer.encode("\n".join(str(message["content"]) for message in messages))
+            return self._tokens("\n".join(message.get("content", "") for message in messages), place)
         if effort is None and self._efforts:
             effort = self._efforts[self._num_conversations % len(self._efforts)]
             self._num_conversations += 1
@@ -102,7 +100,14 @@ class RecordEncoder:
             )
         except CheckpointError as error:
             raise CalibrationError(str(error), file=place) from None
-        return tokenizer.encode(text)
+        return self._tokens(text, place)
+
+    def _tokens(self, text: str, place: str) -> list[int]:
+        tokenizer = self._read_tokenizer()
+        try:
+            return tokenizer.encode(text)
+        except PuzzleError as error:
+            raise CalibrationError(str(error), file=place) from None
 
     def _read_tokenizer(self) -> ChatTokenizer:
         if self._tokenizer is None:
@@ -165,17 +170,37 @@ def _effort(record: Mapping[str, Any], place: str) -> str | None:
     return effort
 
 
-def _messages(value: Any) -> list[dict[str, Any]] | None:
-    """Messages as templates read them, also from `{"from": "human", "value": ...}`; None if they are none."""
+def _messages(value: Any, column: str, place: str) -> list[dict[str, Any]]:
+    """Messages as templates read them, also from `{"from": "human", "value": ...}`.
+
+    What a message says must be text: many templates print anything, a list as Python writes it.
+    """
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
-        return None
+        raise CalibrationError("must be a list of messages", file=place, key=column)
     messages = []
-    for message in value:
+    for number, message in enumerate(value):
         kept = {key: part for key, part in message.items() if part is not None}  # Arrow fills absent keys with null
         if "from" in kept and "value" in kept:
             role = str(kept["from"])
             kept = {"role": _SHAREGPT_ROLES.get(role, role), "content": kept["value"]}
         if "role" not in kept:
-            return None
+            raise CalibrationError("must be a list of messages", file=place, key=column)
+        if "content" in kept:
+            kept["content"] = _joined(kept["content"])
+        for key in ("role", "content"):
+            if not isinstance(kept.get(key, ""), str):
+                found = type(kept[key]).__name__
+                expected = "a string" if key == "role" else "a string or a list of text parts"
+                raise CalibrationError(
+                    "not text", file=place, key=f"{column}[{number}].{key}", found=found, expected=expected
+                )
         messages.append(kept)
     return messages
+
+
+def _joined(content: Any) -> Any:
+    """The text of a list of `{"type": "text", "text": ...}`; anything else as it is."""
+    if not isinstance(content, list):
+        return content
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content

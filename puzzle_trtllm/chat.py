@@ -21,7 +21,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from puzzle_trtllm.errors import CheckpointError
+from puzzle_trtllm.errors import CheckpointError, PuzzleError
 
 REASONING_EFFORTS = ("low", "medium", "high")
 
@@ -43,11 +43,9 @@ class ChatTokenizer:
             raise CheckpointError("missing", file=file)
         try:
             tokenizer = Tokenizer.from_file(str(file))
-            config_file = folder / "tokenizer_config.json"
-            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
         except Exception as error:  # tokenizers raises bare Exception
             raise CheckpointError(f"cannot be read: {error}", file=file) from None
-        return cls(folder=folder, tokenizer=tokenizer, config=config)
+        return cls(folder=folder, tokenizer=tokenizer, config=_read_config(folder / "tokenizer_config.json"))
 
     @property
     def vocab_size(self) -> int:
@@ -66,8 +64,12 @@ class ChatTokenizer:
         """Token ids of `text` as it stands: special tokens in it are recognised, none are added.
 
         As a batch of one, for which tokenizers lets go of the GIL, and without offsets, which nobody reads.
+        Raises PuzzleError for half a surrogate pair, which JSON can say (`"\\ud800"`) but UTF-8 cannot.
         """
-        return list(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+        try:
+            return list(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+        except TypeError:
+            raise PuzzleError("not text that UTF-8 can hold (half a surrogate pair?)") from None
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
@@ -94,7 +96,7 @@ class ChatTokenizer:
             arguments[name] = token.get("content") if isinstance(token, dict) else (token or "")
         try:
             return self._template.render(**arguments)
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:  # the latter two from what it does with odd values
             raise CheckpointError(f"the chat template refuses this conversation: {error}", file=self.folder) from None
 
     def template_takes(self, name: str) -> bool:
@@ -114,12 +116,35 @@ class ChatTokenizer:
         return _environment().from_string(self._template_source)
 
 
+def _read_config(file: Path) -> Mapping[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot be read: {error}", file=file) from None
+    if not isinstance(config, dict):
+        raise CheckpointError("unknown form", file=file, found=type(config).__name__, expected="an object")
+    return config
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_template_error
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As transformers has it: jinja2's own filter escapes HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_template_error(message: str) -> None:

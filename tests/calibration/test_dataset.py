@@ -79,6 +79,34 @@ def test_a_mask_that_does_not_fit_is_refused(checkpoint, tmp_path, mask):
         load_dataset(file, checkpoint)
 
 
+def test_text_parts_are_one_text(checkpoint, tmp_path):
+    parts = [{"type": "text", "text": "1+"}, {"type": "text", "text": "1=", "image": None}]
+    found = [
+        load_dataset(write_jsonl(tmp_path / name, {"messages": [{"role": "user", "content": content}]}), checkpoint)
+        for name, content in (("parts.jsonl", parts), ("text.jsonl", "1+1="))
+    ]
+    assert found[0].fingerprint == found[1].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("message", "key", "found"),
+    [
+        ({"role": "user", "content": 12}, "content", "int"),
+        ({"role": "user", "content": {"text": "a"}}, "content", "dict"),
+        ({"role": "user", "content": [{"type": "image", "url": "a"}]}, "content", "list"),
+        ({"role": "user", "content": ["a"]}, "content", "list"),
+        ({"from": "human", "value": 12}, "content", "int"),
+        ({"role": 5, "content": "a"}, "role", "int"),
+    ],
+)
+def test_what_is_no_text_is_refused_rather_than_printed(checkpoint, tmp_path, message, key, found):
+    file = write_jsonl(tmp_path / "d.jsonl", {"messages": [{"role": "user", "content": "a"}, message]})
+    with pytest.raises(
+        CalibrationError, match=rf"d\.jsonl:1: messages\[1\]\.{key}: not text \(found {found}, expected a"
+    ):
+        load_dataset(file, checkpoint)
+
+
 @pytest.mark.parametrize("effort", ["ultra", 5, ["high"]])
 def test_an_unknown_effort_of_a_record_is_refused_whatever_the_template_takes(make_checkpoint, tmp_path, effort):
     folder = make_checkpoint([(4, 8)])
@@ -296,6 +324,8 @@ def test_the_fingerprint_names_the_tokens_not_the_file(checkpoint, tmp_path):
         ),
         ("[1, 2]\n", r"d.jsonl:1: unknown record \(found list"),
         ('{"text": ""}\n', "d.jsonl: no tokens"),
+        ('{"text": "\\ud800"}\n', "d.jsonl:1: not text that UTF-8 can hold"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}\n', "d.jsonl:1: not text that UTF-8 can hold"),
         ('{"text": 5}\n', "d.jsonl:1: text: must be a string"),
         ('{"messages": "hello"}\n', "d.jsonl:1: messages: must be a list of messages"),
         ('{"input_ids": [1, -2]}\n', "d.jsonl:1: input_ids: must be a list of token ids"),

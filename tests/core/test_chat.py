@@ -11,7 +11,7 @@ import time
 import pytest
 
 from puzzle_trtllm.chat import REASONING_EFFORTS, ChatTokenizer
-from puzzle_trtllm.errors import CheckpointError
+from puzzle_trtllm.errors import CheckpointError, PuzzleError
 from tests.toys import RETURN_ID, UNK_ID, VOCAB_SIZE, write_toy_tokenizer
 
 CONVERSATIONS = [
@@ -95,7 +95,13 @@ def test_text_round_trips(folder):
     [
         (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json: missing"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), r"tokenizer\.json: cannot be read"),
-        (lambda f: (f / "tokenizer_config.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "tokenizer_config.json").write_text("{"), r"tokenizer_config\.json: cannot be read"),
+        (
+            lambda f: (f / "tokenizer_config.json").write_text("[]"),
+            r"tokenizer_config\.json: unknown form \(found list",
+        ),
+        (lambda f: (f / "chat_template.jinja").write_text("{{ 'a' + messages }}"), "the chat template refuses"),
+        (lambda f: (f / "chat_template.jinja").write_text("{{ '%z' | format(1) }}"), "the chat template refuses"),
         (lambda f: (f / "chat_template.jinja").unlink(), r"chat_template\.jinja: missing"),
         (lambda f: (f / "chat_template.jinja").write_text("{% if %}"), "the chat template refuses"),
         (lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('no tools') }}"), "no tools"),
@@ -106,6 +112,23 @@ def test_damage_is_one_line(folder, damage, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         ChatTokenizer.from_folder(folder).render_chat(CONVERSATIONS[0])
     assert "\n" not in str(caught.value)
+
+
+def test_json_is_written_as_transformers_writes_it(folder):
+    transformers = pytest.importorskip("transformers")
+    (folder / "chat_template.jinja").write_text(
+        "{{ messages | tojson }}{{ messages | tojson(ensure_ascii=true, separators=(',', ':'), sort_keys=true) }}"
+        "{{ messages | tojson(indent=2) }}"
+    )
+    messages = [{"role": "user", "content": "é <1>"}]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = theirs.apply_chat_template(messages, tokenize=False)
+    assert ChatTokenizer.from_folder(folder).render_chat(messages, add_generation_prompt=False) == expected
+
+
+def test_half_a_surrogate_pair_is_one_line(folder):
+    with pytest.raises(PuzzleError, match="not text that UTF-8 can hold"):
+        ChatTokenizer.from_folder(folder).encode("a\ud800")
 
 
 def test_an_unknown_effort_is_refused_by_the_template(folder):
