@@ -145,7 +145,9 @@ def load_dataset(
     sequences: list[NDArray[np.int64]] = []
     contents: list[bytes] = []
     num_tokens = 0
-    records = draw_records(source, max_samples=max_samples, seed=seed, config=dataset_config, split=split)
+    records = draw_records(
+        source, columns=encoder.columns, max_samples=max_samples, seed=seed, config=dataset_config, split=split
+    )
     for place, record in records:
         encoded = encoder.encode(record, place)
         ids = encoded.ids

@@ -27,6 +27,9 @@ TEMPLATE_DATE = datetime(2025, 8, 5)
 COLUMNS = ("messages", "text", "input_ids")
 """What a record says, in whichever of these columns it has."""
 
+COLUMNS_BESIDE = ("reasoning_effort", "attention_mask")
+"""What is read of a record besides."""
+
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -61,6 +64,15 @@ class RecordEncoder:
         self._num_conversations = 0
         self._tokenizer: ChatTokenizer | None = None
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All that `encode` reads of a record."""
+        return (*self._wanted, *COLUMNS_BESIDE)
+
+    @property
+    def _wanted(self) -> tuple[str, ...]:
+        return COLUMNS if self._column is None else (self._column,)
+
     def encode(self, record: Mapping[str, Any], place: str) -> EncodedRecord:
         """Raises CalibrationError naming `place`, CheckpointError when the tokenizer cannot be used."""
         column, value = self._said(record, place)
@@ -77,8 +89,7 @@ class RecordEncoder:
         return self._encoded(ids, place, content=json.dumps(messages, sort_keys=True, default=str))
 
     def _said(self, record: Mapping[str, Any], place: str) -> tuple[str, Any]:
-        wanted = COLUMNS if self._column is None else (self._column,)
-        found = [column for column in wanted if record.get(column) is not None]
+        found = [column for column in self._wanted if record.get(column) is not None]
         if len(found) != 1:
             expected = f"one of {', '.join(COLUMNS)} (--column names another)" if self._column is None else self._column
             raise CalibrationError("unknown record", file=place, found=list(record), expected=expected)

@@ -187,6 +187,21 @@ def test_parquet_gives_what_jsonl_gives(checkpoint, tmp_path):
         load_dataset(write_jsonl(tmp_path / "e.parquet", *RECORDS), checkpoint)
 
 
+def test_of_parquet_only_the_columns_in_question_are_read(checkpoint, tmp_path):
+    """So that what another column holds, text that is not UTF-8 say, does not matter."""
+    damaged = pyarrow.array([b"\xff\xfe"]).view(pyarrow.string())
+    columns = {"messages": [[{"role": "user", "content": "1"}]], "reasoning_effort": ["high"], "note": damaged}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "d.parquet")
+    (ids,) = ids_of(load_dataset(tmp_path / "d.parquet", checkpoint))
+    assert "effort: high" in ChatTokenizer.from_folder(checkpoint.path).decode(ids)
+    with pytest.raises(CalibrationError, match=r"d\.parquet: cannot be read as Parquet: 'utf-8' codec"):
+        load_dataset(tmp_path / "d.parquet", checkpoint, column="note")
+    with pytest.raises(CalibrationError, match=r"d\.parquet: row 0: unknown record \(found \['messages', 'note'\]"):
+        load_dataset(write_parquet(tmp_path / "d.parquet", [{"messages": "a", "note": "b"}]), checkpoint, column="q")
+    masked = write_parquet(tmp_path / "m.parquet", [{"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0]}])
+    assert ids_of(load_dataset(masked, checkpoint)) == [[5, 6]]
+
+
 def test_a_folder_goes_through_the_datasets_library(checkpoint, tmp_path):
     folder = tmp_path / "chats"
     folder.mkdir()
