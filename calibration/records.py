@@ -19,6 +19,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def _draw_lines(file: Path, max_samples: int, seed: int) -> Iterator[Record]:
 def _parse(line: bytes, place: str) -> Record:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CalibrationError(f"not valid JSON: {error}", file=place) from None
     if not isinstance(record, dict):
         raise CalibrationError("unknown record", file=place, found=type(record).__name__, expected="an object")
@@ -109,7 +110,7 @@ def _parse(line: bytes, place: str) -> Record:
 
 def _draw_paragraphs(file: Path, max_samples: int, seed: int) -> Iterator[Record]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"cannot be read: {error}", file=file) from None
     paragraphs = [part.strip("\n") for part in text.replace("\r\n", "\n").split("\n\n")]
@@ -150,27 +151,38 @@ def _draw_dataset(name: str, max_samples: int, seed: int, config: str | None, sp
     import datasets
 
     place = f"{name} ({split})"
+    with _loading(place):
+        stream = datasets.load_dataset(name, config, split=split, streaming=True)
+        rows = iter(stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).take(max_samples))
+    records = _stream_rows(rows, place)
+    first = next(records, None)
+    if first is None:
+        raise CalibrationError("empty", file=place, expected="at least one record")
+    return chain([first], records)
+
+
+def _stream_rows(rows: Iterator[Mapping[str, Any]], place: str) -> Iterator[Record]:
+    for number in count():
+        with _loading(place):
+            row = next(rows, None)
+        if row is None:
+            return
+        yield f"{place}: sample {number}", row
+
+
+@contextmanager
+def _loading(place: str) -> Iterator[None]:
+    """Whatever the library's builders and its network raise, at first or later, as one line."""
     try:
         with _hushed():
-            stream = datasets.load_dataset(name, config, split=split, streaming=True)
-            rows = iter(stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).take(max_samples))
-            first = next(rows, None)
-    except Exception as error:  # the library raises whatever its builders and its network raise
+            yield
+    except Exception as error:
         line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise CalibrationError(
             f"the dataset cannot be loaded: {type(error).__name__}: {line}",
             file=place,
             expected="a folder with data files, or a name that the hub delivers",
         ) from None
-    if first is None:
-        raise CalibrationError("empty", file=place, expected="at least one record")
-
-    def records() -> Iterator[Record]:
-        yield f"{place}: sample 0", first
-        for number, row in enumerate(rows, 1):
-            yield f"{place}: sample {number}", row
-
-    return records()
 
 
 @contextmanager

@@ -63,6 +63,8 @@ def test_texts_and_token_ids(checkpoint, tmp_path):
     paragraphs = tmp_path / "d.txt"
     paragraphs.write_text("one\ntwo\n\n\n\nthree\n")
     assert sorted(ids_of(load_dataset(paragraphs, checkpoint))) == sorted([encode("one\ntwo"), encode("three")])
+    paragraphs.write_text("one", encoding="utf-8-sig")  # as Windows does; the mark is no text
+    assert ids_of(load_dataset(paragraphs, checkpoint)) == [encode("one")]
 
 
 def test_padding_that_a_mask_tells_of_is_left_out(checkpoint, tmp_path):
@@ -238,6 +240,19 @@ def test_a_name_goes_to_the_hub_with_its_config_and_split(checkpoint, monkeypatc
     assert found.source == "abisee/cnn_dailymail"
 
 
+def test_a_stream_that_breaks_off_is_one_line(checkpoint, monkeypatch):
+    def break_off():
+        yield from RECORDS
+        raise ConnectionError("the hub went away\nat line 2")
+
+    monkeypatch.setattr("puzzle_trtllm.calibration.records.SHUFFLE_BUFFER", 2)  # so that records come before it does
+    stream = datasets.IterableDataset.from_generator(break_off)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: stream)
+    message = r"^a/b \(train\): the dataset cannot be loaded: ConnectionError: the hub went away \(expected"
+    with pytest.raises(CalibrationError, match=message):
+        load_dataset("a/b", checkpoint)
+
+
 def test_a_hub_that_cannot_be_reached_is_one_line(make_checkpoint, tmp_path):
     """The library's own failure, not an imitation: offline it refuses before it looks for a network."""
     command = [sys.executable, "-m", "puzzle_trtllm", "calibrate", "experts", str(make_checkpoint([(4, 8)]))]
@@ -341,6 +356,7 @@ def test_the_fingerprint_names_the_tokens_not_the_file(checkpoint, tmp_path):
         ('{"text": ""}\n', "d.jsonl: no tokens"),
         ('{"text": "\\ud800"}\n', "d.jsonl:1: not text that UTF-8 can hold"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}\n', "d.jsonl:1: not text that UTF-8 can hold"),
+        ("[" * 100_000 + "\n", "d.jsonl:1: not valid JSON: maximum recursion depth"),
         ('{"text": 5}\n', "d.jsonl:1: text: must be a string"),
         ('{"messages": "hello"}\n', "d.jsonl:1: messages: must be a list of messages"),
         ('{"input_ids": [1, -2]}\n', "d.jsonl:1: input_ids: must be a list of token ids"),
