@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 from typing import TypeVar
 
@@ -23,6 +24,10 @@ import torch.distributed as dist
 from puzzle_trtllm.errors import CalibrationError
 
 T = TypeVar("T")
+
+
+PATIENCE = timedelta(days=7)
+"""For the slowest of the ranks, whose micro-batches may be much longer. Closed sockets tell of death, not time."""
 
 
 class LostRankError(CalibrationError):
@@ -95,7 +100,9 @@ def joined_ranks(init_method: str, *, rank: int, size: int) -> Iterator[Ranks]:
     if size == 1:
         yield ALONE
         return
-    _talk(lambda: dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=size))
+    _talk(
+        lambda: dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=size, timeout=PATIENCE)
+    )
     try:
         yield Ranks(rank=rank, size=size)
     finally:

@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from puzzle_trtllm.calibration import ranks as ranks_module
 from puzzle_trtllm.calibration.kv import calibrate_kv
 from puzzle_trtllm.calibration.rank_processes import run_ranks
-from puzzle_trtllm.calibration.ranks import ALONE, Ranks, require_enough
+from puzzle_trtllm.calibration.ranks import ALONE, LostRankError, Ranks, joined_ranks, require_enough
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.errors import CalibrationError, PuzzleError
 
@@ -142,6 +144,13 @@ def test_a_rank_that_is_killed_ends_all_with_one_line():
     with pytest.raises(CalibrationError, match=r"^rank 1: ended without a result \(found killed by SIGKILL\)$"):
         run_ranks(2, die, {})
     assert time.monotonic() - start < 120
+
+
+def test_a_rank_waits_for_another_longer_than_gloo_would(tmp_path, monkeypatch):
+    assert timedelta(days=1) <= ranks_module.PATIENCE
+    monkeypatch.setattr(ranks_module, "PATIENCE", timedelta(seconds=0.1))
+    with pytest.raises(LostRankError), joined_ranks(f"file://{tmp_path / 'store'}", rank=0, size=2):
+        pass
 
 
 def refuse(ranks: Ranks, place: str) -> None:
