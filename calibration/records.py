@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, count
@@ -30,6 +30,9 @@ KINDS = ".jsonl, .txt or .parquet"
 
 Record = tuple[str, Mapping[str, Any]]
 """Where it stands (`file:line`), and what it says, by column."""
+
+Reader = Callable[[Path, int, int], Iterator[Record]]
+"""`reader(file, max_samples, seed)`"""
 
 
 def draw_records(
@@ -55,7 +58,11 @@ def draw_records(
     if config is not None:
         raise CalibrationError("only datasets of the hub and in folders have a config", file=file, found=config)
     try:
-        readers = {".jsonl": _draw_lines, ".txt": _draw_paragraphs, ".parquet": partial(_draw_rows, columns)}
+        readers: dict[str, Reader] = {
+            ".jsonl": _draw_lines,
+            ".txt": _draw_paragraphs,
+            ".parquet": partial(_draw_rows, columns),
+        }
         if file.suffix not in readers:
             raise CalibrationError(
                 "unknown kind of dataset", file=file, found=file.suffix or "no suffix", expected=KINDS
@@ -127,7 +134,7 @@ def _draw_rows(columns: Sequence[str], file: Path, max_samples: int, seed: int) 
         chosen = _choose(table.metadata.num_rows, max_samples, seed, file)
         names = table.schema_arrow.names
         read = [name for name in names if name in columns]
-        return iter([(place, dict.fromkeys(names) | row) for place, row in _read_rows(table, read, chosen, file)])
+        return iter([(place, {**dict.fromkeys(names), **row}) for place, row in _read_rows(table, read, chosen, file)])
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise CalibrationError(f"cannot be read as Parquet: {str(error).splitlines()[0]}", file=file) from None
 
