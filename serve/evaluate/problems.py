@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,11 @@ def _problem(line: str, file: Path, number: int, prompt_key: str, answer_key: st
     place = f"{file}:{number}"
     try:
         record = json.loads(line)
+        json.dumps(record, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ConfigError("nested too deeply", file=place) from None
+    except UnicodeEncodeError:
+        raise ConfigError("not text: half of a surrogate pair stands alone", file=place) from None
     except ValueError as error:
         raise ConfigError(f"not JSON: {error}", file=place) from None
     if not isinstance(record, dict):
@@ -82,12 +89,14 @@ def _problem(line: str, file: Path, number: int, prompt_key: str, answer_key: st
 
 
 def _text(record: Mapping[str, Any], key: str, place: str) -> str:
-    """A string, or a number as JSON writes it."""
+    """A string, or a number written out without an exponent."""
     if key not in record:
         raise ConfigError("missing", file=place, key=key, found=f"keys {', '.join(record) or 'none'}")
     value = record[key]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return json.dumps(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return format(Decimal(repr(value)), "f")
     if not isinstance(value, str) or not value:
-        raise ConfigError("not a text", file=place, key=key, found=json.dumps(value)[:40], expected="text or a number")
+        raise ConfigError("not a text", file=place, key=key, found=json.dumps(value)[:40], expected="text or a number that is finite")
     return value

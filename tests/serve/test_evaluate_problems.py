@@ -47,6 +47,21 @@ def test_any_data_set_of_prompts_and_answers_will_do(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        ("0.00001", "0.00001"),
+        ("1e22", "10000000000000000000000"),
+        ("-2.5e-7", "-0.00000025"),
+        ("5.0", "5.0"),
+        ("123456789012345678901234567890", "123456789012345678901234567890"),
+    ],
+)
+def test_a_number_is_written_out(tmp_path, number, text):
+    file = write(tmp_path, f'{{"prompt": "a", "answer": {number}}}')
+    assert load_problems(file).problems[0].answer == text
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", r"problems\.jsonl:2: not JSON"),
@@ -55,6 +70,14 @@ def test_any_data_set_of_prompts_and_answers_will_do(tmp_path):
         (problem(2, answer=["3"]), r'problems\.jsonl:2: answer: not a text \(found \["3"\], expected text or a number'),
         (problem(2, answer=True), r"problems\.jsonl:2: answer: not a text \(found true"),
         (problem(2, prompt=""), r"problems\.jsonl:2: prompt: not a text"),
+        (
+            '{"prompt": "a", "answer": 1e999}',
+            r"problems\.jsonl:2: answer: not a text \(found Infinity, .*number that is finite",
+        ),
+        ('{"prompt": "a", "answer": NaN}', r"problems\.jsonl:2: answer: not a text \(found NaN"),
+        ("[" * 200_000, r"problems\.jsonl:2: nested too deeply"),
+        ('{"prompt": "\\ud800", "answer": "1"}', r"problems\.jsonl:2: not text: half of a surrogate pair"),
+        ('{"p\\ud800": "a", "answer": "1"}', r"problems\.jsonl:2: not text: half of a surrogate pair"),
         (problem(1), r"two problems with one id \(found p1\)"),
     ],
 )
