@@ -58,8 +58,7 @@ def evaluate(
     problem_set = load_problems(problems, limit=limit, prompt_key=prompt_key, answer_key=answer_key)
     for problem in problem_set.problems:
         grade("", problem.answer)  # a problem this grader cannot grade is an error now, not after an hour
-    if not efforts:
-        raise ConfigError("no reasoning effort to evaluate", expected=", ".join(REASONING_EFFORTS))
+    _check_efforts(efforts)
     tokenizer = ChatTokenizer.from_folder(tokenizer_folder)
     provenance = Provenance.collect(engine=engine)
     results = asyncio.run(
@@ -87,6 +86,18 @@ def evaluate(
         efforts=results,
         provenance=provenance,
     )
+
+
+def _check_efforts(efforts: Sequence[str]) -> None:
+    """Not every chat template refuses an effort that it does not know."""
+    known = ", ".join(REASONING_EFFORTS)
+    if not efforts:
+        raise ConfigError("no reasoning effort to evaluate", expected=known)
+    for effort, times in Counter(efforts).items():
+        if effort not in REASONING_EFFORTS:
+            raise ConfigError("unknown reasoning effort", key="effort", found=repr(effort), expected=known)
+        if times > 1:
+            raise ConfigError("a reasoning effort named twice", key="effort", found=effort)
 
 
 async def _all_efforts(

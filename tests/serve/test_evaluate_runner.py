@@ -8,7 +8,7 @@ import re
 import pytest
 
 from puzzle_trtllm.chat import ChatTokenizer
-from puzzle_trtllm.errors import BenchError, CheckpointError, ConfigError, ServeError
+from puzzle_trtllm.errors import BenchError, ConfigError, ServeError
 from puzzle_trtllm.serve.evaluate.result import EvaluationResult
 from puzzle_trtllm.serve.evaluate.runner import evaluate
 from tests.serve.fake_client import FakeClient
@@ -127,8 +127,13 @@ def test_bad_input_is_refused_before_anything_is_sent(problems, tokenizer, tmp_p
     client = FakeClient(Model(tokenizer))
     with pytest.raises(ConfigError, match="unknown grader"):
         run(client, problems, tokenizer, grader="vibes")
-    with pytest.raises(CheckpointError, match="effort"):
-        run(client, problems, tokenizer, efforts=("extreme",))
+    for efforts, message in (
+        (("low", "hihg"), r"unknown reasoning effort \(found 'hihg', expected low, medium, high\)"),
+        (("low,medium,high",), "unknown reasoning effort"),
+        (("low", "low"), r"named twice \(found low\)"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(client, problems, tokenizer, efforts=efforts)
     with pytest.raises(ConfigError, match="no reasoning effort"):
         run(client, problems, tokenizer, efforts=())
     words = tmp_path / "words.jsonl"
