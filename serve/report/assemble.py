@@ -8,11 +8,22 @@ from pathlib import Path
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import BenchError
 from puzzle_trtllm.scenario import Scenario
+from puzzle_trtllm.scenario import Spread as LengthSpread
 from puzzle_trtllm.serve.bench.result import BenchResult
 from puzzle_trtllm.serve.evaluate.result import EffortResult, EvaluationResult
 from puzzle_trtllm.serve.metrics.records import RequestCounts
 from puzzle_trtllm.serve.metrics.statistics import Spread
 from puzzle_trtllm.serve.report.measurement import EffortMeasurement, EngineMeasurement, EvaluationFacts, LayerBlock
+
+LOAD_FIELDS = (
+    "input_tokens",
+    "output_tokens",
+    "input_spread",
+    "output_spread",
+    "concurrency",
+    "num_requests",
+    "trace",
+)
 
 
 def assemble_measurement(
@@ -66,16 +77,34 @@ def _one_scenario(name: str, rounds: Sequence[BenchResult]) -> Scenario:
     first = rounds[0].scenario
     for result in rounds[1:]:
         if not same_load(first, result.scenario):
-            raise BenchError(
-                "rounds of different scenarios", file=name, found=result.scenario.name, expected=first.name
-            )
+            found, expected = describe_load(result.scenario), describe_load(first)
+            raise BenchError("rounds of different scenarios", file=name, found=found, expected=expected)
     return first
 
 
 def same_load(a: Scenario, b: Scenario) -> bool:
     """True when two scenarios put the same load on a server; names, descriptions and warm-ups may differ."""
-    fields = ("input_tokens", "output_tokens", "concurrency", "num_requests")
-    return all(getattr(a, field) == getattr(b, field) for field in fields)
+    return all(getattr(a, field) == getattr(b, field) for field in LOAD_FIELDS)
+
+
+def describe_load(scenario: Scenario) -> str:
+    """Everything that `same_load` looks at, in one line."""
+    ways = ((scenario.input_tokens, scenario.input_spread), (scenario.output_tokens, scenario.output_spread))
+    lengths = "/".join(_describe_length(mean, spread) for mean, spread in ways)
+    line = f"{scenario.name} {lengths} at {scenario.concurrency}, {scenario.num_requests} requests"
+    trace = scenario.trace
+    if trace is None:
+        return line
+    blocks = "shared" if trace.shared_blocks else "separate"
+    return f"{line} of trace {trace.file} (sha256 {trace.sha256[:12]}, {blocks} blocks)"
+
+
+def _describe_length(mean: int, spread: LengthSpread | None) -> str:
+    if spread is None:
+        return str(mean)
+    return (
+        f"{mean} (uniform {spread.uniform:g})" if spread.uniform is not None else f"{mean} (normal {spread.normal:g})"
+    )
 
 
 def _sum_counts(counts: Sequence[RequestCounts]) -> RequestCounts:

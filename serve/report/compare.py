@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from puzzle_trtllm.errors import BenchError
 from puzzle_trtllm.serve.metrics.bootstrap import Array, Interval, percentile_interval, ratio_of, resampled_medians
 from puzzle_trtllm.serve.metrics.statistics import Ratio, Spread
-from puzzle_trtllm.serve.report.assemble import same_load
+from puzzle_trtllm.serve.report.assemble import describe_load, same_load
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
 from puzzle_trtllm.serve.report.resampling import NO_OUTCOMES, ResampledEffort, resample_efforts
 
@@ -175,8 +175,8 @@ def check_comparable(child: EngineMeasurement, baseline: EngineMeasurement) -> N
             f"measured under another scenario than {baseline.name}",
             file=child.name,
             key="scenario",
-            found=_describe(child),
-            expected=_describe(baseline),
+            found=describe_load(child.scenario),
+            expected=describe_load(baseline.scenario),
         )
     if child.kv_sequence_tokens != baseline.kv_sequence_tokens:
         raise BenchError(
@@ -188,11 +188,6 @@ def check_comparable(child: EngineMeasurement, baseline: EngineMeasurement) -> N
         )
     _check_evaluations(child, baseline)
     _check_roles(child, baseline)
-
-
-def _describe(engine: EngineMeasurement) -> str:
-    s = engine.scenario
-    return f"{s.name} {s.input_tokens}/{s.output_tokens} at {s.concurrency}, {s.num_requests} requests"
 
 
 def _check_evaluations(child: EngineMeasurement, baseline: EngineMeasurement) -> None:

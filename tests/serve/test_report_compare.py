@@ -72,6 +72,15 @@ def other_load(**changes):
             r"\(found tiny 128/64 at 32, 64 requests, expected tiny 128/128 at 32, 64 requests\)",
         ),
         (other_load(concurrency=8), "measured under another scenario"),
+        (
+            other_load(input_spread={"uniform": 0.5}, output_spread={"normal": 8}),
+            r"found tiny 128 \(uniform 0.5\)/128 \(normal 8\) at 32, 64 requests, expected tiny 128/128 at 32",
+        ),
+        (other_load(output_spread={"uniform": 1}), r"found tiny 128/128 \(uniform 1\) at 32"),
+        (
+            other_load(trace={"file": "t.jsonl", "sha256": "ab" * 32, "longest_sequence": 256, "shared_blocks": True}),
+            r"found tiny 128/128 at 32, 64 requests of trace t.jsonl \(sha256 abababababab, shared blocks\)",
+        ),
         ({"kv_sequence_tokens": 128}, "KV bytes are stated at another length"),
         ({"requests": RequestCounts(failed=64)}, r"child: zero successful requests \(64 failed\)"),
         (
