@@ -8,15 +8,12 @@ that the bench results name.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from puzzle_trtllm.commands.output import JsonOption, print_json
-from puzzle_trtllm.errors import ConfigError, PuzzleError
-
-if TYPE_CHECKING:
-    from puzzle_trtllm.serve.report import EngineMeasurement
+from puzzle_trtllm.errors import PuzzleError
 
 
 def report_command(
@@ -37,10 +34,11 @@ def report_command(
     report.json, report.md and report.html.
     """
     from puzzle_trtllm.serve.report import make_report
+    from puzzle_trtllm.serve.report.files import load_measurement
 
     names = [name_and_files(value, "--baseline") for value in baseline]
     child_name, child_files = name_and_files(child if "=" in child else f"child={child}", "--child")
-    engines = [load_engine(name, files) for name, files in [*names, (child_name, child_files)]]
+    engines = [load_measurement(name, files) for name, files in [*names, (child_name, child_files)]]
     document = make_report(
         engines, baselines=[name for name, _ in names], child=child_name, out=out, title=title, quiet=as_json
     )
@@ -56,29 +54,3 @@ def name_and_files(value: str, option: str) -> tuple[str, list[Path]]:
     if not name or not files:
         raise PuzzleError("names no file", key=option, found=value, expected="NAME=FILE")
     return name, [Path(file) for file in files.split(",")]
-
-
-def load_engine(name: str, files: list[Path]) -> EngineMeasurement:
-    """One engine's measurement, from its own file or put together from bench and evaluation results."""
-    from puzzle_trtllm.architecture import read_json_object
-    from puzzle_trtllm.serve.bench.result import BenchResult
-    from puzzle_trtllm.serve.evaluate.result import EvaluationResult
-    from puzzle_trtllm.serve.report import assemble_measurement, load_measurements
-
-    kinds = {file: read_json_object(file).get("kind") for file in files}
-    if list(kinds.values()) == ["engine_measurement"]:
-        return load_measurements({name: files[0]})[0]
-    for file, kind in kinds.items():
-        if kind not in ("bench", "evaluation"):
-            raise ConfigError("not a result of bench or evaluate", file=file, key="kind", found=kind)
-    rounds = [BenchResult.load(file) for file, kind in kinds.items() if kind == "bench"]
-    evaluations = [EvaluationResult.load(file) for file, kind in kinds.items() if kind == "evaluation"]
-    if not rounds or len(evaluations) > 1:
-        found = f"{len(rounds)} bench and {len(evaluations)} evaluation files"
-        raise ConfigError("cannot be measured", key=name, found=found, expected="1 or more, and at most 1")
-    engine = rounds[0].provenance.engine
-    if engine is None:
-        raise ConfigError("does not say which engine was measured", file=files[0], expected="a bench run with --engine")
-    return assemble_measurement(
-        name, engine=engine.path, rounds=rounds, evaluation=evaluations[0] if evaluations else None
-    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import BenchError
@@ -39,9 +40,12 @@ def assemble_measurement(
 
     rounds: the bench results of the engine itself; uncapped_rounds: of the same model without a memory cap.
     kv_sequence_tokens: length at which KV bytes are stated; the scenario's finished sequence by default.
-    Raises EngineError for a bad engine folder, BenchError for no rounds or rounds of different scenarios.
+    Raises EngineError for a bad engine folder, BenchError for no rounds, rounds of different scenarios, or results
+    that say they were measured on another engine.
     """
     opened = engine if isinstance(engine, Engine) else Engine.open(engine)
+    results: dict[str, BenchResult | EvaluationResult] = {f"{name}, round {i}": r for i, r in enumerate(rounds, 1)}
+    check_engine(opened, results if evaluation is None else results | {f"{name}, evaluation": evaluation})
     scenario = _one_scenario(name, [*rounds, *(uncapped_rounds or [])])
     manifest, architecture = opened.manifest, opened.architecture
     tokens = kv_sequence_tokens or scenario.sequence_tokens
@@ -69,6 +73,46 @@ def assemble_measurement(
         efforts=_efforts(evaluation) if evaluation else {},
         provenance=median_round.provenance,
     )
+
+
+def check_engine(engine: Engine, results: Mapping[str, BenchResult | EvaluationResult]) -> None:
+    """Raises BenchError naming the first result (its key: what to call it) of another engine than `engine`.
+
+    A result made without naming its engine is believed.
+    """
+    expected = engine.manifest.model_dump(mode="json")
+    for source, result in results.items():
+        measured = result.provenance.engine
+        if measured is None:
+            continue
+        difference = _first_difference(measured.manifest.model_dump(mode="json"), expected)
+        if difference is not None:
+            key, found, wanted = difference
+            raise BenchError(
+                f"measured on another engine than {engine.path} now holds",
+                file=source,
+                key=f"provenance.engine.manifest.{key}",
+                found=_shorten(found),
+                expected=_shorten(wanted),
+            )
+
+
+def _first_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """(dotted key, value in a, value in b) of the first key that differs; None when all are equal."""
+    for key in {**b, **a}:
+        found, expected = a.get(key), b.get(key)
+        if isinstance(found, Mapping) and isinstance(expected, Mapping):
+            inner = _first_difference(found, expected)
+            if inner is not None:
+                return f"{key}.{inner[0]}", *inner[1:]
+        elif found != expected:
+            return key, found, expected
+    return None
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _one_scenario(name: str, rounds: Sequence[BenchResult]) -> Scenario:

@@ -1,7 +1,8 @@
 """Engine measurements from files: as saved, or put together from what `bench` and `evaluate` wrote.
 
 A name may stand for one engine measurement, or for any number of bench results (its rounds) and at most one evaluation;
-the engine's own facts then come from the engine folder that the bench was told of.
+the engine's own facts then come from the engine folder that the bench was told of, if that still holds the engine that
+all of them were measured on.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from puzzle_trtllm.architecture import read_json_object
+from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import ArchitectureError, BenchError, ConfigError
 from puzzle_trtllm.serve.bench.result import BenchResult
 from puzzle_trtllm.serve.evaluate.result import EvaluationResult
-from puzzle_trtllm.serve.report.assemble import assemble_measurement
+from puzzle_trtllm.serve.report.assemble import assemble_measurement, check_engine
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
 
 KINDS = ("engine_measurement", "bench", "evaluation")
@@ -33,21 +35,27 @@ def load_measurements(files: Mapping[str, str | Path | Sequence[str | Path]]) ->
 def load_measurement(name: str, files: Sequence[str | Path]) -> EngineMeasurement:
     """One engine from its files; see `load_measurements`."""
     by_kind: dict[str, list[Path]] = {kind: [] for kind in KINDS}
-    for file in map(Path, files):
+    distinct = dict.fromkeys(map(Path, files))
+    for file in distinct:
         by_kind[_kind_of(file)].append(file)
     measured, benches, evaluations = (by_kind[kind] for kind in KINDS)
-    if measured and len(files) == 1:
+    if measured and len(distinct) == 1:
         return EngineMeasurement.load(measured[0]).model_copy(update={"name": name})
     if measured or not benches or len(evaluations) > 1:
         found = ", ".join(f"{len(found)} {kind}" for kind, found in by_kind.items() if found) or "no file"
         expected = "one engine measurement, or bench results and at most one evaluation"
         raise BenchError("these files make no measurement", file=name, found=found, expected=expected)
-    rounds = [BenchResult.load(file) for file in benches]
-    engine = rounds[0].provenance.engine
-    if engine is None:
+    rounds = {file: BenchResult.load(file) for file in benches}
+    measured_engine = rounds[benches[0]].provenance.engine
+    if measured_engine is None:
         raise BenchError("made without naming the engine folder, so its bytes are unknown", file=benches[0])
-    evaluation = EvaluationResult.load(evaluations[0]) if evaluations else None
-    return assemble_measurement(name, engine=engine.path, rounds=rounds, evaluation=evaluation)
+    evaluation = {file: EvaluationResult.load(file) for file in evaluations}
+    engine = Engine.open(measured_engine.path)
+    check_engine(engine, {str(file): result for file, result in rounds.items()})
+    check_engine(engine, {str(file): result for file, result in evaluation.items()})
+    return assemble_measurement(
+        name, engine=engine, rounds=list(rounds.values()), evaluation=next(iter(evaluation.values()), None)
+    )
 
 
 def _kind_of(file: Path) -> str:

@@ -1,0 +1,116 @@
+"""Measurements put together from result files: all of one engine, or refused with the file and the key."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from puzzle_trtllm.build.engine_build import build_engine
+from puzzle_trtllm.engine import EngineConfig
+from puzzle_trtllm.errors import BenchError
+from puzzle_trtllm.scenario import Scenario
+from puzzle_trtllm.serve.bench.result import BenchResult
+from puzzle_trtllm.serve.bench.runner import run_bench
+from puzzle_trtllm.serve.evaluate.result import EvaluationResult
+from puzzle_trtllm.serve.metrics.provenance import EngineProvenance
+from puzzle_trtllm.serve.report import assemble_measurement
+from puzzle_trtllm.serve.report.files import load_measurement
+from tests.serve.fake_client import FakeClient, one_token_a_response
+from tests.serve.measurements import PROVENANCE
+
+TINY = Scenario(name="tiny", input_tokens=6, output_tokens=4, concurrency=2, num_requests=8)
+CAP = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def engine(make_checkpoint, tmp_path_factory):
+    config = EngineConfig(runtime="reference", kv_dtype="bf16", memory_bytes=CAP)
+    return build_engine(make_checkpoint([(4, None)]), tmp_path_factory.mktemp("engines") / "e", config=config)
+
+
+@pytest.fixture(scope="module")
+def bench(engine):
+    client = FakeClient(one_token_a_response)
+    return run_bench("host:1", scenario=TINY, engine=engine.path, connect=client.connect, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def evaluation(bench):
+    return EvaluationResult(
+        name="e",
+        url="host:1",
+        problems_file="problems.jsonl",
+        problems_fingerprint="abc",
+        grader="numeric",
+        max_tokens=16,
+        concurrency=1,
+        efforts={},
+        provenance=bench.provenance,
+    )
+
+
+def of_another_engine(result):
+    """The same result, made on an engine with a larger memory cap."""
+    engine = result.provenance.engine
+    manifest = engine.manifest.model_copy(update={"memory_bytes": 2 * CAP})
+    return with_engine(result, engine.model_copy(update={"manifest": manifest}))
+
+
+def with_engine(result, engine: EngineProvenance | None):
+    return result.model_copy(update={"provenance": result.provenance.model_copy(update={"engine": engine})})
+
+
+def save(folder, *results: BenchResult | EvaluationResult):
+    return [result.save(folder / f"{index}-{result.kind}.json") for index, result in enumerate(results)]
+
+
+def test_rounds_and_an_evaluation_of_one_engine_make_a_measurement(bench, evaluation, tmp_path):
+    found = load_measurement("e", save(tmp_path, bench, bench, evaluation))
+    assert (len(found.output_tokens_per_s.rounds), found.memory_bytes) == (2, CAP)
+    assert found.evaluation.problems_fingerprint == "abc"
+
+
+def test_results_that_do_not_name_their_engine_are_believed(bench, evaluation, tmp_path):
+    unnamed = evaluation.model_copy(update={"provenance": PROVENANCE})
+    found = load_measurement("e", save(tmp_path, bench, with_engine(bench, None), unnamed))
+    assert len(found.output_tokens_per_s.rounds) == 2
+
+
+def test_a_round_of_another_engine_is_refused(bench, evaluation, tmp_path):
+    with pytest.raises(
+        BenchError,
+        match=r"1-bench\.json: provenance\.engine\.manifest\.memory_bytes: measured on another engine than .* now "
+        r"holds \(found 2000000, expected 1000000\)",
+    ):
+        load_measurement("e", save(tmp_path, bench, of_another_engine(bench), evaluation))
+
+
+def test_an_evaluation_of_another_engine_is_refused(bench, evaluation, tmp_path):
+    with pytest.raises(
+        BenchError, match=r"1-evaluation\.json: provenance\.engine\.manifest\.memory_bytes: measured on"
+    ):
+        load_measurement("e", save(tmp_path, bench, of_another_engine(evaluation)))
+
+
+def test_a_folder_that_was_built_anew_since_is_refused(engine, bench, tmp_path):
+    file = engine.path / "engine.json"
+    content = file.read_text()
+    changed = json.loads(content)
+    changed["provenance"]["config"] = {"anything": "else"}
+    file.write_text(json.dumps(changed))
+    try:
+        with pytest.raises(
+            BenchError, match=r"0-bench\.json: provenance\.engine\.manifest\.provenance\.config"
+        ) as caught:
+            load_measurement("e", save(tmp_path, bench))
+    finally:
+        file.write_text(content)
+    assert "\n" not in str(caught.value)
+
+
+def test_from_python_the_round_is_named(engine, bench):
+    with pytest.raises(
+        BenchError, match=r"e, round 2: provenance\.engine\.manifest\.memory_bytes: measured on another"
+    ):
+        assemble_measurement("e", engine=engine, rounds=[bench, of_another_engine(bench)])
