@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from puzzle_trtllm.errors import PuzzleError
 from puzzle_trtllm.serve.acceptance.comparison import compare
 from puzzle_trtllm.serve.acceptance.recording import Recording, record
+from puzzle_trtllm.serve.metrics.result_file import check_writable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +33,7 @@ def _slice(options: argparse.Namespace) -> int:
 
 
 def _record(options: argparse.Namespace) -> int:
+    check_writable(options.out)
     texts = None
     if options.problems is not None:
         from puzzle_trtllm.serve.evaluate.problems import load_problems

@@ -25,7 +25,8 @@ class Agreement:
 
     def accepted(self, *, min_first_token: float, max_logprob_difference: float) -> bool:
         """Whether the two engines say the same, within these bounds."""
-        far = self.max_logprob_difference is not None and self.max_logprob_difference > max_logprob_difference
+        apart = self.max_logprob_difference
+        far = apart is not None and not apart <= max_logprob_difference  # NaN is far
         return self.same_first_token >= min_first_token and not far
 
 
@@ -36,6 +37,13 @@ def compare(a: Recording, b: Recording) -> dict[str, Agreement]:
             raise BenchError(
                 "recordings of different questions", key=key, found=getattr(b, key), expected=getattr(a, key)
             )
+    if len(a.continuations) != len(b.continuations):
+        raise BenchError(
+            "recordings of different questions",
+            key="continuations",
+            found=len(b.continuations),
+            expected=len(a.continuations),
+        )
     groups: dict[str, list[tuple[Continuation, Continuation]]] = defaultdict(list)
     for pair in zip(a.continuations, b.continuations, strict=True):
         groups[str(pair[0].prompt_tokens)].append(pair)

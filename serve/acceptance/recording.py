@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import BenchError, ConfigError
+from puzzle_trtllm.folders import write_atomically
 from puzzle_trtllm.serve.runtimes import create_llm, load_runtime
 
 NUM_SPECIAL_TOKENS = 1090
@@ -30,9 +32,9 @@ class Continuation(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt_tokens: int
-    token_ids: list[int]
+    token_ids: list[int] = Field(min_length=1)
     """Greedy, up to max_tokens, the end-of-sequence token ignored."""
-    first_logprob: float | None
+    first_logprob: float | None = Field(allow_inf_nan=False)
     """Log-probability of token_ids[0]; None where the runtime gives none."""
 
 
@@ -47,11 +49,11 @@ class Recording(BaseModel):
     kv_fold: str
     max_tokens: int
     prompts_fingerprint: str
-    continuations: list[Continuation]
+    continuations: list[Continuation] = Field(min_length=1)
 
     def save(self, file: str | Path) -> None:
-        """Write the recording as JSON."""
-        Path(file).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        """Write the recording as JSON, whole or not at all. Raises PuzzleError when it cannot be written."""
+        write_atomically(Path(file), self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, file: str | Path) -> Recording:
@@ -60,6 +62,8 @@ class Recording(BaseModel):
             return cls.model_validate_json(Path(file).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
+        except UnicodeDecodeError:
+            raise ConfigError("not UTF-8 text", file=file) from None
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(str(part) for part in problem["loc"]) or None
@@ -85,8 +89,11 @@ def record(engine_folder: str | Path, *, texts: Sequence[str] | None = None, max
         texts: prompts as text; synthetic token ids when None.
         max_tokens: tokens to generate for each prompt.
 
-    Raises BenchError when the engine's sequences are too short for that, EngineError when it cannot start.
+    Raises BenchError when there is no prompt, when the engine's sequences are too short, and for an answer without a
+    token or with a log-probability that is no number; EngineError when the engine cannot start.
     """
+    if texts is not None and not texts:
+        raise BenchError("no prompt to continue", file=engine_folder)
     engine = Engine.open(engine_folder)
     room = int(engine.llm_args["max_seq_len"]) - max_tokens
     if room < 1:
@@ -120,6 +127,9 @@ def _continue(llm: Any, sampling_params: Any, prompt: list[int], max_tokens: int
     # One after the other: in a batch other kernels run, and texts would depend on their neighbours.
     first = llm.generate(prompt, sampling_params(max_tokens=1, ignore_eos=True, logprobs=1)).outputs[0]
     whole = llm.generate(prompt, sampling_params(max_tokens=max_tokens, ignore_eos=True)).outputs[0]
-    return Continuation(
-        prompt_tokens=len(prompt), token_ids=list(whole.token_ids), first_logprob=first.cumulative_logprob
-    )
+    logprob = first.cumulative_logprob
+    if not whole.token_ids:
+        raise BenchError("the engine gave no token", key=f"prompt of {len(prompt)} tokens")
+    if logprob is not None and not math.isfinite(logprob):
+        raise BenchError("no finite number", key=f"log-probability after {len(prompt)} tokens", found=logprob)
+    return Continuation(prompt_tokens=len(prompt), token_ids=list(whole.token_ids), first_logprob=logprob)

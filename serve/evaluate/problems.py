@@ -98,5 +98,7 @@ def _text(record: Mapping[str, Any], key: str, place: str) -> str:
     if isinstance(value, float) and math.isfinite(value):
         return format(Decimal(repr(value)), "f")
     if not isinstance(value, str) or not value:
-        raise ConfigError("not a text", file=place, key=key, found=json.dumps(value)[:40], expected="text or a number that is finite")
+        raise ConfigError(
+            "not a text", file=place, key=key, found=json.dumps(value)[:40], expected="text or a number that is finite"
+        )
     return value

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,8 +12,9 @@ from puzzle_trtllm.build.engine_build import build_engine
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import BenchError, ConfigError
+from puzzle_trtllm.serve.acceptance import recording as recording_module
 from puzzle_trtllm.serve.acceptance.__main__ import main
-from puzzle_trtllm.serve.acceptance.comparison import common_tokens, compare
+from puzzle_trtllm.serve.acceptance.comparison import Agreement, common_tokens, compare
 from puzzle_trtllm.serve.acceptance.recording import Continuation, Recording, record, synthetic_prompts
 from puzzle_trtllm.serve.acceptance.slicing import slice_layers
 
@@ -88,6 +91,11 @@ def test_recordings_of_different_questions_are_refused(change):
         compare(recording([[1]], [None]), recording([[1]], [None], **change))
 
 
+def test_recordings_of_unequal_length_are_refused():
+    with pytest.raises(BenchError, match=r"continuations: recordings of different questions \(found 2, expected 1\)"):
+        compare(recording([[1]], [None]), recording([[1], [2]], [None, None]))
+
+
 def test_prompts_cross_every_window_that_fits_and_hold_no_control_tokens():
     prompts = synthetic_prompts((128, 8192, None), vocab_size=201088, max_prompt_tokens=8000)
     assert sorted({len(prompt) for prompt in prompts}) == [16, 161]
@@ -104,6 +112,68 @@ def test_the_users_errors(engines, tmp_path, capsys):
         Recording.load(tmp_path / "x.json")
     assert main(["compare", str(tmp_path / "no.json"), "b"]) == 2
     assert "no.json: cannot be read" in capsys.readouterr().err
+
+
+def test_a_difference_that_is_no_number_is_not_accepted():
+    nan = Agreement(
+        num_prompts=1, same_first_token=1, same_text=1, mean_common_tokens=1, max_logprob_difference=float("nan")
+    )
+    assert not nan.accepted(min_first_token=0.95, max_logprob_difference=0.25)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_ids": []}, r"a\.json: continuations\.0\.token_ids: not a recording: .* at least 1 item"),
+        ({"first_logprob": float("nan")}, r"a\.json: continuations\.0\.first_logprob: not a recording: .* finite"),
+        (None, r"a\.json: continuations: not a recording: .* at least 1 item"),
+    ],
+)
+def test_a_recording_that_says_nothing_is_none(tmp_path, change, message):
+    content = json.loads(recording([[1]], [-1.0]).model_dump_json())
+    content["continuations"] = [] if change is None else [content["continuations"][0] | change]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=message):
+        Recording.load(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "logprob", "message"),
+    [
+        ([1], float("nan"), r"log-probability after 2 tokens: no finite number \(found nan\)"),
+        ([1], float("-inf"), "no finite number"),
+        ([], None, "prompt of 2 tokens: the engine gave no token"),
+    ],
+)
+def test_an_engine_that_says_nothing_is_not_recorded(engines, monkeypatch, token_ids, logprob, message):
+    output = SimpleNamespace(token_ids=token_ids, cumulative_logprob=logprob)
+    llm = SimpleNamespace(
+        generate=lambda *_: SimpleNamespace(outputs=[output]),
+        tokenizer=SimpleNamespace(encode=lambda text: [3, 4]),
+        shutdown=lambda: None,
+    )
+    monkeypatch.setattr(recording_module, "create_llm", lambda engine: llm)
+    with pytest.raises(BenchError, match=message):
+        record(engines["bf16"], texts=["a"], max_tokens=4)
+    with pytest.raises(BenchError, match="no prompt to continue"):
+        record(engines["bf16"], texts=[], max_tokens=4)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_engine_starts(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["record", str(tmp_path / "no-engine"), str(tmp_path / "file" / "a.json")]) == 2
+    assert "a.json: cannot be written: Not a directory" in capsys.readouterr().err
+    assert main(["record", str(tmp_path / "no-engine"), str(tmp_path)]) == 2
+    assert "cannot be written: Is a directory" in capsys.readouterr().err
+
+
+def test_a_recording_is_saved_into_a_new_folder_and_read_back(tmp_path):
+    made = recording([[1]], [-1.0])
+    made.save(tmp_path / "new" / "a.json")
+    assert Recording.load(tmp_path / "new" / "a.json") == made
+    (tmp_path / "b.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ConfigError, match=r"b\.json: not UTF-8 text"):
+        Recording.load(tmp_path / "b.json")
 
 
 class TestSlice:
