@@ -99,6 +99,7 @@ def bench_command(
     from puzzle_trtllm.scenario import OpenScenario, Scenario, load_any_scenario
     from puzzle_trtllm.serve.bench.runner import run_bench, run_open_loop
     from puzzle_trtllm.serve.bench.sweep import run_sweep
+    from puzzle_trtllm.serve.metrics.result_file import check_writable
 
     limits = {
         "max_ttft_ms": _positive(max_ttft_ms, "--max-ttft-ms"),
@@ -119,6 +120,8 @@ def bench_command(
         },
         scenario_is_open=isinstance(load, OpenScenario),
     )
+    for file in filter(None, (out, csv)):
+        check_writable(file)
     options: dict[str, Any] = {
         "num_requests": num_requests,
         "seed": seed,

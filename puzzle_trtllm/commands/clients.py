@@ -160,34 +160,42 @@ def evaluate_command(
 
     Every problem at every effort through the server, greedily; accuracy and mean tokens per request.
     """
-    from puzzle_trtllm.serve.evaluate.runner import evaluate
+    from puzzle_trtllm.serve.evaluate.runner import UnfinishedEvaluationError, evaluate
+    from puzzle_trtllm.serve.metrics.result_file import check_writable
 
+    if out is not None:
+        check_writable(out)
     folder = tokenizer or (engine / "model" if engine is not None else None)
     if folder is None:
         raise PuzzleError("missing: prompts need a chat template", key="--tokenizer", expected="it or --engine")
-    result = evaluate(
-        url,
-        problems=problems,
-        tokenizer_folder=folder,
-        efforts=tuple(effort or EFFORTS),
-        concurrency=concurrency,
-        max_tokens=max_tokens,
-        grader=grader,
-        limit=limit,
-        prompt_key=prompt_key,
-        answer_key=answer_key,
-        engine=engine,
-        name=name,
-        connect=connector(ca_cert, client_cert, client_key, secret),
-    )
+    try:
+        result = evaluate(
+            url,
+            problems=problems,
+            tokenizer_folder=folder,
+            efforts=tuple(effort or EFFORTS),
+            concurrency=concurrency,
+            max_tokens=max_tokens,
+            grader=grader,
+            limit=limit,
+            prompt_key=prompt_key,
+            answer_key=answer_key,
+            engine=engine,
+            name=name,
+            connect=connector(ca_cert, client_cert, client_key, secret),
+        )
+    except UnfinishedEvaluationError as error:
+        show_result(error.finished, out, as_json=as_json)
+        raise
     show_result(result, out, as_json=as_json)
 
 
 def show_result(result: ResultFile, out: Path | None, *, as_json: bool) -> None:
-    if out is not None:
-        result.save(out)
-        print(f"written to {out}", file=sys.stderr)
+    """On stdout first: a disk that filled up in the meantime does not take the numbers with it."""
     if as_json:
         print_json(result.model_dump(mode="json"))
     else:
         print_table(result)
+    if out is not None:
+        result.save(out)
+        print(f"written to {out}", file=sys.stderr)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from puzzle_trtllm.chat import REASONING_EFFORTS, ChatTokenizer
-from puzzle_trtllm.errors import BenchError, ConfigError
+from puzzle_trtllm.errors import BenchError, ConfigError, PuzzleError
 from puzzle_trtllm.serve.bench.load import Answer, errors_of, hold_concurrency
 from puzzle_trtllm.serve.bench.progress import LoadProgress
 from puzzle_trtllm.serve.bench.target import Connect, connect_triton
@@ -25,6 +25,15 @@ from puzzle_trtllm.serve.evaluate.result import EffortResult, EvaluationResult, 
 from puzzle_trtllm.serve.metrics.provenance import Provenance
 from puzzle_trtllm.serve.metrics.records import RequestCounts
 from puzzle_trtllm.serve.metrics.statistics import wilson_interval
+
+
+class UnfinishedEvaluationError(BenchError):
+    """An effort failed after others were finished."""
+
+    def __init__(self, message: str, finished: EvaluationResult) -> None:
+        super().__init__(message)
+        self.finished = finished
+        """Holds the efforts before."""
 
 
 def evaluate(
@@ -52,7 +61,8 @@ def evaluate(
     engine: the engine folder behind the URL, for provenance.
 
     Raises ConfigError for a bad problem set, grader or effort, CheckpointError for a bad tokenizer folder, BenchError
-    when an effort has no successful request, ServeError when nobody answers.
+    when an effort has no successful request (UnfinishedEvaluationError with the efforts before it, if there are any),
+    ServeError when nobody answers.
     """
     grade = find_grader(grader)
     problem_set = load_problems(problems, limit=limit, prompt_key=prompt_key, answer_key=answer_key)
@@ -61,21 +71,20 @@ def evaluate(
     _check_efforts(efforts)
     tokenizer = ChatTokenizer.from_folder(tokenizer_folder)
     provenance = Provenance.collect(engine=engine)
-    results = asyncio.run(
-        _all_efforts(
-            url,
-            problem_set,
-            tokenizer,
-            efforts=efforts,
-            grade=grade,
-            concurrency=concurrency,
-            max_tokens=max_tokens,
-            name=name or url,
-            connect=connect,
-            quiet=quiet,
-        )
+    run = _all_efforts(
+        url,
+        problem_set,
+        tokenizer,
+        efforts=efforts,
+        grade=grade,
+        concurrency=concurrency,
+        max_tokens=max_tokens,
+        name=name or url,
+        connect=connect,
+        quiet=quiet,
     )
-    return EvaluationResult(
+    results, failure = asyncio.run(run)
+    result = EvaluationResult(
         name=name or url,
         url=url,
         problems_file=str(problem_set.file),
@@ -86,6 +95,9 @@ def evaluate(
         efforts=results,
         provenance=provenance,
     )
+    if failure is not None:
+        raise UnfinishedEvaluationError(str(failure), finished=result) if results else failure
+    return result
 
 
 def _check_efforts(efforts: Sequence[str]) -> None:
@@ -112,21 +124,24 @@ async def _all_efforts(
     name: str,
     connect: Connect,
     quiet: bool,
-) -> dict[str, EffortResult]:
-    """One effort after the other, so that each has a rate of its own."""
-    results = {}
+) -> tuple[dict[str, EffortResult], PuzzleError | None]:
+    """One effort after the other, so that each has a rate of its own; what ended them early, if anything did."""
+    results: dict[str, EffortResult] = {}
     async with connect(url) as target:
         for effort in efforts:
-            requests = [
-                _request(problem, tokenizer, effort, max_tokens=max_tokens, as_ids=target.gives_token_ids)
-                for problem in problem_set.problems
-            ]
-            with LoadProgress(f"{name} at {effort} effort", num_requests=len(requests), quiet=quiet) as progress:
-                answers = await hold_concurrency(
-                    target.stream, requests, concurrency=concurrency, is_truncated=_ran_out, observer=progress
-                )
-            results[effort] = grade_effort(answers, problem_set.problems, tokenizer, grade, effort=effort)
-    return results
+            try:
+                requests = [
+                    _request(problem, tokenizer, effort, max_tokens=max_tokens, as_ids=target.gives_token_ids)
+                    for problem in problem_set.problems
+                ]
+                with LoadProgress(f"{name} at {effort} effort", num_requests=len(requests), quiet=quiet) as progress:
+                    answers = await hold_concurrency(
+                        target.stream, requests, concurrency=concurrency, is_truncated=_ran_out, observer=progress
+                    )
+                results[effort] = grade_effort(answers, problem_set.problems, tokenizer, grade, effort=effort)
+            except PuzzleError as error:
+                return results, error
+    return results, None
 
 
 def _request(

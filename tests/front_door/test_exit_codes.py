@@ -12,14 +12,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from puzzle_trtllm.calibration.tensor_file import write_tensors
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.commands import front
+from puzzle_trtllm.commands.clients import show_result
 from puzzle_trtllm.errors import PuzzleError
+from puzzle_trtllm.serve.evaluate import runner
+from puzzle_trtllm.serve.evaluate.result import EvaluationResult
 from tests.front_door.cli import ROOT, assert_user_error, invoke, last_json, run
+from tests.serve.measurements import PROVENANCE
 
 MakeCheckpoint = Callable[..., Path]
 BLOCKS = [(8, 16), (8, None)]
@@ -203,6 +208,48 @@ def test_results_that_cannot_be_compared(tmp_path: Path) -> None:
     assert_user_error(invoke("report", "--baseline", f"a={other}", "--child", other), "other.json", "shopping list")
     missing = tmp_path / "missing.json"
     assert_user_error(invoke("report", "--baseline", f"a={missing}", "--child", other), "missing.json")
+
+
+def test_a_result_file_that_cannot_be_written_is_told_before_anything_is_measured(parent: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out, measured = tmp_path / "file" / "out.json", ("--url", "127.0.0.1:1", "--tokenizer", parent)
+    for command in (("evaluate", "--problems", "x.jsonl"), ("bench",)):
+        assert_user_error(invoke(*command, *measured, "--out", out), "out.json: cannot be written: Not a directory")
+    sweep = ("bench", "--sweep", "1", "--csv", tmp_path)
+    assert_user_error(invoke(*sweep, *measured), "cannot be written: Is a directory")
+
+
+def test_an_evaluation_that_fails_late_shows_and_saves_what_it_has(tmp_path: Path) -> None:
+    out = tmp_path / "evaluation.json"
+    finished = EvaluationResult(
+        name="toy",
+        url="host:1",
+        problems_file="x.jsonl",
+        problems_fingerprint="f",
+        grader="numeric",
+        max_tokens=8,
+        concurrency=1,
+        efforts={},
+        provenance=PROVENANCE,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            runner, "evaluate", Mock(side_effect=runner.UnfinishedEvaluationError("the engine died", finished))
+        )
+        result = invoke("evaluate", "--problems", "x.jsonl", "--tokenizer", tmp_path, "--out", out)
+    assert result.exit_code == 2
+    assert "toy: accuracy by reasoning effort" in result.stdout
+    assert result.stderr.splitlines()[-1] == "error: the engine died"
+    assert EvaluationResult.load(out) == finished
+
+
+def test_numbers_are_shown_even_if_their_file_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = Mock(model_dump=lambda mode: {"measured": 1}, save=Mock(side_effect=PuzzleError("disk full")))
+    with pytest.raises(PuzzleError, match="disk full"):
+        show_result(result, tmp_path / "out.json", as_json=True)
+    assert capsys.readouterr().out == '{"measured": 1}\n'
 
 
 def test_options_that_need_another() -> None:

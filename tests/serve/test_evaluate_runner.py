@@ -10,7 +10,7 @@ import pytest
 from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.errors import BenchError, ConfigError, ServeError
 from puzzle_trtllm.serve.evaluate.result import EvaluationResult
-from puzzle_trtllm.serve.evaluate.runner import evaluate
+from puzzle_trtllm.serve.evaluate.runner import UnfinishedEvaluationError, evaluate
 from tests.serve.fake_client import FakeClient
 
 PROBLEMS = [(12, 30), (5, 5), (99, 1), (40, 2)]
@@ -147,3 +147,15 @@ def test_zero_successful_requests_are_one_clear_line(problems, tokenizer):
     client = FakeClient(lambda *_: ServeError("model not ready", status="UNAVAILABLE"))
     with pytest.raises(BenchError, match=r"zero successful requests.*model not ready"):
         run(client, problems, tokenizer)
+
+
+def test_efforts_that_were_finished_survive_a_later_failure(problems, tokenizer):
+    model = Model(tokenizer)
+
+    def script(index, request):
+        return model(index, request) if index < len(PROBLEMS) else ServeError("engine died", status="UNAVAILABLE")
+
+    with pytest.raises(UnfinishedEvaluationError, match=r"zero successful requests.*engine died") as caught:
+        run(FakeClient(script, finish_reason="stop"), problems, tokenizer)
+    assert list(caught.value.finished.efforts) == ["low"]
+    assert caught.value.finished.efforts["low"].accuracy == 0.25
