@@ -2,17 +2,19 @@
 
 Two runs an hour apart on one machine differ by 20% for reasons that have nothing to do with the engine (clocks, caches,
 neighbours). Measuring A B, then B A, then A B spreads a slow drift over both, and the range over rounds shows what is
-noise. The servers wait idle in between; only one is under load at a time.
+noise. The servers wait idle in between; only one is under load at a time. Every result says which turn it had, so that
+reports pair rounds that saw the same machine, and no others.
 """
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from puzzle_trtllm.errors import BenchError
 from puzzle_trtllm.scenario import Scenario
-from puzzle_trtllm.serve.bench.result import BenchResult, InterleavedResult, ServerRounds
+from puzzle_trtllm.serve.bench.result import BenchResult, InterleavedResult, ServerRounds, Turn
 from puzzle_trtllm.serve.bench.runner import Workers, override_scenario, run_bench
 
 Bench = Callable[..., BenchResult]
@@ -44,6 +46,7 @@ def run_interleaved(
         raise BenchError("an engine without a server", key=sorted(unknown)[0], expected=", ".join(servers))
     load = override_scenario(scenario, concurrency, num_requests)
     results: dict[str, list[BenchResult]] = {name: [] for name in servers}
+    comparison = uuid.uuid4().hex
     order = [round_order(list(servers), index) for index in range(rounds)]
     for index, names in enumerate(order):
         for name in names:
@@ -58,7 +61,7 @@ def run_interleaved(
                 workers=workers,
                 quiet=quiet,
             )
-            results[name].append(result)
+            results[name].append(result.model_copy(update={"turn": Turn(comparison=comparison, round=index)}))
     return InterleavedResult(
         scenario=load, servers={name: ServerRounds.of(of_name) for name, of_name in results.items()}, order=order
     )

@@ -82,10 +82,22 @@ class LoadResult(ResultFile):
         return self.scalar("output_tokens_per_s")
 
 
+class Turn(BaseModel):
+    """One round of one interleaved comparison: results of equal turns were measured right after one another."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    comparison: str
+    """Different for every comparison."""
+    round: int
+
+
 class BenchResult(LoadResult):
     """One closed-loop scenario against one server."""
 
     kind: Literal["bench"] = "bench"
+    turn: Turn | None = None
+    """None for a server that was measured by itself, and in older files."""
     scenario: Scenario
     """The load as it was run, overrides included."""
 

@@ -42,12 +42,11 @@ def ratio_of(numerators: Array, denominators: Array) -> Array:
         return np.where(denominators != 0, numerators / denominators, np.nan)
 
 
-def resampled_medians(ours: tuple[float, ...], theirs: tuple[float, ...]) -> tuple[Array, Array]:
-    """Medians of resampled rounds, `[RESAMPLES]` each; rounds that were measured in turn are drawn together."""
-    generator = np.random.default_rng(SEED + 1)
-    drawn = generator.integers(len(ours), size=(RESAMPLES, len(ours)))
-    other = drawn if len(ours) == len(theirs) else generator.integers(len(theirs), size=(RESAMPLES, len(theirs)))
-    return np.median(np.array(ours)[drawn], axis=1), np.median(np.array(theirs)[other], axis=1)
+def resampled_medians(rounds: tuple[float, ...], *, stream: int = 0) -> Array:
+    """Medians of resampled rounds, `[RESAMPLES]`: one stream draws rounds that were measured in turn together."""
+    drawn = np.random.default_rng(SEED + 1 + stream).integers(len(rounds), size=(RESAMPLES, len(rounds)))
+    medians: Array = np.median(np.array(rounds)[drawn], axis=1)
+    return medians
 
 
 def percentile_interval(replicates: Array, *, level: float = LEVEL) -> Interval:

@@ -10,7 +10,7 @@ from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import BenchError
 from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.scenario import Spread as LengthSpread
-from puzzle_trtllm.serve.bench.result import BenchResult
+from puzzle_trtllm.serve.bench.result import BenchResult, Turn
 from puzzle_trtllm.serve.evaluate.result import EffortResult, EvaluationResult
 from puzzle_trtllm.serve.metrics.records import RequestCounts
 from puzzle_trtllm.serve.metrics.statistics import Spread
@@ -43,6 +43,7 @@ def assemble_measurement(
     Raises EngineError for a bad engine folder, BenchError for no rounds, rounds of different scenarios, or results
     that say they were measured on another engine.
     """
+    rounds, turns = _in_turn(rounds)
     opened = engine if isinstance(engine, Engine) else Engine.open(engine)
     results: dict[str, BenchResult | EvaluationResult] = {f"{name}, round {i}": r for i, r in enumerate(rounds, 1)}
     check_engine(opened, results if evaluation is None else results | {f"{name}, evaluation": evaluation})
@@ -62,6 +63,7 @@ def assemble_measurement(
         kv_sequence_tokens=tokens,
         scenario=scenario,
         output_tokens_per_s=Spread.of(r.output_tokens_per_s for r in rounds),
+        turns=turns,
         uncapped_output_tokens_per_s=(
             Spread.of(r.output_tokens_per_s for r in uncapped_rounds) if uncapped_rounds else None
         ),
@@ -73,6 +75,15 @@ def assemble_measurement(
         efforts=_efforts(evaluation) if evaluation else {},
         provenance=median_round.provenance,
     )
+
+
+def _in_turn(rounds: Sequence[BenchResult]) -> tuple[Sequence[BenchResult], list[Turn] | None]:
+    """The rounds in the order of their turns, however their files were given; as they are if one had no turn."""
+    by_turn = {(r.turn.comparison, r.turn.round): r for r in rounds if r.turn is not None}
+    if not rounds or len(by_turn) != len(rounds):
+        return rounds, None
+    ordered = [by_turn[key] for key in sorted(by_turn)]
+    return ordered, [r.turn for r in ordered if r.turn is not None]
 
 
 def check_engine(engine: Engine, results: Mapping[str, BenchResult | EvaluationResult]) -> None:

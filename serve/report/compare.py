@@ -10,7 +10,7 @@
     length_headroom         how much longer than now they may still become (0.6: by 60%)
 
 Ratios carry 95% intervals (metrics/bootstrap.py): problems are resampled in pairs, and rounds with them where
-throughput is part of the ratio.
+throughput is part of the ratio (in pairs too if they were measured in turn).
 
 The second pair is what users pay for: a child that is 2x faster per token and writes 2x longer traces answers no more
 requests than its parent. A ratio over 0 is None, with the reason.
@@ -57,7 +57,7 @@ class Comparison:
     baseline: str
     per_token_speedup: Ratio
     per_token_speedup_range: tuple[float, float] | None
-    """Lowest and highest ratio of rounds measured in turn; None when the rounds do not pair up."""
+    """Lowest and highest ratio of rounds measured in turn; None when they were not measured in turn."""
     break_even_length_ratio: Ratio
     """Child's mean tokens / baseline's at which the request rates are equal: the per-token speedup."""
     uncapped_per_token_speedup: Ratio | None
@@ -78,7 +78,7 @@ def compare(child: EngineMeasurement, baseline: EngineMeasurement) -> Comparison
         baseline=baseline.name,
         per_token_speedup=speedup,
         break_even_length_ratio=speedup,
-        per_token_speedup_range=_paired_range(child.output_tokens_per_s, baseline.output_tokens_per_s),
+        per_token_speedup_range=_paired_range(child, baseline),
         uncapped_per_token_speedup=(
             _speedup(child.uncapped_output_tokens_per_s, baseline.uncapped_output_tokens_per_s, silent)
             if child.uncapped_output_tokens_per_s and baseline.uncapped_output_tokens_per_s
@@ -118,6 +118,7 @@ class _Draws:
         resampled = resample_efforts([child, baseline])
         self._ours, self._theirs = _by_effort(child, resampled), _by_effort(baseline, resampled)
         self._rounds = (child.output_tokens_per_s.rounds, baseline.output_tokens_per_s.rounds)
+        self._baseline_stream = 0 if child.was_measured_in_turn_with(baseline) else 1
 
     def speedup_interval(self) -> Interval:
         if min(map(len, self._rounds)) < 2:
@@ -145,7 +146,8 @@ class _Draws:
             return replace(ratio, interval=Interval(reason=NO_OUTCOMES))
 
     def _speedup(self) -> Array:
-        return ratio_of(*resampled_medians(*self._rounds))
+        ours, theirs = self._rounds
+        return ratio_of(resampled_medians(ours), resampled_medians(theirs, stream=self._baseline_stream))
 
 
 def _by_effort(
@@ -158,10 +160,11 @@ def _speedup(child: Spread, baseline: Spread, zero_reason: str) -> Ratio:
     return Ratio.of(child.median, baseline.median, zero_reason=zero_reason)
 
 
-def _paired_range(child: Spread, baseline: Spread) -> tuple[float, float] | None:
-    if len(child.rounds) != len(baseline.rounds) or 0 in baseline.rounds:
+def _paired_range(child: EngineMeasurement, baseline: EngineMeasurement) -> tuple[float, float] | None:
+    ours, theirs = child.output_tokens_per_s.rounds, baseline.output_tokens_per_s.rounds
+    if not child.was_measured_in_turn_with(baseline) or 0 in theirs:
         return None
-    ratios = [ours / theirs for ours, theirs in zip(child.rounds, baseline.rounds, strict=True)]
+    ratios = [our / their for our, their in zip(ours, theirs, strict=True)]
     return min(ratios), max(ratios)
 
 

@@ -23,6 +23,7 @@ RESERVED_KEYS = ("kind", "schema_version", "report", "scenario", "notes", "defin
 DEFINITIONS: Mapping[str, str] = {
     "output_tokens_per_s": "generated tokens / wall time of the steady window; median over interleaved rounds",
     "per_token_speedup": "child output_tokens_per_s / baseline output_tokens_per_s",
+    "per_token_speedup_range": "lowest and highest ratio of rounds measured in turn; null for rounds that were not",
     "mean_output_tokens": "generated tokens / answered problems at one reasoning effort",
     "requests_per_s": "output_tokens_per_s / mean_output_tokens: request-level efficiency",
     "measured_requests_per_s": "answered problems / wall time of the evaluation run",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from puzzle_trtllm.serve.metrics.bootstrap import RESAMPLES, SEED, Array
+from puzzle_trtllm.serve.metrics.bootstrap import RESAMPLES, Array, resampled_medians
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
 from puzzle_trtllm.serve.report.resampling import resample_efforts
 
@@ -67,7 +67,7 @@ def _dominated_shares(engines: Sequence[EngineMeasurement]) -> list[float] | Non
     places = [(engine, effort) for engine in engines for effort in engine.efforts]
     if any((engine.name, effort) not in resampled for engine, effort in places):
         return None
-    speeds = {engine.name: _speeds(engine) for engine in engines}
+    speeds = {engine.name: _speeds(engine, engines) for engine in engines}
     rates = [speeds[e.name] / resampled[e.name, effort].mean_output_tokens for e, effort in places]
     accuracies = [resampled[e.name, effort].accuracy for e, effort in places]
     shares = []
@@ -82,9 +82,7 @@ def _dominated_shares(engines: Sequence[EngineMeasurement]) -> list[float] | Non
     return shares
 
 
-def _speeds(engine: EngineMeasurement) -> Array:
-    """Resampled median throughput; engines with as many rounds are drawn together."""
-    rounds = np.array(engine.output_tokens_per_s.rounds)
-    drawn = np.random.default_rng(SEED + 1).integers(len(rounds), size=(RESAMPLES, len(rounds)))
-    medians: Array = np.median(rounds[drawn], axis=1)
-    return medians
+def _speeds(engine: EngineMeasurement, engines: Sequence[EngineMeasurement]) -> Array:
+    """Resampled median throughput; engines that were measured in turn are drawn together."""
+    group = [other is engine or other.was_measured_in_turn_with(engine) for other in engines]
+    return resampled_medians(engine.output_tokens_per_s.rounds, stream=group.index(True))

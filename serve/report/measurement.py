@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
 
 from puzzle_trtllm.architecture import KvDtype
 from puzzle_trtllm.scenario import Scenario
-from puzzle_trtllm.serve.bench.result import Lengths, TokenCounts
+from puzzle_trtllm.serve.bench.result import Lengths, TokenCounts, Turn
 from puzzle_trtllm.serve.metrics.provenance import Provenance
 from puzzle_trtllm.serve.metrics.records import RequestCounts
 from puzzle_trtllm.serve.metrics.result_file import ResultFile
@@ -73,6 +74,8 @@ class EngineMeasurement(ResultFile):
     kv_sequence_tokens: int = Field(ge=1)
     scenario: Scenario
     output_tokens_per_s: Spread
+    turns: list[Turn] | None = None
+    """Whose turn each of these rounds was; None when they were not measured in turn with other engines'."""
     uncapped_output_tokens_per_s: Spread | None = None
     """The same engine without the memory cap, if it was measured."""
     latencies: dict[str, Distribution] = Field(default_factory=dict)
@@ -84,6 +87,16 @@ class EngineMeasurement(ResultFile):
     evaluation: EvaluationFacts | None = None
     efforts: dict[str, EffortMeasurement] = Field(default_factory=dict)
     provenance: Provenance
+
+    @model_validator(mode="after")
+    def _one_turn_a_round(self) -> Self:
+        if self.turns is not None and len(self.turns) != len(self.output_tokens_per_s.rounds):
+            raise ValueError(f"{len(self.turns)} turns of {len(self.output_tokens_per_s.rounds)} rounds")
+        return self
+
+    def was_measured_in_turn_with(self, other: EngineMeasurement) -> bool:
+        """Whether round i of both saw the same machine, for every i."""
+        return self.turns is not None and self.turns == other.turns
 
     def requests_per_s(self, effort: str) -> float:
         """Request-level efficiency: the median throughput / the mean tokens a request takes at this effort."""

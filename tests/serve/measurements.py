@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from puzzle_trtllm.scenario import Scenario
+from puzzle_trtllm.serve.bench.result import Turn
 from puzzle_trtllm.serve.metrics.provenance import Hardware, Provenance
 from puzzle_trtllm.serve.metrics.records import RequestCounts
 from puzzle_trtllm.serve.metrics.statistics import Distribution, Spread
@@ -39,7 +40,7 @@ def effort(accuracy: float, tokens: float, **counts: int) -> EffortMeasurement:
 
 
 def measurement(name: str, rounds: list[float], **changes: Any) -> EngineMeasurement:
-    """An engine whose rounds and changed fields are given; everything else is the same for all."""
+    """An engine whose rounds, measured in turn, and changed fields are given; everything else is the same for all."""
     fields: dict[str, Any] = {
         "runtime": "reference",
         "kv_dtype": "bf16",
@@ -50,6 +51,7 @@ def measurement(name: str, rounds: list[float], **changes: Any) -> EngineMeasure
         "kv_bytes_per_sequence": 300,
         "kv_sequence_tokens": 256,
         "scenario": SCENARIO,
+        "turns": [Turn(comparison="made up", round=index) for index in range(len(rounds))],
         "latencies": {"ttft_ms": Distribution.of([1.0, 2.0, 3.0])},
         "requests": RequestCounts(completed=192),
         "lengths": "exact",

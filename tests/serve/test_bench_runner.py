@@ -196,6 +196,11 @@ def test_servers_are_measured_in_turn_in_alternating_order(tokenizer_folder, tmp
     assert all(url == urls[name] for name, url, *_ in recorder.calls)
     spread = result.servers["a"].output_tokens_per_s
     assert (spread.median, spread.low, spread.high, spread.rounds) == (20.0, 10.0, 30.0, (10.0, 30.0, 20.0))
+    turns = [[r.turn for r in server.rounds] for server in result.servers.values()]
+    assert turns[0] == turns[1] == turns[2]
+    assert [turn.round for turn in turns[0]] == [0, 1, 2]
+    again = run_interleaved({"a": "host:1"}, scenario=TINY, rounds=1, bench=Recorder(template, {"a": [1.0]}))
+    assert again.servers["a"].rounds[0].turn != turns[0][0]  # of another comparison
     assert result.order == [["a", "b", "c"], ["c", "b", "a"], ["a", "b", "c"]]
     assert InterleavedResult.load(result.save(tmp_path / "rounds.json")) == result
 

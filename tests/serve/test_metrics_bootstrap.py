@@ -94,7 +94,9 @@ def test_a_resample_over_zero_leaves_none():
 
 
 def test_rounds_measured_in_turn_are_drawn_together():
-    together = ratio_of(*resampled_medians((100.0, 200.0, 400.0), (50.0, 100.0, 200.0)))
+    ours, theirs = (100.0, 200.0, 400.0), (50.0, 100.0, 200.0)
+    together = ratio_of(resampled_medians(ours), resampled_medians(theirs))
     assert together == pytest.approx(2.0)  # the noise is common, so their ratio has none
-    apart = ratio_of(*resampled_medians((100.0, 200.0, 400.0), (50.0, 100.0)))
-    assert apart.max() > apart.min()
+    for others in (theirs, (50.0, 100.0)):
+        apart = ratio_of(resampled_medians(ours), resampled_medians(others, stream=1))
+        assert apart.max() > apart.min()

@@ -6,6 +6,7 @@ import pytest
 
 from puzzle_trtllm.errors import BenchError
 from puzzle_trtllm.scenario import Scenario
+from puzzle_trtllm.serve.bench.result import Turn
 from puzzle_trtllm.serve.metrics.provenance import Hardware
 from puzzle_trtllm.serve.metrics.records import RequestCounts
 from puzzle_trtllm.serve.metrics.statistics import Spread
@@ -24,6 +25,17 @@ def test_per_token_speedup_is_the_ratio_of_medians():
     assert result.per_token_speedup_range == pytest.approx((2.0, 2.2))
     assert result.uncapped_per_token_speedup.value == pytest.approx(420 / 400)
     assert compare(CHILD, PARENT_FP8).uncapped_per_token_speedup is None
+
+
+@pytest.mark.parametrize("turns", [None, [Turn(comparison="another", round=index) for index in range(3)]])
+def test_rounds_that_were_not_measured_in_turn_are_not_paired(turns):
+    apart = CHILD.model_copy(update={"turns": turns})
+    result, paired = compare(apart, PARENT), compare(CHILD, PARENT)
+    assert result.per_token_speedup_range is None
+    assert result.per_token_speedup.value == paired.per_token_speedup.value
+    # Rounds 200, 198, 220 over 100, 90, 110: any of one may now meet any of the other.
+    assert result.per_token_speedup.interval.high == pytest.approx(220 / 90)
+    assert paired.per_token_speedup.interval.high == pytest.approx(198 / 90)
 
 
 def test_request_rate_takes_the_length_of_the_answers_into_account():

@@ -8,9 +8,9 @@ import pytest
 
 from puzzle_trtllm.build.engine_build import build_engine
 from puzzle_trtllm.engine import EngineConfig
-from puzzle_trtllm.errors import BenchError
+from puzzle_trtllm.errors import BenchError, ConfigError
 from puzzle_trtllm.scenario import Scenario
-from puzzle_trtllm.serve.bench.result import BenchResult
+from puzzle_trtllm.serve.bench.result import BenchResult, Turn
 from puzzle_trtllm.serve.bench.runner import run_bench
 from puzzle_trtllm.serve.evaluate.result import EvaluationResult
 from puzzle_trtllm.serve.metrics.provenance import EngineProvenance
@@ -107,6 +107,31 @@ def test_a_folder_that_was_built_anew_since_is_refused(engine, bench, tmp_path):
     finally:
         file.write_text(content)
     assert "\n" not in str(caught.value)
+
+
+def in_turn(result, round, speed):
+    scalars = result.scalars | {"output_tokens_per_s": speed}
+    return result.model_copy(update={"turn": Turn(comparison="c", round=round), "scalars": scalars})
+
+
+def test_the_order_of_files_is_not_the_order_of_turns(bench, tmp_path):
+    rounds = [in_turn(bench, 2, 30.0), in_turn(bench, 0, 10.0), in_turn(bench, 1, 20.0)]
+    found = load_measurement("e", save(tmp_path, *rounds))
+    assert found.output_tokens_per_s.rounds == (10.0, 20.0, 30.0)
+    assert [turn.round for turn in found.turns] == [0, 1, 2]
+
+
+def test_a_round_without_a_turn_pairs_with_nothing(bench, tmp_path):
+    assert load_measurement("e", save(tmp_path, bench, in_turn(bench, 0, 10.0))).turns is None
+    twice = save(tmp_path, in_turn(bench, 0, 10.0), in_turn(bench, 0, 20.0))
+    assert load_measurement("e", twice).turns is None
+
+
+def test_a_measurement_has_one_turn_a_round(bench, tmp_path):
+    file = load_measurement("e", save(tmp_path, in_turn(bench, 0, 10.0))).save(tmp_path / "e.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"turns": []}))
+    with pytest.raises(ConfigError, match=r"e\.json: .*0 turns of 1 rounds"):
+        load_measurement("e", [file])
 
 
 def test_from_python_the_round_is_named(engine, bench):

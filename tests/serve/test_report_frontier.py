@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puzzle_trtllm.serve.metrics.statistics import Spread
 from puzzle_trtllm.serve.report import make_report
 from puzzle_trtllm.serve.report.charts.length_budget import length_budget_chart
 from puzzle_trtllm.serve.report.compare import compare
@@ -80,6 +79,16 @@ def test_break_even_is_where_length_has_eaten_the_speedup():
     assert compare(at_the_limit, PARENT).efforts["high"].relative_request_rate.value == pytest.approx(1.0)
 
 
+def test_rounds_that_were_not_measured_in_turn_meet_by_chance():
+    kept = {"high": with_outcomes(lambda i: i % 2 == 0, lambda i: 100 + i)}
+    slow = measurement("slow", [100.0, 200.0, 300.0], efforts=kept)
+    fast = measurement("fast", [110.0, 220.0, 330.0], efforts=kept)
+    shares = {p.engine: p.dominated_share for p in frontier_of([slow, fast])}
+    assert shares == {"slow": 1.0, "fast": 0.0}  # the noise is common
+    apart = frontier_of([slow, fast.model_copy(update={"turns": None})])
+    assert all(0.2 < point.dominated_share < 0.8 for point in apart)
+
+
 def test_intervals_come_from_single_answers_and_say_so_where_there_are_none():
     ours = {"high": with_outcomes(lambda i: i % 4 != 0, lambda i: 100 + 3 * i)}
     theirs = {"high": with_outcomes(lambda i: i % 5 != 0, lambda i: 90 + 2 * i)}
@@ -95,7 +104,7 @@ def test_intervals_come_from_single_answers_and_say_so_where_there_are_none():
         assert ratio.interval.low < ratio.value < ratio.interval.high
     bare = compare(CHILD, PARENT).efforts["high"].accuracy_retention
     assert bare.interval.reason == "the measurement keeps no single answers"
-    one_round = compare(child.model_copy(update={"output_tokens_per_s": Spread.of([200.0])}), parent)
+    one_round = compare(measurement("child", [200.0], efforts=ours), parent)
     assert one_round.per_token_speedup.interval.reason == "throughput was measured in a single round"
 
 
