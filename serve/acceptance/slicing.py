@@ -53,7 +53,7 @@ def slice_layers(checkpoint: str | Path, out: str | Path, layers: Sequence[int])
 def read_layers(text: str) -> list[int]:
     """`"0,5,20"` as numbers. Raises PuzzleError."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
+    if not all(part.isdecimal() for part in parts):
         raise PuzzleError("not layer numbers", key="--layers", found=text, expected="such as 0,3,15,22")
     return [int(part) for part in parts]
 

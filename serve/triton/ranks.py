@@ -55,7 +55,7 @@ class MpiJob:
 def mpi_job(environment: Mapping[str, str]) -> MpiJob | None:
     """The job of this process, or None where nothing tells of one."""
     for rank, size in _RANK_AND_SIZE:
-        if environment.get(rank, "").isdigit() and environment.get(size, "").isdigit():
+        if environment.get(rank, "").isdecimal() and environment.get(size, "").isdecimal():
             return MpiJob(rank=int(environment[rank]), size=int(environment[size]))
     return None
 

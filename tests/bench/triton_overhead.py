@@ -259,7 +259,7 @@ def report(samples: dict[str, list[Sample]], rounds: int) -> None:
         base = samples["in process, " + name.split(", ")[1]]
         rates = [sample.tokens_per_s for sample in own]
         ratios = [a.tokens_per_s / b.tokens_per_s for a, b in zip(own, base, strict=True)]
-        interval = percentile_interval(resampled_medians(tuple(ratios), tuple(ratios))[0])
+        interval = percentile_interval(resampled_medians(tuple(ratios)))
         at_equal_speed = statistics.median(
             b.steps / a.steps * a.computing / b.computing for a, b in zip(own, base, strict=True)
         )
