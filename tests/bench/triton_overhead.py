@@ -2,6 +2,7 @@
 
     .venv/bin/python tests/bench/triton_overhead.py [--rounds 40] [--streaming none 10]
     .venv/bin/python tests/bench/triton_overhead.py --requests 128 --output 128 --output-spread 0
+    .venv/bin/python tests/bench/triton_overhead.py --apart
 
 Builds the demo's child (as the demo does, into a scratch folder) without a memory cap, loads it once in this process
 and once behind Triton, for `stream_interval` 10 and 1 and without streaming, and lets all of them run one load in turn,
@@ -13,7 +14,8 @@ one JSON line.
 Lengths vary from half to one and a half of `--output`, as real ones do. With all of one length (the second command)
 requests end together, and the next wave arrives together: in process at one instant, so that nothing hides what Triton
 costs a request then. Wall time includes a run's start and end; the machine's cores are shared by client, server, stub
-and engine, as in the demo.
+and engine, as in the demo. With `--apart` (the third) the engine behind Triton has the last core, and server and stub
+the others.
 
 A shared host's clock may change by half between two runs: many short rounds tell more than a few long ones. What
 Triton costs is also counted in what no clock changes, the steps that the engine makes for the load (more of them when a
@@ -28,11 +30,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import ExitStack, aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -175,6 +178,15 @@ def processes_of(server: TritonServer) -> dict[str, psutil.Process]:
     return {"client": psutil.Process(), **{name: psutil.Process(pid) for name, pid in pids.items()}}
 
 
+def keep_apart(processes: dict[str, psutil.Process]) -> None:
+    """The engine on the last core, server and stub on the others; the client stays where it likes."""
+    *others, last = sorted(os.sched_getaffinity(0))
+    for name, cores in (("engine", [last]), ("server", others), ("stub", others)):
+        for thread in processes[name].threads():
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(thread.id, cores)
+
+
 def count_steps_behind(server: TritonServer) -> int:
     """What the server's metrics say."""
     metrics = read_metrics(server.metrics_url)
@@ -221,6 +233,7 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=84, help="mean tokens an answer")
     parser.add_argument("--output-spread", type=float, default=0.5, help="lengths vary by this share of the mean")
     parser.add_argument("--streaming", nargs="+", choices=WAYS, default=WAYS, help="which stream_intervals")
+    parser.add_argument("--apart", action="store_true", help="server and stub off the engine's core")
     parser.add_argument("--checkpoint", type=Path, default=ABACUS)
     options = parser.parse_args()
     scenario = load_scenario("cpu-demo")
@@ -229,6 +242,9 @@ def main() -> None:
         runs: dict[str, Run] = {}
         for streaming in options.streaming:
             runs |= start_ways(stack, options.checkpoint, scratch / streaming, streaming)
+        for run in runs.values():
+            if options.apart and "stub" in run.processes:
+                keep_apart(run.processes)
         engine = Engine.open(scratch / options.streaming[0])
         longest = scenario.input_tokens + int(options.output * (1 + options.output_spread))
         if longest > engine.llm_args["max_seq_len"]:  # the engine would cut the answers, and they would hardly vary
