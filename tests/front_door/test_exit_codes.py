@@ -24,7 +24,7 @@ from puzzle_trtllm.errors import PuzzleError
 from puzzle_trtllm.serve.evaluate import runner
 from puzzle_trtllm.serve.evaluate.result import EvaluationResult
 from tests.front_door.cli import ROOT, assert_user_error, invoke, last_json, run
-from tests.serve.measurements import PROVENANCE
+from tests.serve.measurements import EMPTY_EVALUATION
 
 MakeCheckpoint = Callable[..., Path]
 BLOCKS = [(8, 16), (8, None)]
@@ -221,26 +221,15 @@ def test_a_result_file_that_cannot_be_written_is_told_before_anything_is_measure
 
 def test_an_evaluation_that_fails_late_shows_and_saves_what_it_has(tmp_path: Path) -> None:
     out = tmp_path / "evaluation.json"
-    finished = EvaluationResult(
-        name="toy",
-        url="host:1",
-        problems_file="x.jsonl",
-        problems_fingerprint="f",
-        grader="numeric",
-        max_tokens=8,
-        concurrency=1,
-        efforts={},
-        provenance=PROVENANCE,
-    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            runner, "evaluate", Mock(side_effect=runner.UnfinishedEvaluationError("the engine died", finished))
+            runner, "evaluate", Mock(side_effect=runner.UnfinishedEvaluationError("the engine died", EMPTY_EVALUATION))
         )
         result = invoke("evaluate", "--problems", "x.jsonl", "--tokenizer", tmp_path, "--out", out)
     assert result.exit_code == 2
     assert "toy: accuracy by reasoning effort" in result.stdout
     assert result.stderr.splitlines()[-1] == "error: the engine died"
-    assert EvaluationResult.load(out) == finished
+    assert EvaluationResult.load(out) == EMPTY_EVALUATION
 
 
 def test_numbers_are_shown_even_if_their_file_cannot_be_written(

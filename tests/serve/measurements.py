@@ -6,6 +6,7 @@ from typing import Any
 
 from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.serve.bench.result import Turn
+from puzzle_trtllm.serve.evaluate.result import EvaluationResult
 from puzzle_trtllm.serve.metrics.provenance import Hardware, Provenance
 from puzzle_trtllm.serve.metrics.records import RequestCounts
 from puzzle_trtllm.serve.metrics.statistics import Distribution, Spread
@@ -24,6 +25,18 @@ PROVENANCE = Provenance(
 EVALUATION = EvaluationFacts(
     problems_file="problems.jsonl", problems_fingerprint="abc", grader="numeric", max_tokens=160
 )
+EMPTY_EVALUATION = EvaluationResult(
+    name="toy",
+    url="host:1",
+    problems_file="problems.jsonl",
+    problems_fingerprint="abc",
+    grader="numeric",
+    max_tokens=8,
+    concurrency=1,
+    efforts={},
+    provenance=PROVENANCE,
+)
+"""What `evaluate` writes, before any effort."""
 PARENT_BLOCKS = [(8, 32), (8, None), (8, 32), (8, None)]
 CHILD_BLOCKS = [(8, 32), (8, 64), (4, 32), (6, None)]
 

@@ -33,7 +33,7 @@ def request_of(abort: Callable[[int], None] = lambda _: None, **params: object) 
         request_id=1,
         prompt=None,
         prompt_token_ids=[1],
-        sampling_params=SamplingParams(**params),  # type: ignore[arg-type]
+        sampling_params=SamplingParams(**params),
         tokenizer=letters(),
         abort=abort,
     )
@@ -42,7 +42,7 @@ def request_of(abort: Callable[[int], None] = lambda _: None, **params: object) 
 def put(request: ReferenceRequestOutput, text: str, finish: str | None = None, **fields: object) -> None:
     """What the engine reports, as the reader thread hands it over."""
     tokens = [ord(letter) - 97 for letter in text]
-    update = TokenUpdate(request_id=1, token_ids=tokens, finish_reason=finish, **fields)  # type: ignore[arg-type]
+    update = TokenUpdate(request_id=1, token_ids=tokens, finish_reason=finish, **fields)
     waiter = request.put(update)
     if waiter is not None:
         waiter[0].call_soon_threadsafe(waiter[1].set)

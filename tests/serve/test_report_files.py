@@ -17,7 +17,7 @@ from puzzle_trtllm.serve.metrics.provenance import EngineProvenance
 from puzzle_trtllm.serve.report import assemble_measurement
 from puzzle_trtllm.serve.report.files import load_measurement
 from tests.serve.fake_client import FakeClient, one_token_a_response
-from tests.serve.measurements import PROVENANCE
+from tests.serve.measurements import EMPTY_EVALUATION, PROVENANCE
 
 TINY = Scenario(name="tiny", input_tokens=6, output_tokens=4, concurrency=2, num_requests=8)
 CAP = 1_000_000
@@ -37,17 +37,7 @@ def bench(engine):
 
 @pytest.fixture(scope="module")
 def evaluation(bench):
-    return EvaluationResult(
-        name="e",
-        url="host:1",
-        problems_file="problems.jsonl",
-        problems_fingerprint="abc",
-        grader="numeric",
-        max_tokens=16,
-        concurrency=1,
-        efforts={},
-        provenance=bench.provenance,
-    )
+    return EMPTY_EVALUATION.model_copy(update={"provenance": bench.provenance})
 
 
 def of_another_engine(result):

@@ -6,179 +6,28 @@ show at will.
 
 from __future__ import annotations
 
-import asyncio
-import math
-import subprocess
 import threading
 import time
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-from puzzle_trtllm.serve.runtimes.api import CompletionOutput, EngineDeadError, RequestError, SamplingParams
-from puzzle_trtllm.serve.triton.metrics import KvBlocks, MetricsThread, kv_blocks, num_steps
+from puzzle_trtllm.serve.runtimes.api import EngineDeadError, RequestError, SamplingParams
 from puzzle_trtllm.serve.triton.outbox import Outbox
 from puzzle_trtllm.serve.triton.request import ReplyFormat, RequestLimits
 from puzzle_trtllm.serve.triton.response import Snapshot
 from puzzle_trtllm.serve.triton.session import Session
+from tests.serve.fake_session import Encoder, Llm, Sender, accept, begin, open_service
 from tests.serve.scripted import wait_until
 
 LARGE = 1 << 20
 """Characters of an answer that shared memory may have no room for."""
 
 
-class Sender:
-    """Triton's response sender, remembering; as there, nothing may be sent or asked after the final flag.
-
-    `room` is the number of responses that shared memory still takes; errors and flags alone need none. As in Triton, a
-    send that fails has closed the sender if it carried the final flag, and is the only one of a model not decoupled.
-    """
-
-    def __init__(self, *, room: float = math.inf, decoupled: bool = True) -> None:
-        self.responses: list[tuple[object, int]] = []
-        self.cancelled = False
-        self.query_error: Exception | None = None
-        self.room = room
-        self.allowed = math.inf if decoupled else 1
-        self.closed = False
-        self.gate = threading.Event()
-        self.gate.set()
-
-    @property
-    def final(self) -> bool:
-        return bool(self.responses) and self.responses[-1][1] == 1
-
-    def send(self, response=None, flags: int = 0) -> None:
-        assert self.gate.wait(10)
-        assert not self.final, "sent after the final response"
-        if self.closed:
-            raise RuntimeError("Response sender has been closed.")
-        if response is not None and self.allowed == 0:
-            raise RuntimeError("Non-decoupled model cannot send more than one response.")
-        self.closed = flags == 1
-        self.allowed -= response is not None
-        if isinstance(response, dict):
-            if self.room == 0:
-                raise RuntimeError("Failed to increase the shared memory pool size")
-            self.room -= 1
-        self.responses.append((response, flags))
-
-    def is_cancelled(self) -> bool:
-        assert not self.final, "asked after the final response"
-        if self.query_error is not None:
-            raise self.query_error
-        return self.cancelled
-
-    @property
-    def error(self) -> tuple[str, str]:
-        wait_until(lambda: self.final, what="a final response")
-        response = self.responses[-1][0]
-        assert isinstance(response, tuple), response
-        return response
-
-
-class Encoder:
-    FINAL = 1
-    error_of_tensors: Exception | None = None
-
-    def response(self, tensors):
-        if self.error_of_tensors is not None:
-            raise self.error_of_tensors
-        return {name: array.tolist() for name, array in tensors}
-
-    def error(self, status: str, message: str):
-        return (status, message)
-
-
-class Result:
-    """A RequestOutput whose steps the test pushes: text, an exception, or None for the end."""
-
-    def __init__(self, prompt) -> None:
-        self.prompt = prompt
-        self.prompt_token_ids = [1, 2, 3]
-        self.outputs = [CompletionOutput()]
-        self.finished = False
-        self.aborted = False
-        self.queue: asyncio.Queue = asyncio.Queue()
-        self.loop = asyncio.get_running_loop()
-        self.metrics = None
-
-    def push(self, *steps) -> None:
-        for step in steps:
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, step)
-
-    def abort(self) -> None:
-        self.aborted = True
-
-    def __aiter__(self):
-        return self
-
-    async def __anext__(self):
-        step = await self.queue.get()
-        if isinstance(step, Exception):
-            raise step
-        if step is StopAsyncIteration:
-            raise StopAsyncIteration
-        completion = self.outputs[0]
-        if step is None or step == "cancelled":
-            self.finished, completion.finish_reason = True, step or "stop"
-        else:
-            completion.text += step
-            completion.token_ids.append(len(completion.token_ids))
-        return self
-
-
-class Llm:
-    def __init__(self) -> None:
-        self.results: list[Result] = []
-        self.submit_error: Exception | None = None
-        self.healthy = True
-        self.stats: list | Exception = []
-
-    def generate_async(self, inputs, sampling_params, streaming=False):
-        if self.submit_error is not None:
-            raise self.submit_error
-        self.results.append(Result(inputs))
-        return self.results[-1]
-
-    def get_stats(self, timeout=None):
-        if isinstance(self.stats, Exception):
-            raise self.stats
-        return self.stats
-
-    def _check_health(self) -> bool:
-        return self.healthy
-
-
 @pytest.fixture
 def service():
-    llm, encoder = Llm(), Encoder()
-    outbox = Outbox(encoder, log=lambda message: None)
-    session = Session(
-        llm=llm, sampling_params=SamplingParams, outbox=outbox, limits=RequestLimits(max_seq_len=16),
-        max_open_requests=2, sweep_period_s=0.005, log=lambda message: None,
-    )  # fmt: skip
-    yield SimpleNamespace(llm=llm, encoder=encoder, outbox=outbox, session=session)
-    session.stop()
-    outbox.close()
-
-
-def begin(
-    service, *, request_id: str = "", text: str = "hi", sender: Sender | None = None, **flags
-) -> tuple[Sender, Result]:
-    """Accept a request and wait until the runtime has it."""
-    sender, before = sender or Sender(), len(service.llm.results)
-    accept(service, sender, request_id=request_id, text=text, **flags)
-    wait_until(lambda: len(service.llm.results) > before, what="submission")
-    return sender, service.llm.results[-1]
-
-
-def accept(service, sender: Sender, *, request_id: str = "", text: str = "hi", **flags) -> Sender:
-    inputs = {"text_input": np.array([text.encode()], dtype=object)}
-    inputs |= {name: np.array([value]) for name, value in flags.items()}
-    service.session.accept(request_id, inputs, sender)
-    return sender
+    with open_service() as opened:
+        yield opened
 
 
 def test_a_stream_ends_with_its_last_output(service) -> None:
@@ -434,106 +283,3 @@ def test_a_reply_says_nothing_after_its_end() -> None:
     outbox.close()
     assert sender.responses == [(("CANCELLED", "first"), 1)]
     assert not reply.is_cancelled()
-
-
-class Family:
-    """pb_utils.MetricFamily, remembering in one table."""
-
-    GAUGE, COUNTER = "gauge", "counter"
-    values: dict[str, float]
-
-    def __init__(self, *, name: str, description: str, kind: str) -> None:
-        self.name, self.kind = name, kind
-
-    def Metric(self, *, labels: dict[str, str]):
-        key = self.name + (f"/{labels['end']}" if "end" in labels else "")
-        assert labels["model"] == "tensorrt_llm"
-
-        def set_(value: float) -> None:
-            assert self.kind == "gauge"
-            self.values[key] = value
-
-        def increment(value: float) -> None:
-            assert self.kind == "counter"
-            self.values[key] = self.values.get(key, 0) + value
-
-        return SimpleNamespace(set=set_, increment=increment)
-
-
-@pytest.fixture
-def metrics(service):
-    Family.values = {}
-    return MetricsThread(service.session, service.outbox, service.llm, metric_family=Family, log=lambda m: None)
-
-
-def test_metrics_tell_waiting_from_running_and_count_tokens(service, metrics) -> None:
-    (one, first), (_, second) = begin(service, streaming=True), begin(service, streaming=True)
-    first.push("a")
-    wait_until(lambda: len(one.responses) == 1, what="a response")
-    metrics.publish()
-    assert (Family.values["puzzle_requests_waiting"], Family.values["puzzle_requests_running"]) == (1, 1)
-    first.push("b", None)
-    second.push(RuntimeError("odd"))
-    wait_until(lambda: service.session.queue_lengths() == (0, 0), what="the ends")
-    metrics.publish()
-    metrics.publish()
-    expected = {
-        "puzzle_engine_up": 1, "puzzle_requests_waiting": 0, "puzzle_requests_running": 0,
-        "puzzle_prompt_tokens_total": 3, "puzzle_output_tokens_total": 2,
-        "puzzle_requests_total/ok": 1, "puzzle_requests_total/internal": 1,
-    }  # fmt: skip
-    assert {name: Family.values.get(name) for name in expected} == expected
-
-
-@pytest.mark.parametrize(
-    ("num_active", "waiting", "running"),
-    [(None, 2, 0), (0, 2, 0), (1, 1, 1), (2, 0, 2), (5, 0, 2)],  # 5: what ran a step ago
-)
-def test_what_runs_is_what_the_engine_is_at_work_on(service, metrics, num_active, waiting: int, running: int) -> None:
-    """Of requests that are not streaming nothing is seen before their end."""
-    begin(service), begin(service)
-    service.llm.stats = [{"iter": 7} if num_active is None else {"iter": 7, "numActiveRequests": num_active}]
-    metrics._watch_engine()
-    metrics.publish()
-    assert (Family.values["puzzle_requests_waiting"], Family.values["puzzle_requests_running"]) == (waiting, running)
-
-
-def test_a_request_with_a_token_runs_whatever_the_engine_says(service, metrics) -> None:
-    (_, first), (_, second) = begin(service, streaming=True), begin(service, streaming=True)
-    first.push("a"), second.push("a")
-    wait_until(lambda: service.session.queue_lengths() == (0, 2), what="two tokens")
-    service.llm.stats = ['{"numActiveRequests": 1}']
-    metrics._watch_engine()
-    metrics.publish()
-    assert (Family.values["puzzle_requests_waiting"], Family.values["puzzle_requests_running"]) == (0, 2)
-
-
-def test_the_metrics_notice_that_an_idle_engine_died(service, metrics) -> None:
-    service.llm.stats = EngineDeadError("killed while idle")
-    metrics._watch_engine()
-    wait_until(lambda: service.session.death == "killed while idle", what="the death")
-    metrics.publish()
-    assert Family.values["puzzle_engine_up"] == 0
-
-
-def test_the_metrics_notice_that_the_engines_process_has_gone(service, metrics) -> None:
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    service.llm.engine_pid = gone.pid
-    metrics._watch_engine()
-    wait_until(lambda: service.session.death == "its process has ended", what="the death")
-
-
-def test_kv_blocks_come_as_dicts_or_json() -> None:
-    stats = {"kvCacheStats": {"usedNumBlocks": 3, "maxNumBlocks": 10}}
-    counted = KvBlocks(used=3, total=10)
-    assert kv_blocks([{}, stats]) == counted
-    assert kv_blocks(['{"kvCacheStats": {"usedNumBlocks": 3, "maxNumBlocks": 10}}']) == counted
-    stats["kvCacheStats"] |= {"reusedBlocks": 4, "missedBlocks": 5}
-    assert kv_blocks([stats]) == KvBlocks(used=3, total=10, reused=4, missed=5)
-    assert kv_blocks([]) is None and kv_blocks([{"iter": 1}]) is None
-
-
-def test_steps_come_as_dicts_or_json() -> None:
-    assert num_steps([{"iter": 3}, {"iter": 7}]) == num_steps(['{"iter": 7}']) == 7
-    assert num_steps([]) is None and num_steps([{}]) is None

@@ -1,0 +1,122 @@
+"""The server's own metrics, with fakes for Triton and the runtime: what waits, what runs, what died."""
+
+from __future__ import annotations
+
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+
+from puzzle_trtllm.serve.runtimes.api import EngineDeadError
+from puzzle_trtllm.serve.triton.metrics import KvBlocks, MetricsThread, kv_blocks, num_steps
+from tests.serve.fake_session import begin, open_service
+from tests.serve.scripted import wait_until
+
+
+@pytest.fixture
+def service():
+    with open_service() as opened:
+        yield opened
+
+
+class Family:
+    """pb_utils.MetricFamily, remembering in one table."""
+
+    GAUGE, COUNTER = "gauge", "counter"
+    values: dict[str, float]
+
+    def __init__(self, *, name: str, description: str, kind: str) -> None:
+        self.name, self.kind = name, kind
+
+    def Metric(self, *, labels: dict[str, str]):
+        key = self.name + (f"/{labels['end']}" if "end" in labels else "")
+        assert labels["model"] == "tensorrt_llm"
+
+        def set_(value: float) -> None:
+            assert self.kind == "gauge"
+            self.values[key] = value
+
+        def increment(value: float) -> None:
+            assert self.kind == "counter"
+            self.values[key] = self.values.get(key, 0) + value
+
+        return SimpleNamespace(set=set_, increment=increment)
+
+
+@pytest.fixture
+def metrics(service):
+    Family.values = {}
+    return MetricsThread(service.session, service.outbox, service.llm, metric_family=Family, log=lambda m: None)
+
+
+def test_metrics_tell_waiting_from_running_and_count_tokens(service, metrics) -> None:
+    (one, first), (_, second) = begin(service, streaming=True), begin(service, streaming=True)
+    first.push("a")
+    wait_until(lambda: len(one.responses) == 1, what="a response")
+    metrics.publish()
+    assert (Family.values["puzzle_requests_waiting"], Family.values["puzzle_requests_running"]) == (1, 1)
+    first.push("b", None)
+    second.push(RuntimeError("odd"))
+    wait_until(lambda: service.session.queue_lengths() == (0, 0), what="the ends")
+    metrics.publish()
+    metrics.publish()
+    expected = {
+        "puzzle_engine_up": 1, "puzzle_requests_waiting": 0, "puzzle_requests_running": 0,
+        "puzzle_prompt_tokens_total": 3, "puzzle_output_tokens_total": 2,
+        "puzzle_requests_total/ok": 1, "puzzle_requests_total/internal": 1,
+    }  # fmt: skip
+    assert {name: Family.values.get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("num_active", "waiting", "running"),
+    [(None, 2, 0), (0, 2, 0), (1, 1, 1), (2, 0, 2), (5, 0, 2)],  # 5: what ran a step ago
+)
+def test_what_runs_is_what_the_engine_is_at_work_on(service, metrics, num_active, waiting: int, running: int) -> None:
+    """Of requests that are not streaming nothing is seen before their end."""
+    begin(service), begin(service)
+    service.llm.stats = [{"iter": 7} if num_active is None else {"iter": 7, "numActiveRequests": num_active}]
+    metrics._watch_engine()
+    metrics.publish()
+    assert (Family.values["puzzle_requests_waiting"], Family.values["puzzle_requests_running"]) == (waiting, running)
+
+
+def test_a_request_with_a_token_runs_whatever_the_engine_says(service, metrics) -> None:
+    (_, first), (_, second) = begin(service, streaming=True), begin(service, streaming=True)
+    first.push("a"), second.push("a")
+    wait_until(lambda: service.session.queue_lengths() == (0, 2), what="two tokens")
+    service.llm.stats = ['{"numActiveRequests": 1}']
+    metrics._watch_engine()
+    metrics.publish()
+    assert (Family.values["puzzle_requests_waiting"], Family.values["puzzle_requests_running"]) == (0, 2)
+
+
+def test_the_metrics_notice_that_an_idle_engine_died(service, metrics) -> None:
+    service.llm.stats = EngineDeadError("killed while idle")
+    metrics._watch_engine()
+    wait_until(lambda: service.session.death == "killed while idle", what="the death")
+    metrics.publish()
+    assert Family.values["puzzle_engine_up"] == 0
+
+
+def test_the_metrics_notice_that_the_engines_process_has_gone(service, metrics) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    service.llm.engine_pid = gone.pid
+    metrics._watch_engine()
+    wait_until(lambda: service.session.death == "its process has ended", what="the death")
+
+
+def test_kv_blocks_come_as_dicts_or_json() -> None:
+    stats = {"kvCacheStats": {"usedNumBlocks": 3, "maxNumBlocks": 10}}
+    counted = KvBlocks(used=3, total=10)
+    assert kv_blocks([{}, stats]) == counted
+    assert kv_blocks(['{"kvCacheStats": {"usedNumBlocks": 3, "maxNumBlocks": 10}}']) == counted
+    stats["kvCacheStats"] |= {"reusedBlocks": 4, "missedBlocks": 5}
+    assert kv_blocks([stats]) == KvBlocks(used=3, total=10, reused=4, missed=5)
+    assert kv_blocks([]) is None and kv_blocks([{"iter": 1}]) is None
+
+
+def test_steps_come_as_dicts_or_json() -> None:
+    assert num_steps([{"iter": 3}, {"iter": 7}]) == num_steps(['{"iter": 7}']) == 7
+    assert num_steps([]) is None and num_steps([{}]) is None
