@@ -121,7 +121,7 @@ def _read_config(file: Path) -> Mapping[str, Any]:
         return {}
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot be read: {error}", file=file) from None
     if not isinstance(config, dict):
         raise CheckpointError("unknown form", file=file, found=type(config).__name__, expected="an object")

@@ -96,6 +96,7 @@ def test_text_round_trips(folder):
         (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json: missing"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), r"tokenizer\.json: cannot be read"),
         (lambda f: (f / "tokenizer_config.json").write_text("{"), r"tokenizer_config\.json: cannot be read"),
+        (lambda f: (f / "tokenizer_config.json").write_text("[" * 10**5), r"tokenizer_config\.json: cannot be read"),
         (
             lambda f: (f / "tokenizer_config.json").write_text("[]"),
             r"tokenizer_config\.json: unknown form \(found list",
