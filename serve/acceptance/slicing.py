@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from puzzle_trtllm.checkpoint import Checkpoint
-from puzzle_trtllm.checkpoint_writer import PlannedTensor, copy_of, write_shards
+from puzzle_trtllm.checkpoint_writer import PlannedTensor, copy_companions, copy_of, write_shards
 from puzzle_trtllm.errors import CheckpointError, PuzzleError
-from puzzle_trtllm.folders import atomic_folder, link_or_copy
+from puzzle_trtllm.folders import atomic_folder
 
 _LAYER = re.compile(r"^(model\.layers\.)(\d+)(\..*)$")
 
@@ -44,8 +44,7 @@ def slice_layers(checkpoint: str | Path, out: str | Path, layers: Sequence[int])
     with atomic_folder(Path(out)) as folder:
         write_shards(folder, tensors)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for file in source.companion_files():
-            link_or_copy(file, folder / file.name)
+        copy_companions(source.companion_files(), folder)
         Checkpoint.open(folder).validate()
     return Checkpoint.open(out)
 
