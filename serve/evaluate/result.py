@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
+from puzzle_trtllm.serve.bench.result import TokenCounts
 from puzzle_trtllm.serve.metrics.provenance import Provenance
 from puzzle_trtllm.serve.metrics.records import RequestCounts, RequestStatus
 from puzzle_trtllm.serve.metrics.result_file import ResultFile
@@ -63,11 +64,19 @@ class EvaluationResult(ResultFile):
     grader: str
     max_tokens: int
     concurrency: int
+    token_counts: TokenCounts | None = None
+    """tokenizer: a stock server tells no counts, so its text is encoded again; None in older files."""
     efforts: dict[str, EffortResult]
     provenance: Provenance
 
     def __rich__(self) -> Table:
-        table = Table(title=f"{self.name}: accuracy by reasoning effort", title_justify="left")
+        counted = "tokens counted by the tokenizer: this server tells no counts"
+        table = Table(
+            title=f"{self.name}: accuracy by reasoning effort",
+            caption=counted if self.token_counts == "tokenizer" else None,
+            title_justify="left",
+            caption_justify="left",
+        )
         for column in ("effort", "accuracy", "95% interval", "mean tokens", "done/s", "requests"):
             table.add_column(column, justify="left" if column in ("effort", "requests") else "right")
         for effort, result in self.efforts.items():

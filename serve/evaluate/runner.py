@@ -2,7 +2,7 @@
 
 The client renders the chat template (Triton's model knows none) and sends token ids, so that special tokens mean what
 they meant in training. Token ids come back too and are decoded here with special tokens kept: only then are channels
-unambiguous. A stock server gets and gives text.
+unambiguous. A stock server gets and gives text, whose tokens are counted by encoding it again (token_counts.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from puzzle_trtllm.chat import REASONING_EFFORTS, ChatTokenizer
 from puzzle_trtllm.errors import BenchError, ConfigError, PuzzleError
 from puzzle_trtllm.serve.bench.load import Answer, errors_of, hold_concurrency
 from puzzle_trtllm.serve.bench.progress import LoadProgress
+from puzzle_trtllm.serve.bench.result import TokenCounts
 from puzzle_trtllm.serve.bench.target import Connect, connect_triton
+from puzzle_trtllm.serve.bench.token_counts import count_by_tokenizer
 from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.evaluate.answers import final_answer, final_answer_of_tokens
 from puzzle_trtllm.serve.evaluate.graders import Grader, find_grader
@@ -83,7 +85,7 @@ def evaluate(
         connect=connect,
         quiet=quiet,
     )
-    results, failure = asyncio.run(run)
+    results, token_counts, failure = asyncio.run(run)
     result = EvaluationResult(
         name=name or url,
         url=url,
@@ -92,6 +94,7 @@ def evaluate(
         grader=grader,
         max_tokens=max_tokens,
         concurrency=concurrency,
+        token_counts=token_counts,
         efforts=results,
         provenance=provenance,
     )
@@ -124,10 +127,11 @@ async def _all_efforts(
     name: str,
     connect: Connect,
     quiet: bool,
-) -> tuple[dict[str, EffortResult], PuzzleError | None]:
-    """One effort after the other, so that each has a rate of its own; what ended them early, if anything did."""
+) -> tuple[dict[str, EffortResult], TokenCounts, PuzzleError | None]:
+    """One effort after the other, so that each has a rate of its own; who counted, and what ended them early."""
     results: dict[str, EffortResult] = {}
     async with connect(url) as target:
+        token_counts: TokenCounts = "server" if target.gives_token_ids else "tokenizer"
         for effort in efforts:
             try:
                 requests = [
@@ -138,10 +142,12 @@ async def _all_efforts(
                     answers = await hold_concurrency(
                         target.stream, requests, concurrency=concurrency, is_truncated=_ran_out, observer=progress
                     )
+                if token_counts == "tokenizer":
+                    answers = count_by_tokenizer(answers, tokenizer)
                 results[effort] = grade_effort(answers, problem_set.problems, tokenizer, grade, effort=effort)
             except PuzzleError as error:
-                return results, error
-    return results, None
+                return results, token_counts, error
+    return results, token_counts, None
 
 
 def _request(

@@ -117,6 +117,15 @@ def test_a_stock_server_gets_text_and_its_text_is_graded(problems, tokenizer):
     assert result.efforts["low"].answers[0].final == "x"
 
 
+def test_the_tokens_of_a_server_that_tells_no_counts_are_those_of_its_text(problems, tokenizer):
+    client = FakeClient(lambda *_: [[1] * 25], gives_token_ids=False, finish_reason="stop")
+    result = run(client, problems, tokenizer, efforts=("low",), grader="regex")
+    # One response of 25 characters, each a token of this tokenizer.
+    assert (result.token_counts, result.efforts["low"].mean_output_tokens) == ("tokenizer", 25)
+    counted = run(FakeClient(Model(tokenizer), finish_reason="stop"), problems, tokenizer, efforts=("low",))
+    assert counted.token_counts == "server"
+
+
 def test_an_evaluation_survives_its_file(problems, tokenizer, tmp_path):
     result = run(FakeClient(Model(tokenizer), finish_reason="stop"), problems, tokenizer, limit=2)
     assert len(result.efforts["low"].answers) == 2
