@@ -60,6 +60,13 @@ def trace_load(
         raise BenchError(
             "missing: there is nothing to replay", file=trace.file, key="timestamp", expected="a rate or a concurrency"
         )
+    if not trace.requests[-1].time_ns:
+        raise BenchError(
+            "the same in every line: no time passes",
+            file=trace.file,
+            key="timestamp",
+            expected="a rate or a concurrency",
+        )
     return ReplayScenario(speed=speed or 1.0, **fields)
 
 
@@ -72,7 +79,7 @@ def trace_requests(trace: Trace, tokenizer: ChatTokenizer, *, seed: int, exact: 
     """The trace's requests; equal seeds give equal prompts."""
     ids = ordinary_token_ids(tokenizer)
     blocks: dict[int, array[int]] = {}
-    source = random.Random(seed)
+    source = random.Random(f"trace {seed}")  # a stream of its own: the warm-up's prompts are drawn from the plain seed
     requests = []
     for request in trace.requests:
         prompt: Sequence[int] | str

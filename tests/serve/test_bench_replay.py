@@ -105,6 +105,33 @@ def test_a_trace_without_moments_cannot_be_replayed_in_time(tmp_path, tokenizer_
     assert client.requests == []
 
 
+def test_a_trace_in_which_no_time_passes_is_refused_before_anything_is_sent(tmp_path, tokenizer_folder):
+    file = tmp_path / "t.jsonl"
+    file.write_text('{"timestamp": 5, "input_length": 3, "output_length": 2}\n' * 4)
+    client = FakeClient(one_token_a_response)
+    with pytest.raises(BenchError, match=r"t\.jsonl: timestamp: the same in every line: no time passes"):
+        replay(client, read_trace(file), tokenizer_folder)
+    assert client.requests == []
+
+
+def test_no_prompt_of_the_warm_up_comes_again(tmp_path, tokenizer_folder):
+    """A prefix cache would answer it, and every prompt of the trace that begins like one."""
+    file = tmp_path / "t.jsonl"
+    file.write_text("".join(f'{{"timestamp": {20 * i}, "input_length": 8, "output_length": 1}}\n' for i in range(6)))
+    client = FakeClient(one_token_a_response)
+    base = BASE.model_copy(update={"warmup_requests": 4})
+    run_open_loop(
+        "host:1",
+        scenario=base,
+        trace=read_trace(file),
+        tokenizer_folder=tokenizer_folder,
+        connect=client.connect,
+        quiet=True,
+    )
+    prompts = [tuple(request.input_ids) for request in client.requests]
+    assert len(prompts) == len(set(prompts)) == 10
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
