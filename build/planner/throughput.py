@@ -10,6 +10,7 @@ D(B) is taken at the mean length, because sequences in flight are at all stages 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from puzzle_trtllm.build.planner.roofline import Seconds, Setup, Step, step_seconds
@@ -97,5 +98,9 @@ def best_batch(setup: Setup, load: Load, most: int) -> tuple[Estimate, Estimate]
 
 
 def _decode(setup: Setup, load: Load, batch: int) -> Seconds:
-    step = Step(tokens=batch, start=load.isl, stop=load.sequence_tokens, sequences=batch, logits=batch)
-    return step_seconds(setup, step)
+    """Of the GPU that holds most sequences: the others wait for it."""
+    ranks = setup.layout.sequence_split
+    held = ranks * math.ceil(batch / ranks)
+    return step_seconds(
+        setup, Step(tokens=batch, start=load.isl, stop=load.sequence_tokens, sequences=held, logits=held)
+    )

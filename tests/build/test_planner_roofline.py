@@ -102,6 +102,15 @@ def test_more_sequences_are_never_slower_together_and_never_faster_alone() -> No
     assert alone == sorted(alone, reverse=True)
 
 
+def test_a_step_waits_for_the_gpu_with_most_sequences() -> None:
+    """Of nine sequences on eight GPUs one GPU holds two, as with sixteen; a single one is not shared either."""
+    load = Load(isl=65536, osl=1)
+    by_batch = {b: estimate(setup(CHILD, "dep8"), load, b).seconds_per_request["KV reads"] * b for b in (1, 8, 9, 16)}
+    assert by_batch[1] == pytest.approx(by_batch[8])
+    assert by_batch[9] == pytest.approx(by_batch[16])
+    assert by_batch[16] == pytest.approx(2 * by_batch[8])
+
+
 def test_the_knee_is_the_smallest_batch_within_ten_percent() -> None:
     best, knee = best_batch(setup(CHILD), LOAD, 500)
     assert best.batch == 500
