@@ -78,7 +78,7 @@ def compare(child: EngineMeasurement, baseline: EngineMeasurement) -> Comparison
         baseline=baseline.name,
         per_token_speedup=speedup,
         break_even_length_ratio=speedup,
-        per_token_speedup_range=_paired_range(child, baseline),
+        per_token_speedup_range=paired_range(child, baseline),
         uncapped_per_token_speedup=(
             _speedup(child.uncapped_output_tokens_per_s, baseline.uncapped_output_tokens_per_s, silent)
             if child.uncapped_output_tokens_per_s and baseline.uncapped_output_tokens_per_s
@@ -160,7 +160,8 @@ def _speedup(child: Spread, baseline: Spread, zero_reason: str) -> Ratio:
     return Ratio.of(child.median, baseline.median, zero_reason=zero_reason)
 
 
-def _paired_range(child: EngineMeasurement, baseline: EngineMeasurement) -> tuple[float, float] | None:
+def paired_range(child: EngineMeasurement, baseline: EngineMeasurement) -> tuple[float, float] | None:
+    """Lowest and highest throughput ratio of rounds measured in turn; None when they were not, or a baseline's is 0."""
     ours, theirs = child.output_tokens_per_s.rounds, baseline.output_tokens_per_s.rounds
     if not child.was_measured_in_turn_with(baseline) or 0 in theirs:
         return None

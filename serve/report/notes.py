@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from puzzle_trtllm.serve.report.compare import paired_range
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
 
 
@@ -37,13 +38,17 @@ def _on_engine(engine: EngineMeasurement) -> Iterator[str]:
 
 
 def _on_pair(child: EngineMeasurement, baseline: EngineMeasurement) -> Iterator[str]:
-    ours, theirs = child.output_tokens_per_s, baseline.output_tokens_per_s
-    if ours.low <= theirs.high and theirs.low <= ours.high:
-        yield (
-            f"{child.name} and {baseline.name}: the ranges of their rounds overlap, so their difference in throughput "
-            "is not resolved."
-        )
+    if found := _unresolved(child, baseline):
+        yield f"{child.name} and {baseline.name}: {found}, so their difference in throughput is not resolved."
     if child.memory_bytes != baseline.memory_bytes:
         yield f"{child.name} and {baseline.name} were given different memory."
     if str(child.provenance.hardware) != str(baseline.provenance.hardware):
         yield f"{child.name} and {baseline.name} were measured on different machines."
+
+
+def _unresolved(child: EngineMeasurement, baseline: EngineMeasurement) -> str | None:
+    """Why the rounds do not say which of the two is faster; those measured in turn are compared pair by pair."""
+    ours, theirs = child.output_tokens_per_s, baseline.output_tokens_per_s
+    if (paired := paired_range(child, baseline)) is not None:
+        return "not every round had the same one ahead" if paired[0] <= 1 <= paired[1] else None
+    return "the ranges of their rounds overlap" if ours.low <= theirs.high and theirs.low <= ours.high else None

@@ -132,6 +132,7 @@ def test_notes_say_what_a_reader_must_know():
         update={
             "requests": RequestCounts(completed=190, failed=2),
             "output_tokens_per_s": Spread.of([105.0, 120.0]),
+            "turns": None,
             "kv_fold": "none",
             "memory_bytes": 3000,
             "lengths": "nominal",
@@ -154,6 +155,27 @@ def test_notes_say_what_a_reader_must_know():
     ):
         assert any(part in note for note in notes), part
     assert len(notes) == 9
+
+
+@pytest.mark.parametrize(
+    ("rounds", "notes"),
+    [
+        ([150.0, 135.0, 165.0], []),
+        ([110.0, 99.0, 121.0], []),
+        (
+            [110.0, 85.0, 121.0],
+            [
+                "child and parent_bf16: not every round had the same one ahead, so their difference in throughput is "
+                "not resolved."
+            ],
+        ),
+    ],
+)
+def test_rounds_in_turn_are_told_apart_pair_by_pair(rounds, notes):
+    """The parent's are 100, 90, 110: a machine that drifts by a fifth does not blur a child that is always 1.1 times as
+    fast beside it."""
+    child = CHILD.model_copy(update={"output_tokens_per_s": Spread.of(rounds)})
+    assert notes_on([PARENT, child], baselines=["parent_bf16"], child="child") == notes
 
 
 def test_a_layer_block_reads_a_configs_own_entry():
