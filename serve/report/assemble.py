@@ -64,6 +64,7 @@ def assemble_measurement(
         scenario=scenario,
         output_tokens_per_s=Spread.of(r.output_tokens_per_s for r in rounds),
         turns=turns,
+        repeats_prompts=_repeats_prompts(opened, rounds),
         uncapped_output_tokens_per_s=(
             Spread.of(r.output_tokens_per_s for r in uncapped_rounds) if uncapped_rounds else None
         ),
@@ -84,6 +85,11 @@ def _in_turn(rounds: Sequence[BenchResult]) -> tuple[Sequence[BenchResult], list
         return rounds, None
     ordered = [by_turn[key] for key in sorted(by_turn)]
     return ordered, [r.turn for r in ordered if r.turn is not None]
+
+
+def _repeats_prompts(engine: Engine, rounds: Sequence[BenchResult]) -> bool:
+    reuses_prefixes = (engine.llm_args.get("kv_cache_config") or {}).get("enable_block_reuse", True)
+    return bool(reuses_prefixes) and len({r.seed for r in rounds}) < len(rounds)
 
 
 def check_engine(engine: Engine, results: Mapping[str, BenchResult | EvaluationResult]) -> None:

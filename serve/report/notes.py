@@ -27,6 +27,11 @@ def _on_engine(engine: EngineMeasurement) -> Iterator[str]:
         yield f"{engine.name}: the server takes no token ids, so prompt and answer lengths are nominal."
     if engine.token_counts != "server":
         yield f"{engine.name}: the server tells no token counts, so its text was encoded again to count them."
+    if engine.repeats_prompts:
+        yield (
+            f"{engine.name}: rounds had the same prompts (bench --seed), and the engine reuses prefixes: unless its "
+            "server was started anew, its cache answered part of them."
+        )
     if engine.kv_dtype == "fp8" and engine.kv_fold == "none":
         yield f"{engine.name}: FP8 KV cache with unit scales; no calibrated scale was folded into the weights."
     for effort, result in engine.efforts.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -16,6 +17,7 @@ from puzzle_trtllm.serve.evaluate.result import EvaluationResult
 from puzzle_trtllm.serve.metrics.provenance import EngineProvenance
 from puzzle_trtllm.serve.report import assemble_measurement
 from puzzle_trtllm.serve.report.files import load_measurement
+from puzzle_trtllm.serve.report.notes import notes_on
 from tests.serve.fake_client import FakeClient, one_token_a_response
 from tests.serve.measurements import EMPTY_EVALUATION, PROVENANCE
 
@@ -65,6 +67,21 @@ def test_results_that_do_not_name_their_engine_are_believed(bench, evaluation, t
     unnamed = evaluation.model_copy(update={"provenance": PROVENANCE})
     found = load_measurement("e", save(tmp_path, bench, with_engine(bench, None), unnamed))
     assert len(found.output_tokens_per_s.rounds) == 2
+
+
+def test_rounds_with_one_seed_are_told_where_the_engine_reuses_prefixes(engine, bench, tmp_path):
+    def notes(*rounds):
+        found = load_measurement("e", save(tmp_path, *rounds))
+        return [note for note in notes_on([found], baselines=[], child="e") if "same prompts" in note]
+
+    later = bench.model_copy(update={"seed": bench.seed + 1})
+    assert notes(bench, later) == []
+    assert notes(bench, later, bench) == [
+        "e: rounds had the same prompts (bench --seed), and the engine reuses prefixes: unless its server was started "
+        "anew, its cache answered part of them."
+    ]
+    args = {**engine.llm_args, "kv_cache_config": {"enable_block_reuse": False}}
+    assert not assemble_measurement("e", engine=replace(engine, llm_args=args), rounds=[bench, bench]).repeats_prompts
 
 
 def test_a_round_of_another_engine_is_refused(bench, evaluation, tmp_path):
