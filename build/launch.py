@@ -96,13 +96,18 @@ def write_launch_folder(
 
 
 def write_dataset(file: Path, scenario: Scenario, *, vocab_size: int, seed: int = 0) -> None:
-    """`num_requests` prompts of random text tokens, the same at every build; unlike each other from the first token."""
+    """`num_requests` prompts of random text tokens, the same at every build; unlike each other from the first token.
+
+    Lengths scatter as the scenario says.
+    """
     limit = max(1, vocab_size - NUM_SPECIAL_TOKENS) if vocab_size > 2 * NUM_SPECIAL_TOKENS else vocab_size
     source = random.Random(seed)
     with file.open("w", encoding="utf-8") as out:
         for task in range(scenario.num_requests):
-            ids = [int(source.random() * limit) for _ in range(scenario.input_tokens)]
-            line = {"task_id": task, "input_ids": ids, "output_tokens": scenario.output_tokens}
+            ways = ((scenario.input_tokens, scenario.input_spread), (scenario.output_tokens, scenario.output_spread))
+            num_in, num_out = (mean if spread is None else spread.draw(mean, source) for mean, spread in ways)
+            ids = [int(source.random() * limit) for _ in range(num_in)]
+            line = {"task_id": task, "input_ids": ids, "output_tokens": num_out}
             out.write(json.dumps(line, separators=(",", ":")) + "\n")
 
 

@@ -150,7 +150,7 @@ def _check_ranks(values: Values, a: PuzzleArchitecture, config: EngineConfig, fi
 
 def _max_seq_len(values: Values, a: PuzzleArchitecture, scenario: Scenario, file: str) -> None:
     wanted = scenario.sequence_tokens
-    reason = f"scenario {scenario.name}: {scenario.input_tokens} in + {scenario.output_tokens} out"
+    reason = f"scenario {scenario.name}: {scenario.longest_sequence}"
     max_seq_len = values.put("max_seq_len", wanted, reason)
     if max_seq_len is None or max_seq_len > a.max_position_embeddings:
         raise ConfigError(

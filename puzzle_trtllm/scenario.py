@@ -110,11 +110,19 @@ class Load(BaseModel):
     @property
     def sequence_tokens(self) -> int:
         """Length of the longest finished sequence: what one request may need of the KV cache at its end."""
-        if self.trace is not None:
-            return self.trace.longest_sequence
-        longest_input = self.input_spread.bounds(self.input_tokens)[1] if self.input_spread else self.input_tokens
-        longest_output = self.output_spread.bounds(self.output_tokens)[1] if self.output_spread else self.output_tokens
-        return longest_input + longest_output
+        return self.trace.longest_sequence if self.trace is not None else sum(self._longest)
+
+    @property
+    def longest_sequence(self) -> str:
+        """What `sequence_tokens` is made of, in words."""
+        return "the trace's longest request" if self.trace is not None else "{} in + {} out".format(*self._longest)
+
+    @property
+    def _longest(self) -> tuple[int, int]:
+        """Tokens in and out, each at most."""
+        ways = ((self.input_tokens, self.input_spread), (self.output_tokens, self.output_spread))
+        longest_input, longest_output = (spread.bounds(mean)[1] if spread else mean for mean, spread in ways)
+        return longest_input, longest_output
 
 
 class Scenario(Load):

@@ -56,7 +56,7 @@ def check_length(load: Load, engine: str | Path | None) -> None:
         raise BenchError(
             "longer than the engine's max_seq_len",
             file=f"scenario {load.name}",
-            found=f"{load.input_tokens} in + {load.output_tokens} out = {load.sequence_tokens} tokens",
+            found=f"{load.longest_sequence} = {load.sequence_tokens} tokens",
             expected=f"at most {limit}",
         )
 

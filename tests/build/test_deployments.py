@@ -315,6 +315,17 @@ class TestEngineFolder:
         assert {(len(row["input_ids"]), row["output_tokens"]) for row in rows} == {(20, 10)}
         assert len({row["input_ids"][0] for row in rows}) > 1
 
+    def test_lengths_that_scatter_do_so_in_the_dataset(self, tmp_path):
+        spreads = {"input_spread": {"uniform": 0.5}, "output_spread": {"normal": 5}}
+        scenario = Scenario(name="x", input_tokens=40, output_tokens=30, concurrency=1, num_requests=200, **spreads)
+        write_dataset(tmp_path / "d", scenario, vocab_size=500)
+        rows = [json.loads(line) for line in (tmp_path / "d").open()]
+        for lengths, low, high in (
+            ([len(row["input_ids"]) for row in rows], 20, 60),
+            ([row["output_tokens"] for row in rows], 15, 45),
+        ):
+            assert low <= min(lengths) < low + 6 and high - 6 < max(lengths) <= high
+
     def test_the_dataset_holds_no_control_tokens_and_is_the_same_twice(self, tmp_path):
         scenario = Scenario(name="x", input_tokens=2000, output_tokens=1, concurrency=1, num_requests=3)
         for name in ("a", "b"):

@@ -62,7 +62,8 @@ def test_a_spread_makes_the_longest_sequence_longer(tmp_path):
     spread = "concurrency: 1\ninput_spread: {uniform: 0.5}\noutput_spread: {normal: 20}\n"
     file = written(tmp_path, spread)
     file.write_text(file.read_text().replace("tokens: 1\n", "tokens: 100\n"))
-    assert load_scenario(file).sequence_tokens == 150 + 160
+    load = load_scenario(file)
+    assert (load.sequence_tokens, load.longest_sequence) == (310, "150 in + 160 out")
 
 
 @pytest.mark.parametrize(("spread", "low", "high"), [({"uniform": 0.5}, 50, 150), ({"normal": 20}, 40, 160)])
