@@ -19,6 +19,7 @@ A window w counts the query's own token: a key is seen if and only if key > quer
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -170,7 +171,7 @@ class PuzzleArchitecture:
 def read_json_object(file: Path) -> dict[str, Any]:
     """Read a JSON file that must hold one object. Raises ArchitectureError naming the file."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
     except OSError as error:
         raise ArchitectureError(f"cannot be read: {error.strerror}", file=file) from None
     except (ValueError, RecursionError) as error:
@@ -178,6 +179,14 @@ def read_json_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ArchitectureError("not a JSON object", file=file, found=type(value).__name__, expected="object")
     return value
+
+
+def _finite(text: str) -> float:
+    """A JSON number. Python reads NaN and Infinity as well, and 1e999 as one: sums with them are wrong in silence."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no finite number")
+    return number
 
 
 def read_blocks(path: str | Path, parent: PuzzleArchitecture) -> tuple[BlockConfig, ...]:

@@ -50,10 +50,13 @@ def make_report(
         extra=extra or {},
         frontier=report.frontier,
     )
-    folder = Path(out)
-    write_atomically(folder / JSON_NAME, json.dumps(document, indent=2, allow_nan=False) + "\n")
-    write_atomically(folder / PAGE_NAME, render_page(report))
-    write_atomically(folder / MARKDOWN_NAME, render_markdown(report))
+    texts = {
+        JSON_NAME: json.dumps(document, indent=2, allow_nan=False) + "\n",
+        PAGE_NAME: render_page(report),
+        MARKDOWN_NAME: render_markdown(report),
+    }
+    for name, text in texts.items():
+        write_atomically(Path(out) / name, text)
     if not quiet:
         Console().print(report_table(report))
     return document

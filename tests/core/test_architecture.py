@@ -234,6 +234,11 @@ class TestChildArchitectureFile:
         with pytest.raises(ArchitectureError, match=r"child\.json: not valid JSON: maximum recursion"):
             self.read(tmp_path, "[" * 200_000)
 
+    @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+    def test_numbers_that_are_none(self, tmp_path, number):
+        with pytest.raises(ArchitectureError, match=rf"child\.json: not valid JSON: {number} is no finite number"):
+            self.read(tmp_path, f'{{"block_configs": {number}}}')
+
     def test_a_window_beyond_the_models_length_is_merely_useless(self, tmp_path):
         blocks = [{"num_local_experts": 4, "sliding_window": 10**6}, {"num_local_experts": 4, "sliding_window": None}]
         assert self.read(tmp_path, {"block_configs": blocks})[0].sliding_window == 10**6

@@ -8,9 +8,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from puzzle_trtllm.errors import BenchError
-from puzzle_trtllm.serve.report import EngineMeasurement, make_report
+from puzzle_trtllm.errors import BenchError, ConfigError
+from puzzle_trtllm.serve.metrics.statistics import Spread
+from puzzle_trtllm.serve.report import EngineMeasurement, make_report, maker
 from puzzle_trtllm.serve.report.document import DEFINITIONS
+from puzzle_trtllm.serve.report.files import load_measurement
 from tests.serve.measurements import family, measurement
 
 BASELINES = ["parent_bf16", "parent_fp8"]
@@ -21,6 +23,28 @@ def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
     document = make_report(family(), baselines=BASELINES, child="child", out=out, extra={"seed": 7}, quiet=True)
     return out, document
+
+
+def test_a_measurement_of_no_number_is_refused_with_its_file(tmp_path):
+    file = family()[0].save(tmp_path / "parent.json")
+    file.write_text(file.read_text().replace('"median": 100.0', '"median": NaN', 1))
+    with pytest.raises(ConfigError, match=r"parent\.json: not valid JSON: NaN is no finite number"):
+        load_measurement("parent", [file])
+
+
+def test_an_engine_that_generated_nothing_has_a_report_without_a_frontier_chart(tmp_path):
+    parent, parent_fp8, child = family()
+    stalled = child.model_copy(update={"output_tokens_per_s": Spread.of([0.0, 0.0, 0.0])})
+    document = make_report([parent, parent_fp8, stalled], baselines=BASELINES, child="child", out=tmp_path, quiet=True)
+    assert document["child"]["per_token_speedup"] == 0.0
+    assert "Accuracy against speed" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_page_that_cannot_be_drawn_leaves_no_half_of_a_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(maker, "render_page", lambda report: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_report(family(), baselines=BASELINES, child="child", out=tmp_path / "report", quiet=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_document_is_what_is_returned(made):

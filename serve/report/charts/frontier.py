@@ -29,12 +29,13 @@ def frontier_chart(
     baseline: EngineMeasurement,
     frontier: Sequence[FrontierPoint] = (),
 ) -> str | None:
-    """None when nothing was evaluated, or the baseline generated nothing."""
+    """None when nothing was evaluated, or an engine generated nothing."""
     efforts = list(baseline.efforts)
-    unit = baseline.requests_per_s(efforts[-1]) if efforts else 0.0
-    if unit <= 0:
+    speeds = {(e.name, effort): e.requests_per_s(effort) for e in engines for effort in e.efforts}
+    if not efforts or min(speeds.values()) <= 0:
         return None
-    rates = {(e.name, effort): e.requests_per_s(effort) / unit for e in engines for effort in e.efforts}
+    unit = baseline.requests_per_s(efforts[-1])
+    rates = {point: speed / unit for point, speed in speeds.items()}
     drawing = Drawing(WIDTH, HEIGHT, label="Accuracy against relative request rate by reasoning effort")
     x, y = _axes(list(rates.values()))
     _grid(drawing, x, y, f"request rate relative to {baseline.name} at {efforts[-1]} effort")
