@@ -5,8 +5,8 @@ and compares them. For cut tensors row j of the child must be the row of the j-t
 tensor of the child is accounted for, and so is every tensor of the parent; the first difference is named.
 
 Two kinds of children:
-- one with a derivation.json, made by `derive`: the record says what was kept, and all else must be identical (experts
-  that were stored in the other format must be what the parent's give in it);
+- one with a derivation.json, made by `derive`: the record says what was kept, and all else must be identical, also in
+  config.json (experts that were stored in the other format must be what the parent's give in it);
 - one that someone else made: what was kept is found out (`match_experts`), experts and router rows must be an exact
   subset of the parent's, and other tensors may differ. Distillation retrains attention, norms and embeddings while
   experts and router stay frozen, so those are listed as retrained, and changed settings of config.json as changed.
@@ -15,6 +15,7 @@ Two kinds of children:
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise, zip_longest
@@ -85,7 +86,8 @@ def _verify_record(
     child: Checkpoint, parent: Checkpoint, record: DerivationRecord, *, quiet: bool
 ) -> VerificationReport:
     names = _names_to_compare(child, parent)
-    changes = _config_changes(child, parent, experts_format=record.experts_format) + _block_changes(child, record)
+    changes = _config_changes(child, parent, experts_format=record.experts_format)
+    changes += _block_changes(child, record) + _setting_changes(child, parent)
     difference = changes[0] if changes else _first_unaccounted(names, parent, record)
     comparison = _Comparison(child, parent, record.kept_experts)
     if difference is None:
@@ -264,6 +266,21 @@ def _block_changes(child: Checkpoint, record: DerivationRecord) -> list[str]:
         f"config.json: block_configs[{layer}]: {ours} in the child, {recorded} when it was derived"
         for layer, (ours, recorded) in enumerate(zip_longest(found, record.block_configs))
         if ours != recorded
+    ]
+
+
+def _setting_changes(child: Checkpoint, parent: Checkpoint) -> list[str]:
+    """Keys of config.json that are not as deriving these blocks leaves them, one line each: engines read them too.
+
+    Left out is what names our code, and how the experts are stored where that was to change.
+    """
+    expected = child.architecture.child_config(parent.config)
+    converted = child.architecture.experts_format != parent.architecture.experts_format
+    apart = {"auto_map", *(("quantization_config",) if converted else ())}
+    return [
+        f"config.json: {key}: {reprlib.repr(ours)} in the child, {reprlib.repr(theirs)} as it was derived"
+        for key in sorted({*expected, *child.config} - apart)
+        if (ours := child.config.get(key)) != (theirs := expected.get(key))
     ]
 
 

@@ -102,6 +102,26 @@ def test_a_changed_config_is_a_difference(child, parent):
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        (
+            "layer_types",
+            ["full_attention"] * 2,
+            "['full_attention', 'full_attention'] in the child, ['sliding_attention', ",
+        ),
+        ("eos_token_id", 2, "2 in the child, 1 as it was derived"),
+        ("hidden_act", "gelu", "'gelu' in the child, 'silu' as it was derived"),
+        ("quantization_config", {"quant_method": "mxfp4"}, "{'quant_method': 'mxfp4'} in the child, {"),
+    ],
+)
+def test_a_setting_that_only_other_engines_read(child, parent, key, value, words):
+    file = child / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    difference = verify(child, against=parent).first_difference
+    assert difference is not None and difference.startswith(f"config.json: {key}: {words}")
+
+
 def test_scales_added_by_calibration_are_no_difference(child, parent, tmp_path):
     source, out = Checkpoint.open(child), tmp_path / "calibrated"
     out.mkdir()
