@@ -100,7 +100,7 @@ def run_sweep(
         raise BenchError("nothing to sweep over", key="concurrencies", found=list(concurrencies), expected="1 or more")
     engine_name = str(engine) if engine is not None else None
     wanted = [point_scenario(base, concurrency, num_requests) for concurrency in sorted(set(concurrencies))]
-    points = _finished_points(out, base, seed, engine_name)
+    points = _finished_points(out, url, base, seed, engine_name)
     for load in wanted:
         if load in [point.scenario for point in points]:
             continue
@@ -118,7 +118,9 @@ def point_scenario(base: Scenario, concurrency: int, num_requests: int | None) -
     return override_scenario(base, concurrency, count)
 
 
-def _finished_points(out: str | Path | None, base: Scenario, seed: int, engine: str | None) -> list[BenchResult]:
+def _finished_points(
+    out: str | Path | None, url: str, base: Scenario, seed: int, engine: str | None
+) -> list[BenchResult]:
     if out is None or not Path(out).exists():
         return []
     earlier = SweepResult.load(out)
@@ -126,6 +128,7 @@ def _finished_points(out: str | Path | None, base: Scenario, seed: int, engine: 
         ("scenario", earlier.scenario, base),
         ("seed", earlier.seed, seed),
         ("engine", earlier.engine, engine),
+        *(("url", point.url, url) for point in earlier.points),
     ):
         if found != expected:
             raise BenchError(

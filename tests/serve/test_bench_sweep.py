@@ -95,14 +95,15 @@ def test_a_point_with_another_number_of_requests_is_measured_again(template, tmp
         ({"seed": 1}, "seed"),
         ({"engine": "other"}, "engine"),
         ({"scenario": TINY.model_copy(update={"name": "x"})}, "scenario"),
+        ({"url": "host:2"}, "url"),
     ],
 )
 def test_another_sweep_is_not_mixed_in(template, tmp_path, change, key):
     out = tmp_path / "sweep.json"
-    options = {"scenario": TINY, "concurrencies": [1], "out": out, "bench": Server(template)}
-    run_sweep("host:1", **options)
+    options = {"url": "host:1", "scenario": TINY, "concurrencies": [1], "out": out, "bench": Server(template)}
+    run_sweep(**options)
     with pytest.raises(BenchError, match=rf"sweep\.json: {key}: holds another sweep"):
-        run_sweep("host:1", **{**options, **change})
+        run_sweep(**{**options, **change})
 
 
 @pytest.mark.parametrize("concurrencies", [[], [0, 2]])
