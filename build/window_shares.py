@@ -40,13 +40,11 @@ def held_tokens(input_tokens: int, output_tokens: int, policy: str) -> int:
 
 
 def _on_grid(needs: Sequence[int]) -> list[int]:
-    """Whole parts of GRID in proportion to `needs`, at least one each: largest remainders get what rounding left."""
-    total = sum(needs)
-    exact = [Fraction(need * GRID, total) for need in needs]
-    parts = [max(1, math.floor(part)) for part in exact]
-    by_remainder = sorted(range(len(needs)), key=lambda i: (parts[i] - exact[i], i))
-    for i in by_remainder[: max(0, GRID - sum(parts))]:
-        parts[i] += 1
-    while sum(parts) > GRID:
-        parts[parts.index(max(parts))] -= 1
+    """Whole parts of GRID in proportion to `needs`: rounded up, and the largest takes what is left.
+
+    A short window may need five and a half of them: five would hold a tenth fewer sequences, whatever the others hold.
+    The largest has thousands.
+    """
+    parts = [math.ceil(Fraction(need * GRID, sum(needs))) for need in needs]
+    parts[needs.index(max(needs))] += GRID - sum(parts)
     return parts
