@@ -5,8 +5,8 @@ the backend is always said. On Hopper it is TRITON, whose experts are dealt out 
 means tensor_parallel_size 8 with moe_expert_parallel_size 8, and the expert width of 2880 is 90 MXFP4 blocks, which 4
 or 8 GPUs cannot cut anyway. On Blackwell it is TRTLLM.
 
-Memory: the planner's arithmetic (puzzle_trtllm.build.planner). A plan leaves room for the logits of TensorRT-LLM's default
-batch of 2,048, 1.5 GiB; an engine gets a batch limit of its own, so it may hold a sequence more than was planned.
+Memory: the planner's arithmetic (puzzle_trtllm.build.planner). A plan leaves room for the logits of TensorRT-LLM's
+default batch of 2,048, 1.5 GiB; an engine gets a batch limit of its own, so it may hold a sequence more than planned.
 """
 
 from __future__ import annotations
