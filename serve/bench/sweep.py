@@ -26,7 +26,7 @@ from rich.table import Table
 from puzzle_trtllm.errors import BenchError
 from puzzle_trtllm.folders import write_atomically
 from puzzle_trtllm.scenario import Scenario
-from puzzle_trtllm.serve.bench.result import BenchResult
+from puzzle_trtllm.serve.bench.result import BenchResult, show_lengths
 from puzzle_trtllm.serve.bench.runner import override_scenario, run_bench
 from puzzle_trtllm.serve.metrics.result_file import ResultFile
 from puzzle_trtllm.serve.metrics.units import NONE, show_number
@@ -142,7 +142,7 @@ def sweep_table(sweep: SweepResult) -> Table:
     scenario = sweep.scenario
     knee = f"knee at {sweep.knee}" if sweep.knee else "no knee: throughput was still rising at the largest concurrency"
     table = Table(
-        title=f"{scenario.name}, {scenario.input_tokens:,} in, {scenario.output_tokens:,} out",
+        title=f"{scenario.name}, {show_lengths(scenario)}",
         caption=f"{knee} (smallest with {KNEE_FRACTION:.0%} of the best throughput)",
         title_justify="left",
         caption_justify="left",

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from puzzle_trtllm.serve.bench.result import show_lengths
 from puzzle_trtllm.serve.metrics.units import show_bytes, show_interval, show_number, show_percent, show_ratio
 from puzzle_trtllm.serve.report.charts.frontier import frontier_chart
 from puzzle_trtllm.serve.report.charts.layer_map import layer_map
@@ -40,6 +41,7 @@ def render_page(report: Report) -> str:
         report=report,
         child=report.child,
         scenario=report.child.scenario,
+        lengths=show_lengths(report.child.scenario),
         headline=headline(report),
         tiles=headline_tiles(report),
         charts=_charts(report),

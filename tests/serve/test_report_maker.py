@@ -9,11 +9,12 @@ from html.parser import HTMLParser
 import pytest
 
 from puzzle_trtllm.errors import BenchError, ConfigError
+from puzzle_trtllm.scenario import Spread as LengthSpread
 from puzzle_trtllm.serve.metrics.statistics import Spread
 from puzzle_trtllm.serve.report import EngineMeasurement, make_report, maker
 from puzzle_trtllm.serve.report.document import DEFINITIONS
 from puzzle_trtllm.serve.report.files import load_measurement
-from tests.serve.measurements import family, measurement
+from tests.serve.measurements import SCENARIO, family, measurement
 
 BASELINES = ["parent_bf16", "parent_fp8"]
 
@@ -38,6 +39,13 @@ def test_an_engine_that_generated_nothing_has_a_report_without_a_frontier_chart(
     document = make_report([parent, parent_fp8, stalled], baselines=BASELINES, child="child", out=tmp_path, quiet=True)
     assert document["child"]["per_token_speedup"] == 0.0
     assert "Accuracy against speed" not in (tmp_path / "report.html").read_text()
+
+
+def test_lengths_that_scatter_are_not_told_as_exact_ones(tmp_path):
+    scenario = SCENARIO.model_copy(update={"output_spread": LengthSpread(uniform=0.5)})
+    engines = [engine.model_copy(update={"scenario": scenario}) for engine in family()]
+    make_report(engines, baselines=BASELINES, child="child", out=tmp_path, quiet=True)
+    assert "tokens a request: 128 in, about 128 out." in (tmp_path / "report.html").read_text()
 
 
 def test_a_page_that_cannot_be_drawn_leaves_no_half_of_a_report(tmp_path, monkeypatch):
