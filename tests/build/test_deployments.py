@@ -69,6 +69,15 @@ class TestShippedConfigs:
         keys = yaml.safe_load((Path("engine_configs") / f"{config}.yaml").read_text()).keys()
         assert keys <= {"runtime", "gpu", "num_gpus", "parallel", "kv_dtype", "scenario", "target"}
 
+    @pytest.mark.parametrize(
+        ("config", "of_one"), [("h100x8-long-dep", "long"), ("b200x8", "long"), ("h100x8-short-dep", "short")]
+    )
+    def test_a_node_for_throughput_is_asked_for_as_much_of_each_gpu_as_one_is(self, config, of_one):
+        settings = load_engine_config(config)
+        node, one = load_scenario(settings.scenario), load_scenario(of_one)
+        assert (node.concurrency, node.num_requests) == (8 * one.concurrency, 8 * one.num_requests)
+        assert (node.input_tokens, node.output_tokens) == (one.input_tokens, one.output_tokens)
+
 
 class TestDerived:
     def test_kernels_by_gpu(self):

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Throughput at scenario long: 65536 in, 65536 out
+# Throughput at scenario long-node: 65536 in, 65536 out
 # By puzzle-trtllm build; further arguments are passed on.
 set -eu
 ENGINE=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
@@ -11,5 +11,5 @@ exec trtllm-bench --model openai/gpt-oss-120b --model_path "$ENGINE/model" \
   --tp 8 --ep 8 \
   --max_batch_size 62 --max_num_tokens 8192 \
   --dataset "$ENGINE/launch/bench-dataset.jsonl" \
-  --concurrency 16 --streaming \
+  --concurrency 128 --streaming \
   "$@"

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Throughput at scenario short: 4096 in, 4096 out
+# Throughput at scenario short-node: 4096 in, 4096 out
 # By puzzle-trtllm build; further arguments are passed on.
 set -eu
 ENGINE=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd)
@@ -12,5 +12,5 @@ exec trtllm-bench --model openai/gpt-oss-120b --model_path "$ENGINE/model" \
   --tp 8 --ep 8 \
   --max_batch_size 395 --max_num_tokens 8192 \
   --dataset "$ENGINE/launch/bench-dataset.jsonl" \
-  --concurrency 128 --streaming \
+  --concurrency 1024 --streaming \
   "$@"
