@@ -112,7 +112,7 @@ def plan(
         tried.append((candidate.name, one.tokens_per_s if one else None))
         plans += [one] if one else []
     if not plans:
-        raise _no_room(architecture, gpu, layouts, load, kv_dtype, assumptions, batch)
+        raise _no_room(architecture, gpu, layouts, load, kv_dtype, allocator, assumptions, batch)
     best = max(plans, key=lambda p: p.tokens_per_s)
     return replace(best, alternatives=tuple(entry for entry in tried if entry[0] != best.setup.layout.name))
 
@@ -176,20 +176,28 @@ def _no_room(
     layouts: tuple[Layout, ...],
     load: Load,
     kv_dtype: KvDtype,
+    allocator: str,
     assumptions: Assumptions,
     batch: int | None,
 ) -> NoRoomError:
-    """Says how much is missing where the most is left."""
-    memories = {layout: plan_memory(a, gpu, layout, assumptions) for layout in layouts}
-    layout = max(memories, key=lambda item: memories[item].kv_pool)
-    setup = Setup(architecture=a, gpu=gpu, layout=layout, kv_dtype=kv_dtype, assumptions=assumptions)
-    needed, pool = setup.kv.bytes_per_sequence(load.sequence_tokens), memories[layout].kv_pool
+    """Says how many fit, and in what, where the most do."""
+    allocate, tokens = find_allocator(allocator), load.sequence_tokens
+
+    def held(setup: Setup) -> tuple[int, int]:
+        """Sequences of a replica, and the bytes of a GPU that they are in."""
+        pool = plan_memory(a, gpu, setup.layout, assumptions).kv_pool
+        return whole_sequences(setup, allocate(setup.kv, pool, tokens, assumptions)), pool
+
+    setups = [
+        Setup(architecture=a, gpu=gpu, layout=layout, kv_dtype=kv_dtype, assumptions=assumptions) for layout in layouts
+    ]
+    best = max(setups, key=held)
+    sequences, pool = held(best)
     wanted = f"{batch} sequences" if batch else "one sequence"
-    count = -(-(batch or 1) // layout.sequence_split)
-    weights = memories[layout].weights.total
+    weights = plan_memory(a, gpu, best.layout, assumptions).weights.total
     return NoRoomError(
-        f"no room for {wanted} of {load.sequence_tokens} tokens beside {weights} bytes of weights",
-        key=f"{layout.num_gpus} x {gpu.name}, {layout.name}",
-        found=f"{pool} bytes for the KV cache of a GPU",
-        expected=f"more than {needed * count}",
+        f"no room for {wanted} of {tokens} tokens beside {weights} bytes of weights",
+        key=f"{best.layout.num_gpus} x {gpu.name}, {best.layout.name}",
+        found=f"{sequences} in {pool} bytes of KV cache a GPU, cut by {allocator}",
+        expected=f"{batch or 1} of {best.kv.bytes_per_sequence(tokens)} bytes and more, at most {batch_limit(best)} at once",
     )

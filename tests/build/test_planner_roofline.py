@@ -147,6 +147,18 @@ def test_a_wanted_batch_is_kept_or_refused() -> None:
         plan(CHILD, gpu=gpu, num_gpus=8, load=load, layout="dep8", batch=4000)
 
 
+def test_what_has_no_room_is_counted_as_its_allocator_counts() -> None:
+    """Equal pools waste most of the memory: the bytes would hold 19 sequences."""
+    gpu, load = load_gpu("h100-80gb"), Load(isl=65536, osl=65536)
+    message = (
+        r"no room for 10 sequences .*found 6 in \d+ bytes of KV cache a GPU, cut by trtllm_v1_equal, expected 10 of "
+    )
+    with pytest.raises(ConfigError, match=message):
+        plan(CHILD, gpu=gpu, num_gpus=1, load=load, allocator="trtllm_v1_equal", batch=10)
+    with pytest.raises(ConfigError, match=r"no room for 3000 .*found 5\d{3} in .*, at most 2048 at once\)"):
+        plan(CHILD, gpu=load_gpu("h200-141gb"), num_gpus=1, load=Load(isl=512, osl=256), batch=3000)
+
+
 def test_attention_data_parallelism_holds_whole_sequences_on_each_gpu() -> None:
     tp, dep = (
         plan(CHILD, gpu=load_gpu("h100-80gb"), num_gpus=8, load=Load(isl=65536, osl=65536), layout=name)
