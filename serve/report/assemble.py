@@ -8,6 +8,7 @@ from typing import Any
 
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import BenchError
+from puzzle_trtllm.parallelism import Parallelism
 from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.scenario import Spread as LengthSpread
 from puzzle_trtllm.serve.bench.result import BenchResult, Turn
@@ -59,6 +60,8 @@ def assemble_measurement(
         blocks=[LayerBlock.model_validate(block.to_json()) for block in architecture.blocks],
         weight_bytes=manifest.weight_bytes,
         memory_bytes=manifest.memory_bytes,
+        num_ranks=Parallelism.from_llm_args(opened.llm_args).tensor,
+        num_instances=median_round.num_instances or 1,
         kv_bytes_per_sequence=architecture.kv_bytes_per_sequence(tokens, manifest.kv_dtype),
         kv_sequence_tokens=tokens,
         scenario=scenario,

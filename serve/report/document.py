@@ -44,8 +44,10 @@ DEFINITIONS: Mapping[str, str] = {
     "weight_bytes": "bytes of all tensors of the served checkpoint",
     "kv_bytes_per_sequence": "sum over layers of min(window, n) x 2 x KV heads x head size x bytes a value, "
     "at n = kv_sequence_tokens",
-    "memory_bytes": "what the engine was given for weights and KV cache together",
-    "sequences_held": "(memory_bytes - weight_bytes) / kv_bytes_per_sequence, rounded down",
+    "memory_bytes": "what the engine was given for weights and KV cache together, on each of its GPUs",
+    "sequences_held": "(memory_bytes - weight_bytes) / kv_bytes_per_sequence, rounded down; null without a cap, and "
+    "for an engine on several GPUs",
+    "num_ranks": "GPUs that share one engine, or processes of the reference runtime; num_instances: such engines",
 }
 
 
@@ -97,6 +99,8 @@ def _engine_entry(engine: EngineMeasurement) -> dict[str, Any]:
         "kv_fold": engine.kv_fold,
         "weight_bytes": engine.weight_bytes,
         "memory_bytes": engine.memory_bytes,
+        "num_ranks": engine.num_ranks,
+        "num_instances": engine.num_instances,
         "kv_bytes_per_sequence": engine.kv_bytes_per_sequence,
         "kv_sequence_tokens": engine.kv_sequence_tokens,
         "sequences_held": engine.sequences_held,

@@ -68,7 +68,11 @@ class EngineMeasurement(ResultFile):
     blocks: list[LayerBlock]
     weight_bytes: int = Field(ge=1)
     memory_bytes: int | None
-    """What the engine was given for weights and KV cache; None without a cap."""
+    """What the engine was given for weights and KV cache, on each of its GPUs; None without a cap."""
+    num_ranks: int = Field(default=1, ge=1)
+    """GPUs that share the engine, or processes of the reference runtime."""
+    num_instances: int = Field(default=1, ge=1)
+    """Such engines in the server that was measured."""
     kv_bytes_per_sequence: int = Field(ge=1)
     """KV bytes of a sequence of `kv_sequence_tokens`, windows honoured, no block rounding."""
     kv_sequence_tokens: int = Field(ge=1)
@@ -106,7 +110,10 @@ class EngineMeasurement(ResultFile):
 
     @property
     def sequences_held(self) -> int | None:
-        """Finished-length sequences that the memory holds beside the weights, packed ideally; None without a cap."""
-        if self.memory_bytes is None:
+        """Finished-length sequences that the memory holds beside the weights, packed ideally.
+
+        None without a cap, and where several ranks hold parts of the weights and of a sequence.
+        """
+        if self.memory_bytes is None or self.num_ranks > 1:
             return None
         return max(0, self.memory_bytes - self.weight_bytes) // self.kv_bytes_per_sequence

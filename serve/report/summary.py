@@ -113,7 +113,8 @@ def _throughput_sentences(report: Report) -> Sequence[str]:
     first, child = report.first, report.child
     given = ""
     if child.memory_bytes is not None and child.memory_bytes == report.engine(first.baseline).memory_bytes:
-        given = f"Given {show_bytes(child.memory_bytes)} for weights and KV cache, "
+        each = " on each GPU" if child.num_ranks > 1 else ""
+        given = f"Given {show_bytes(child.memory_bytes)}{each} for weights and KV cache, "
     others = [f"{show_ratio(c.per_token_speedup)} those of {c.baseline}" for c in report.comparisons[1:]]
     against = " and ".join(
         [f"{show_ratio(first.per_token_speedup)} the tokens per second of {first.baseline}", *others]

@@ -71,6 +71,28 @@ def test_sequences_held_are_what_fits_beside_the_weights():
     assert measurement("tight", [1.0], memory_bytes=900).sequences_held == 0
 
 
+def test_several_ranks_hold_a_part_of_a_sequence_each_so_none_are_counted():
+    """memory_bytes is what each rank was given; the weights and a sequence's bytes are those of all of them."""
+    assert measurement("tp2", [1.0], num_ranks=2).sequences_held is None
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "told"),
+    [
+        ({"num_ranks": 8}, {"num_instances": 8}, None),
+        ({"num_ranks": 8}, {}, "child and parent_bf16 ran on different numbers of GPUs or ranks: 8 and 1."),
+        (
+            {"num_ranks": 2, "num_instances": 2},
+            {"num_ranks": 8},
+            "child and parent_bf16 ran on different numbers of GPUs or ranks: 4 and 8.",
+        ),
+    ],
+)
+def test_more_gpus_are_told(ours, theirs, told):
+    engines = [PARENT.model_copy(update=theirs), CHILD.model_copy(update=ours)]
+    assert notes_on(engines, baselines=["parent_bf16"], child="child") == ([told] if told else [])
+
+
 def other_load(**changes):
     return {"scenario": Scenario.model_validate(SCENARIO.model_dump() | changes)}
 

@@ -63,6 +63,14 @@ def test_rounds_and_an_evaluation_of_one_engine_make_a_measurement(bench, evalua
     assert found.evaluation.problems_fingerprint == "abc"
 
 
+def test_ranks_and_instances_are_those_of_the_engine_and_of_the_server(engine, bench):
+    found = assemble_measurement("e", engine=engine, rounds=[bench])
+    assert (found.num_ranks, found.num_instances, found.sequences_held is None) == (1, 1, False)
+    shared = replace(engine, llm_args={**engine.llm_args, "tensor_parallel_size": 2})
+    found = assemble_measurement("e", engine=shared, rounds=[bench.model_copy(update={"num_instances": 3})])
+    assert (found.num_ranks, found.num_instances, found.sequences_held) == (2, 3, None)
+
+
 def test_results_that_do_not_name_their_engine_are_believed(bench, evaluation, tmp_path):
     unnamed = evaluation.model_copy(update={"provenance": PROVENANCE})
     found = load_measurement("e", save(tmp_path, bench, with_engine(bench, None), unnamed))

@@ -1,6 +1,7 @@
 """What the given memory holds: the weights, then one segment for every sequence that fits at its full length.
 
-Drawn only when every engine has a cap. Packing is ideal (no block rounding), so a runtime holds a little less.
+Drawn only when every engine has a cap and one GPU. Packing is ideal (no block rounding), so a runtime holds a little
+less.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ MOST_SEGMENTS = 160
 
 
 def memory_chart(engines: Sequence[EngineMeasurement], styles: Mapping[str, str]) -> str | None:
-    """One row an engine; None when an engine has no cap."""
-    if any(engine.memory_bytes is None for engine in engines):
+    """One row an engine; None when it is not known how many sequences one holds."""
+    if any(engine.sequences_held is None for engine in engines):
         return None
     drawing = Drawing(WIDTH, 6 + ROW * len(engines), label="What the given memory holds")
     most = max(max(engine.memory_bytes or 0, engine.weight_bytes) for engine in engines)
