@@ -23,6 +23,8 @@ def notes_on(engines: Sequence[EngineMeasurement], *, baselines: Sequence[str], 
 def _on_engine(engine: EngineMeasurement) -> Iterator[str]:
     if engine.requests.completed != engine.requests.total:
         yield f"{engine.name}: the load ended with {engine.requests}."
+    if len(engine.output_tokens_per_s.rounds) == 1:
+        yield f"{engine.name}: throughput was measured in a single round, and no interval says how far another may lie."
     if engine.lengths != "exact":
         yield f"{engine.name}: the server takes no token ids, so prompt and answer lengths are nominal."
     if engine.token_counts != "server":

@@ -179,6 +179,13 @@ def test_notes_say_what_a_reader_must_know():
     assert len(notes) == 9
 
 
+def test_a_single_round_is_told_because_intervals_of_request_rates_leave_it_out():
+    single = measurement("single", [100.0])
+    assert notes_on([PARENT, single], baselines=["parent_bf16"], child="single")[0] == (
+        "single: throughput was measured in a single round, and no interval says how far another may lie."
+    )
+
+
 @pytest.mark.parametrize(
     ("rounds", "notes"),
     [
