@@ -11,6 +11,9 @@ from puzzle_trtllm.serve.report.compare import Comparison
 from puzzle_trtllm.serve.report.frontier import FrontierPoint
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
 
+BASELINE_COLOURS = 4
+"""s0 to s3 in page.html.jinja."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
@@ -33,9 +36,10 @@ class Report:
 
     @property
     def styles(self) -> dict[str, str]:
-        """Engine name -> CSS class of its colour."""
+        """Engine name -> CSS class of its colour; the page has BASELINE_COLOURS of them, which come again after that."""
         others = [engine.name for engine in self.engines if engine is not self.child]
-        return {self.child.name: "child", **{name: f"s{index}" for index, name in enumerate(others)}}
+        colours = {name: f"s{index % BASELINE_COLOURS}" for index, name in enumerate(others)}
+        return {self.child.name: "child", **colours}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,15 @@ def test_lengths_that_scatter_are_not_told_as_exact_ones(tmp_path):
     assert "tokens a request: 128 in, about 128 out." in (tmp_path / "report.html").read_text()
 
 
+def test_every_engine_has_a_colour_that_the_page_defines(tmp_path):
+    parent, _, child = family()
+    parents = [parent.model_copy(update={"name": f"p{index}"}) for index in range(6)]
+    make_report([*parents, child], baselines=["p0"], child="child", out=tmp_path, quiet=True)
+    page = (tmp_path / "report.html").read_text()
+    for style in re.findall(r'class="dot (\w+)"', page):
+        assert f".dot.{style} {{ background" in page
+
+
 def test_a_page_that_cannot_be_drawn_leaves_no_half_of_a_report(tmp_path, monkeypatch):
     monkeypatch.setattr(maker, "render_page", lambda report: 1 / 0)
     with pytest.raises(ZeroDivisionError):
