@@ -36,7 +36,7 @@ class Report:
 
     @property
     def styles(self) -> dict[str, str]:
-        """Engine name -> CSS class of its colour; the page has BASELINE_COLOURS of them, which come again after that."""
+        """Engine name -> CSS class of its colour; the page has BASELINE_COLOURS of them, then they come again."""
         others = [engine.name for engine in self.engines if engine is not self.child]
         colours = {name: f"s{index % BASELINE_COLOURS}" for index, name in enumerate(others)}
         return {self.child.name: "child", **colours}
