@@ -15,8 +15,7 @@ PAYLOADS = [b"", b"x" * 100, *(b"y" * size for size in range(4060, 4100)), b"z" 
 
 
 def take_part(rank: int, meeting: Path) -> list[object]:
-    store = torch.distributed.FileStore(str(meeting), 2)
-    ranks = RankGroup(rank=rank, size=2, local_size=2, device=torch.device("cpu"), store=store)
+    ranks = RankGroup(rank=rank, size=2, local_size=2, device=torch.device("cpu"), meeting=f"file://{meeting}")
     heard: list[object] = [ranks.share(payload if rank == 0 else None) for payload in PAYLOADS]
     decided: list[int] = []
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 
+import psutil
 import pytest
 
 from puzzle_trtllm.build.engine_build import build_engine
@@ -39,8 +40,7 @@ def test_two_ranks_behind_triton_serve_what_one_generates_until_one_is_killed(en
         found = [generate(text, url=server.grpc_url, max_tokens=24, ignore_eos=True).token_ids for text in PROMPTS]
         assert found == expected
         (stub,) = server.stub_pids()
-        (leader,) = children_of(stub)
-        (follower,) = children_of(leader)
+        leader, follower = sorted(children_of(stub), key=lambda pid: psutil.Process(pid).environ()["RANK"])
         assert asyncio.run(asyncio.wait_for(_kill_mid_stream(server, follower), 30)) == "UNAVAILABLE"
         wait_until(lambda: not is_alive(leader) and not is_alive(follower), what="both ranks ended")
         with pytest.raises(ServeError, match="the engine is dead"):

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 (the customary name)
 from torch import Tensor
-from torch._C._distributed_c10d import Store
 
 STEP_TIMEOUT = timedelta(minutes=5)
 _IDLE_TIMEOUT = timedelta(days=3650)
@@ -34,16 +33,11 @@ class RankGroup:
     """Membership of this process; one a process. Methods are collective: every rank calls them in the same order, and
     each raises RuntimeError when another rank is gone."""
 
-    def __init__(
-        self, *, rank: int, size: int, local_size: int, device: torch.device, store: Store | None = None
-    ) -> None:
-        """Wait for all `size` ranks, `local_size` of them on this machine. They meet at `store`, or where the
-        environment says (torchrun)."""
+    def __init__(self, *, rank: int, size: int, local_size: int, device: torch.device, meeting: str) -> None:
+        """Wait at `meeting` (torch.distributed's `init_method`) for all `size` ranks, `local_size` of them on this
+        machine."""
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        init_method = "env://" if store is None else None
-        dist.init_process_group(
-            backend, init_method=init_method, store=store, rank=rank, world_size=size, timeout=_IDLE_TIMEOUT
-        )
+        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=_IDLE_TIMEOUT)
         self._of_a_step = dist.new_group(timeout=STEP_TIMEOUT)
         self.rank = rank
         self.size = size

@@ -1,10 +1,14 @@
-"""The engine process: an event loop around the engine core at the other end of a socket pair.
+"""A process of the engine: an event loop around the engine core at the other end of a socket pair.
 
     python -m puzzle_trtllm.serve.runtimes.reference.engine_process FD
 
-It lives and dies with its front: when the socket closes, whatever the reason, it exits, and with it the other ranks
-that it leads. While there is work it takes messages between steps without waiting; when idle it blocks. Reports go out
-once a step, so the loop's own cost does not grow with the number of readers.
+It lives and dies with its front: when the socket closes, whatever the reason, it exits. While there is work it takes
+messages between steps without waiting; when idle it blocks. Reports go out once a step, so the loop's own cost does not
+grow with the number of readers.
+
+Of several ranks, which find their place in the environment as torchrun gives it, the first one does so. The others run
+the same steps on the messages that it shares, report to nobody, and take its choice of tokens. A thread of theirs
+answers what comes through the socket, so that the front can tell a long step from a process that hangs.
 """
 
 from __future__ import annotations
@@ -13,24 +17,20 @@ import contextlib
 import ctypes
 import logging
 import os
+import select
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, NoReturn
 
 from puzzle_trtllm.errors import PuzzleError
 from puzzle_trtllm.serve.runtimes.reference.arguments import EngineArguments
-from puzzle_trtllm.serve.runtimes.reference.engine import OutOfStepError, ReferenceEngine
-from puzzle_trtllm.serve.runtimes.reference.messages import (
-    Abort,
-    EngineFailed,
-    Ready,
-    StepReport,
-    Submit,
-)
+from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
+from puzzle_trtllm.serve.runtimes.reference.loading import load_engine
+from puzzle_trtllm.serve.runtimes.reference.messages import Abort, EngineFailed, Ready, StepReport, Submit
+from puzzle_trtllm.serve.runtimes.reference.ranks import join_ranks
 
 GAUGE_SECONDS = 0.05
 """Gauges are sent at least this often while there is work, also when no request has anything to report."""
@@ -39,85 +39,64 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _INT_MAX = -1, -3, 2**31 - 1
 """malloc.h of glibc."""
 
 _LAST_WORDS_SECONDS = 1.0
-"""How long the loop leaves it to the thread that watches the ranks to say which one was lost."""
+"""How long a rank that fails leaves it to the front to notice which one was lost; and a leader without a front, to
+itself to end in order."""
 
-if TYPE_CHECKING:
-    from puzzle_trtllm.serve.runtimes.reference.followers import Followers
-    from puzzle_trtllm.serve.runtimes.reference.loading import LoadedEngine
+LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
 _log = logging.getLogger(__name__)
 
 
 def main(fd: int) -> int:
-    """Load the engine that the first message describes, then serve until the front is gone."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    """Lead or follow until the front says that it is over, or is gone (0), or something fails (1)."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
     # Ctrl-C reaches the whole process group; who stops the engine is its front.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    keep_freed_memory()
-    connection = _Front(fd)
-    arguments: EngineArguments = connection.recv()
+    front, leads = Connection(fd), os.environ["RANK"] == "0"
+    threading.Thread(target=_wait_for_end if leads else _answer, args=(front,), daemon=True).start()
     try:
-        loaded, followers = _load(arguments, connection)
+        if leads:
+            _lead(front)
+        else:
+            follow(on_loaded=lambda: front.send(None))
     except Exception as error:
+        reason = str(error)
         if not isinstance(error, PuzzleError):
-            _log.exception("the engine could not be loaded")
-            if arguments.parallelism.tensor > 1:
+            _log.exception("the engine failed")
+            reason = f"{type(error).__name__}: {error}"
+            if int(os.environ["WORLD_SIZE"]) > 1:
                 time.sleep(_LAST_WORDS_SECONDS)
-        reason = str(error) if isinstance(error, PuzzleError) else f"{type(error).__name__}: {error}"
-        connection.send(EngineFailed(reason=reason))
+        _send(front, EngineFailed(reason=reason))
         return 1
-    _log.info("engine ready: %s", ", ".join(f"{key}={value}" for key, value in loaded.facts.items()))
-    connection.send(Ready(facts=loaded.facts, stats=loaded.engine.stats))
-    if followers is not None:
-        followers.loaded = True
-    ranks = loaded.engine.ranks
-
-    def receive(wait: bool) -> list[Submit | Abort] | None:
-        messages = _receive(connection, wait)
-        return messages if ranks is None else ranks.share(messages)
-
-    try:
-        run(loaded.engine, receive, connection.send)
-    except Exception as error:
-        _log.exception("the engine failed")
-        if ranks is not None:
-            time.sleep(_LAST_WORDS_SECONDS)
-        connection.fail(str(error) if isinstance(error, OutOfStepError) else f"{type(error).__name__}: {error}")
-    if followers is not None:
-        followers.stop()
     return 0
 
 
-class _Front(Connection):
-    """The connection to the front, shared with the thread that watches the ranks."""
-
-    def __init__(self, fd: int) -> None:
-        super().__init__(fd)
-        self._lock = threading.Lock()
-
-    def send(self, message: object) -> None:
-        """Nothing happens when the front is gone: that is for `receive` to notice."""
-        with self._lock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            super().send(message)
-
-    def fail(self, reason: str) -> NoReturn:
-        """Say why and exit; the other ranks notice."""
-        _log.error("%s", reason)
-        if self._lock.acquire(timeout=_LAST_WORDS_SECONDS):
-            with contextlib.suppress(OSError):
-                super().send(EngineFailed(reason=reason))
-        os._exit(1)
+def follow(on_loaded: Callable[[], None] = lambda: None) -> None:
+    """Load what the leader loads, then run the engine as it does, on the messages that it shares, until the end."""
+    keep_freed_memory()
+    ranks = join_ranks()
+    engine = load_engine(ranks.share(), ranks).engine
+    on_loaded()
+    run(engine, receive=lambda _: ranks.share(), send=lambda _: None)
 
 
-def _load(arguments: EngineArguments, front: _Front) -> tuple[LoadedEngine, Followers | None]:
-    from puzzle_trtllm.serve.runtimes.reference.loading import load_engine
+def _lead(front: Connection) -> None:
+    """Load the engine that the first message describes, then serve."""
+    keep_freed_memory()
+    arguments: EngineArguments = front.recv()
+    ranks = None
+    if arguments.parallelism.tensor > 1:
+        ranks = join_ranks(arguments.parallelism.tensor)
+        ranks.share(arguments)
+    loaded = load_engine(arguments, ranks)
+    _log.info("engine ready: %s", ", ".join(f"{key}={value}" for key, value in loaded.facts.items()))
+    _send(front, Ready(facts=loaded.facts, stats=loaded.engine.stats))
 
-    if arguments.parallelism.tensor == 1:
-        return load_engine(arguments), None
-    from puzzle_trtllm.serve.runtimes.reference.ranks import lead
+    def receive(wait: bool) -> list[Submit | Abort] | None:
+        messages = _receive(front, wait)
+        return messages if ranks is None else ranks.share(messages)
 
-    ranks, followers = lead(arguments, front_fd=front.fileno(), fail=front.fail)
-    return load_engine(arguments, ranks), followers
+    run(loaded.engine, receive, lambda report: _send(front, report))
 
 
 def keep_freed_memory() -> None:
@@ -145,17 +124,41 @@ def run(
             send(StepReport(updates=updates, stats=engine.stats))
 
 
-def _receive(connection: Connection, wait: bool) -> list[Submit | Abort] | None:
+def _receive(front: Connection, wait: bool) -> list[Submit | Abort] | None:
     """All messages that are there, or at least one; None when told to stop, or the front is gone."""
     messages: list[Submit | Abort] = []
     try:
-        while (wait and not messages) or connection.poll(0):
-            if (message := connection.recv()) is None:
+        while (wait and not messages) or front.poll(0):
+            if (message := front.recv()) is None:
                 return None
             messages.append(message)
     except (EOFError, OSError):
         return None
     return messages
+
+
+def _send(front: Connection, message: Ready | StepReport | EngineFailed) -> None:
+    """Nothing happens when the front is gone: that is for `_receive` to notice."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        front.send(message)
+
+
+def _wait_for_end(front: Connection) -> None:
+    """Exit once the front is gone, should `_receive` not get to notice it: this rank may be waiting for another one."""
+    poll = select.poll()
+    poll.register(front, select.POLLRDHUP)
+    poll.poll()
+    time.sleep(_LAST_WORDS_SECONDS)
+    os._exit(1)
+
+
+def _answer(front: Connection) -> None:
+    """Answer the front's questions, and exit once it is gone."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            front.recv()
+            front.send(None)
+    os._exit(1)
 
 
 if __name__ == "__main__":

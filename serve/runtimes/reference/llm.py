@@ -11,17 +11,12 @@ import asyncio
 import contextlib
 import logging
 import operator
-import os
 import pickle
 import secrets
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
-from multiprocessing.connection import Connection
 from numbers import Integral
 from pathlib import Path
 from queue import SimpleQueue
@@ -32,14 +27,8 @@ from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.errors import EngineError
 from puzzle_trtllm.serve.runtimes.api import EngineDeadError, SamplingParams
 from puzzle_trtllm.serve.runtimes.reference.arguments import check_ranks, read_arguments
-from puzzle_trtllm.serve.runtimes.reference.messages import (
-    Abort,
-    DecodingRule,
-    EngineFailed,
-    Ready,
-    StepReport,
-    Submit,
-)
+from puzzle_trtllm.serve.runtimes.reference.messages import Abort, DecodingRule, Ready, StepReport, Submit
+from puzzle_trtllm.serve.runtimes.reference.processes import EngineProcesses
 from puzzle_trtllm.serve.runtimes.reference.request import ReferenceRequestOutput, Waiter
 
 Prompt: TypeAlias = "str | list[int] | Mapping[str, Any]"
@@ -65,7 +54,7 @@ class LLM:
         self._dead: str | None = None
         self._closing = False
         self._messages: SimpleQueue[bytes | None] = SimpleQueue()
-        self._process, self._connection = _spawn_engine()
+        self._processes = EngineProcesses(self.args.parallelism.tensor)
         ready = self._load()
         self.facts, self._stats = ready.facts, ready.stats
         self._reader = threading.Thread(target=self._read_reports, name="reference-engine-reader", daemon=True)
@@ -130,22 +119,18 @@ class LLM:
 
     @property
     def engine_pid(self) -> int:
-        """Process id of the engine."""
-        return self._process.pid
+        """Process id of the engine, of its first rank if there are several."""
+        return self._processes.pid
 
     def _check_health(self) -> bool:
         """False once the engine is dead (TensorRT-LLM's name for the question)."""
-        return self._dead is None and self._process.poll() is None
+        return self._dead is None
 
     def shutdown(self) -> None:
         """Stop the engine; open requests end with EngineDeadError. Safe to call twice."""
         self._closing = True
         self._messages.put(None)
-        try:
-            self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._processes.stop(_STOP_SECONDS)
         self._reader.join(_STOP_SECONDS)
 
     def __enter__(self) -> LLM:
@@ -157,32 +142,24 @@ class LLM:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _load(self) -> Ready:
+        self._processes.send(pickle.dumps(self.args))
         try:
-            self._connection.send(self.args)
-            message = self._connection.recv()
-        except (EOFError, OSError):
-            message = EngineFailed(reason=f"the engine process died with exit code {self._process.wait()}")
-        if isinstance(message, Ready):
-            return message
-        self._process.wait()
-        raise EngineError(message.reason)
+            ready: Ready = self._processes.receive()
+        except EngineDeadError as error:
+            self._processes.stop(0.0)
+            raise EngineError(str(error)) from None
+        return ready
 
     def _read_reports(self) -> None:
-        reason = "the engine process closed its connection"
         try:
             while True:
-                message = self._connection.recv()
-                if isinstance(message, EngineFailed):
-                    reason = message.reason
-                else:
-                    self._take(message)
-        except (EOFError, OSError):
-            pass
+                self._take(self._processes.receive())
+        except EngineDeadError as error:
+            reason = str(error)
         except Exception as error:  # a report that cannot be read is as good as none
             reason = f"the engine's report cannot be read: {error}"
-            self._process.kill()
-        code = self._process.wait()
-        self._dead = "the engine was shut down" if self._closing else f"the engine process died ({reason}; exit {code})"
+        self._processes.stop(_STOP_SECONDS if self._closing else 0.0)
+        self._dead = "the engine was shut down" if self._closing else f"the engine process died ({reason})"
         requests = list(self._open.values())
         self._open.clear()
         _wake(waiter for request in requests if (waiter := request.put(self._dead)))
@@ -207,10 +184,9 @@ class LLM:
 
     def _write_messages(self) -> None:
         """A thread of its own: the engine takes messages between steps, and callers must not wait for that."""
-        with contextlib.suppress(OSError):
-            while (message := self._messages.get()) is not None:
-                self._connection.send_bytes(message)
-            self._connection.send(None)
+        while (message := self._messages.get()) is not None:
+            self._processes.send(message)
+        self._processes.send(pickle.dumps(None))
 
     def _read_prompt(self, inputs: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(inputs, Mapping):
@@ -251,34 +227,6 @@ class LLM:
             with_logprob=params.logprobs is not None,
             report_every=1 if watches_text else self.args.stream_interval if streaming else 0,
         )
-
-
-def python_executable() -> str:
-    """The interpreter to start the engine with; inside Triton's stub `sys.executable` may name something else."""
-    for candidate in (
-        Path(sys.executable or ""),
-        Path(sys.prefix, "bin", "python3"),
-        Path(sys.prefix, "bin", "python"),
-    ):
-        if candidate.name.startswith("python") and candidate.is_file():
-            return str(candidate)
-    raise EngineError("no Python interpreter to start the engine with", file=sys.prefix)
-
-
-def _spawn_engine() -> tuple[subprocess.Popen[bytes], Connection]:
-    ours, theirs = socket.socketpair()
-    with theirs:
-        command = [python_executable(), "-m", "puzzle_trtllm.serve.runtimes.reference.engine_process"]
-        process = subprocess.Popen(
-            [*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=_engine_environment()
-        )
-    return process, Connection(ours.detach())
-
-
-def _engine_environment() -> dict[str, str]:
-    """Our own import path, for hosts that put it together at run time (Triton's stub)."""
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    return {**os.environ, "PYTHONPATH": path}
 
 
 def _read_model_facts(model: Path) -> tuple[frozenset[int], int, int]:

@@ -26,11 +26,10 @@ def main(arguments: list[str]) -> None:
     if os.environ["RANK"] == "0":
         _run(arguments)
         return
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    from puzzle_trtllm.serve.runtimes.reference.follower import follow
-    from puzzle_trtllm.serve.runtimes.reference.ranks import join_torchrun
+    from puzzle_trtllm.serve.runtimes.reference.engine_process import LOG_FORMAT, follow
 
-    follow(join_torchrun())
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
+    follow()
 
 
 def _run(arguments: list[str]) -> None:
