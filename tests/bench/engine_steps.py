@@ -33,7 +33,7 @@ def make_engine(model: Path, dtype: str, kv_dtype: str) -> ReferenceEngine:
     kv = KvCacheConfig(dtype=kv_dtype, tokens_per_block=16)
     return load_engine(
         EngineArguments(model=str(model), dtype=dtype, max_seq_len=320, max_batch_size=64, kv_cache_config=kv)
-    ).engine
+    )
 
 
 def cpu_ms_per_step(engine: ReferenceEngine, batch: int) -> float:

@@ -97,7 +97,7 @@ def accuracy(folder: Path, exam: Exam) -> dict[str, float]:
         EngineArguments(
             model=str(folder), dtype="float32", max_seq_len=320, max_batch_size=128, kv_cache_config=KvCacheConfig()
         )
-    ).engine
+    )
     right = {}
     for effort in EFFORTS:
         answers = generate(engine, [exam.prompt(problem, effort) for problem in exam.problems])

@@ -121,7 +121,7 @@ def load(folder: Path, options: argparse.Namespace) -> ReferenceEngine:
                 enable_block_reuse=False,
             ),
         )
-    ).engine
+    )
 
 
 def decode_seconds(engine: ReferenceEngine, batch: int, context: int) -> float:

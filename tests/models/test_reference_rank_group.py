@@ -7,7 +7,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
 from puzzle_trtllm.models.reference.rank_group import RankGroup
 
@@ -15,7 +14,7 @@ PAYLOADS = [b"", b"x" * 100, *(b"y" * size for size in range(4060, 4100)), b"z" 
 
 
 def take_part(rank: int, meeting: Path) -> list[object]:
-    ranks = RankGroup(rank=rank, size=2, local_size=2, device=torch.device("cpu"), meeting=f"file://{meeting}")
+    ranks = RankGroup(rank=rank, size=2, local_rank=rank, local_size=2, meeting=f"file://{meeting}")
     heard: list[object] = [ranks.share(payload if rank == 0 else None) for payload in PAYLOADS]
     decided: list[int] = []
 

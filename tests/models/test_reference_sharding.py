@@ -17,6 +17,7 @@ from puzzle_trtllm.models.reference.kernels.choice import choose_kernels
 from puzzle_trtllm.models.reference.kernels.torch_kernels import TorchKernels
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.model import ReferenceModel
+from puzzle_trtllm.models.reference.rank_group import ALONE, Ranks
 from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
 from puzzle_trtllm.models.reference.weights import load_weights
 from puzzle_trtllm.parallelism import Parallelism
@@ -42,7 +43,7 @@ class ThreadRanks:
         return _ThreadRank(self, rank)
 
 
-class _ThreadRank:
+class _ThreadRank(Ranks):
     def __init__(self, all_ranks: ThreadRanks, rank: int) -> None:
         self.all, self.rank = all_ranks, rank
 
@@ -77,8 +78,8 @@ def logits_of_chunks(
 
     def run(shard: Shard) -> list[torch.Tensor]:
         weights = load_weights(checkpoint, dtype=dtype, device=CPU, kernels=kernels, shard=shard)
-        ranks = together.of(shard.rank) if sizes.tensor > 1 else None
-        model = ReferenceModel(weights, kernels, max_seq_len=512, ranks=ranks)  # type: ignore[arg-type]
+        ranks = together.of(shard.rank) if sizes.tensor > 1 else ALONE
+        model = ReferenceModel(weights, kernels, max_seq_len=512, ranks=ranks)
         layout = plan_layout(
             weights.architecture,
             tokens_per_block=8,

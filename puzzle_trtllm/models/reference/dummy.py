@@ -14,7 +14,7 @@ from torch import Tensor
 
 from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.mxfp4 import SCALE_BIAS
-from puzzle_trtllm.tensors import count_weight_bytes, tensor_table
+from puzzle_trtllm.tensors import tensor_table
 
 STANDARD_DEVIATION = 0.02
 _SCALE_BYTES = (SCALE_BIAS - 9, SCALE_BIAS - 6)
@@ -27,10 +27,6 @@ class DummyCheckpoint:
 
     architecture: PuzzleArchitecture
     device: torch.device
-
-    @property
-    def weight_bytes(self) -> int:
-        return count_weight_bytes(self.architecture)
 
     def validate(self) -> None:
         """Nothing can be missing."""

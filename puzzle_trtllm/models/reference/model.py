@@ -9,8 +9,6 @@ Legend: T rows, D hidden, H query heads, K KV heads, Dh head dim, R rows with lo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F  # noqa: N812 (the customary name)
 from torch import Tensor
@@ -18,19 +16,15 @@ from torch import Tensor
 from puzzle_trtllm.models.reference.kernels import Kernels
 from puzzle_trtllm.models.reference.kernels.kv_storage import take
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
+from puzzle_trtllm.models.reference.rank_group import ALONE, Ranks
 from puzzle_trtllm.models.reference.step import Step
 from puzzle_trtllm.models.reference.weights import LayerWeights, ModelWeights
 
-if TYPE_CHECKING:
-    from puzzle_trtllm.models.reference.rank_group import RankGroup
-
 
 class ReferenceModel:
-    """Weights and rotary tables; `forward` runs one step. `ranks` when the weights are one rank's part."""
+    """Weights and rotary tables; `forward` runs one step. The weights are those of one of `ranks`."""
 
-    def __init__(
-        self, weights: ModelWeights, kernels: Kernels, *, max_seq_len: int, ranks: RankGroup | None = None
-    ) -> None:
+    def __init__(self, weights: ModelWeights, kernels: Kernels, *, max_seq_len: int, ranks: Ranks = ALONE) -> None:
         self.weights = weights
         self.kernels = kernels
         self.ranks = ranks
@@ -53,9 +47,7 @@ class ReferenceModel:
             x = x + self._attention(layer, normed, step, cache.storage(index))
             x = x + self._experts(layer, kernels.rms_norm(x, layer.post_norm, eps))
         logits = weights.head(kernels.rms_norm(x[step.logit_rows], weights.final_norm, eps))
-        if self.ranks is not None:
-            logits = self.ranks.gather_columns(logits, self.architecture.vocab_size)
-        return logits.float()
+        return self.ranks.gather_columns(logits, self.architecture.vocab_size).float()
 
     def _attention(self, layer: LayerWeights, x: Tensor, step: Step, storage: Tensor) -> Tensor:
         a, kernels, decodes = self.architecture, self.kernels, step.num_decodes
@@ -71,17 +63,14 @@ class ReferenceModel:
         kernels.write(storage, group.write_rows, group.write_offsets, kept)
         if group.decode is not None:
             attended = [kernels.decode_attention(q[:decodes], layer.sinks, storage, group.decode), *attended]
-        return self._sum(layer.out(torch.cat(attended) if len(attended) > 1 else attended[0]))
+        return self.ranks.sum(layer.out(torch.cat(attended) if len(attended) > 1 else attended[0]))
 
     def _experts(self, layer: LayerWeights, x: Tensor) -> Tensor:
         """Each token to the top k of its layer's router logits, weighted by a softmax over those k."""
         shares, chosen = self.kernels.route(layer.router(x), self.architecture.experts_per_token)
-        if self.ranks is not None:
+        if len(layer.held_experts) < layer.block.num_local_experts:
             chosen = _count_held(chosen, layer.held_experts)
-        return self._sum(layer.experts(x, shares, chosen))
-
-    def _sum(self, part: Tensor) -> Tensor:
-        return part if self.ranks is None else self.ranks.sum(part)
+        return self.ranks.sum(layer.experts(x, shares, chosen))
 
 
 def _count_held(chosen: Tensor, held: range) -> Tensor:

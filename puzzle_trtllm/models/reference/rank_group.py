@@ -29,30 +29,56 @@ _PACKET_BYTES = 4096
 T = TypeVar("T")
 
 
-class RankGroup:
-    """Membership of this process; one a process. Methods are collective: every rank calls them in the same order, and
-    each raises RuntimeError when another rank is gone."""
+class Ranks:
+    """The ranks of an engine. By itself, one that is the whole: nobody else has to be asked."""
 
-    def __init__(self, *, rank: int, size: int, local_size: int, device: torch.device, meeting: str) -> None:
-        """Wait at `meeting` (torch.distributed's `init_method`) for all `size` ranks, `local_size` of them on this
-        machine."""
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=_IDLE_TIMEOUT)
-        self._of_a_step = dist.new_group(timeout=STEP_TIMEOUT)
-        self.rank = rank
-        self.size = size
-        self.local_size = local_size
-        self.device = device
-
-    # -- within a step -----------------------------------------------------------------------------------------------
+    rank, size = 0, 1
+    local_rank, local_size = 0, 1
+    """Among those on this machine."""
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum over ranks, in place."""
-        dist.all_reduce(part, group=self._of_a_step)
         return part
 
     def gather_columns(self, part: Tensor, total: int) -> Tensor:
         """`[R, total]` on the leader, of all ranks' parts side by side (sharding.py cuts them); `[R, 0]` elsewhere."""
+        return part
+
+    def share(self, value: Any = None) -> Any:
+        """The leader's value (picklable), everywhere; the others give none."""
+        return value
+
+    def agree(self, decide: Callable[[], T]) -> T:
+        """What the leader decides, everywhere. When that raises, all raise: ranks that fail alike stay in step."""
+        return decide()
+
+    def collect(self, value: T) -> list[T]:
+        """All ranks' values in order, everywhere."""
+        return [value]
+
+
+ALONE = Ranks()
+
+
+class RankGroup(Ranks):
+    """Several; one membership a process. Methods are collective: every rank calls them in the same order, and
+    each raises RuntimeError when another rank is gone."""
+
+    def __init__(self, *, rank: int, size: int, local_rank: int, local_size: int, meeting: str) -> None:
+        """Wait for all ranks at `meeting`, an `init_method` of torch.distributed."""
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=_IDLE_TIMEOUT)
+        self._of_a_step = dist.new_group(timeout=STEP_TIMEOUT)
+        self.rank, self.size = rank, size
+        self.local_rank, self.local_size = local_rank, local_size
+
+    # -- within a step -----------------------------------------------------------------------------------------------
+
+    def sum(self, part: Tensor) -> Tensor:
+        dist.all_reduce(part, group=self._of_a_step)
+        return part
+
+    def gather_columns(self, part: Tensor, total: int) -> Tensor:
         if len(part) == 0:
             return part
         narrow, num_wider = divmod(total, self.size)
@@ -67,7 +93,6 @@ class RankGroup:
     # -- between steps -----------------------------------------------------------------------------------------------
 
     def share(self, value: Any = None) -> Any:
-        """The leader's value (picklable), everywhere; the others give none."""
         packet = torch.zeros(_PACKET_BYTES, dtype=torch.uint8)
         count, head = packet[:8].view(torch.int64), packet[8:]
         pickled = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
@@ -82,7 +107,6 @@ class RankGroup:
         return value if self.rank == _LEADER else pickle.loads(head.numpy().tobytes())
 
     def agree(self, decide: Callable[[], T]) -> T:
-        """What the leader decides, everywhere. When that raises, all raise: ranks that fail alike stay in step."""
         if self.rank != _LEADER:
             reason, value = self.share()
             if reason:
@@ -97,7 +121,6 @@ class RankGroup:
         return value
 
     def collect(self, value: T) -> list[T]:
-        """All ranks' values in order, everywhere."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values

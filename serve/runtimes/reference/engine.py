@@ -8,21 +8,20 @@ input, or a batch too large for the memory, does not take the others along.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from puzzle_trtllm.models.reference.decode_graphs import DecodeGraphs
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.model import ReferenceModel
+from puzzle_trtllm.models.reference.rank_group import ALONE, Ranks
 from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
 from puzzle_trtllm.serve.runtimes.api import RequestPerfMetrics
 from puzzle_trtllm.serve.runtimes.reference.messages import Submit, TokenUpdate
 from puzzle_trtllm.serve.runtimes.reference.sampling import choose_tokens
 from puzzle_trtllm.serve.runtimes.reference.scheduler import Scheduled, Scheduler, Sequence
-
-if TYPE_CHECKING:
-    from puzzle_trtllm.models.reference.rank_group import RankGroup
 
 
 class OutOfStepError(RuntimeError):
@@ -39,12 +38,15 @@ class ReferenceEngine:
         *,
         max_batch_size: int,
         max_num_tokens: int,
-        ranks: RankGroup | None = None,
+        ranks: Ranks = ALONE,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.ranks = ranks
         """Those that compute every step along with this one."""
+        self.facts = facts or {}
+        """What was chosen when it was loaded: device, dtypes, blocks of each pool, bytes held."""
         self.scheduler = Scheduler(cache, max_batch_size=max_batch_size, max_num_tokens=max_num_tokens)
         self._num_steps = 0
         self._num_generated_tokens = 0
@@ -144,7 +146,7 @@ class ReferenceEngine:
         ]
         logits = self._forward(steps)
         ready = [s for s, count in scheduled if count == s.num_pending]
-        tokens, logprobs = self._choose(logits, ready)
+        tokens, logprobs = self.ranks.agree(lambda: choose_tokens(logits, ready))
         for s, count in scheduled:
             start, s.num_computed = s.num_computed, s.num_computed + count
             self.cache.commit(s.blocks, s.block_keys, s.tokens, start, s.num_computed)
@@ -158,14 +160,9 @@ class ReferenceEngine:
         try:
             return self.model.forward(plan_step(steps, self.cache), self.cache)
         except Exception as error:
-            if self.ranks is None:
+            if self.ranks.size == 1:
                 raise
             raise OutOfStepError(f"{type(error).__name__}: {error}") from error
-
-    def _choose(self, logits: Tensor, ready: list[Sequence]) -> tuple[list[int], list[float | None]]:
-        if self.ranks is None or not ready:
-            return choose_tokens(logits, ready)
-        return self.ranks.agree(lambda: choose_tokens(logits, ready))
 
     def _append(self, s: Sequence, token: int, logprob: float | None, now_ns: int) -> TokenUpdate | None:
         s.tokens.append(token)

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from puzzle_trtllm.errors import PuzzleError
+from puzzle_trtllm.models.reference.rank_group import ALONE
 from puzzle_trtllm.serve.runtimes.reference.arguments import EngineArguments
 from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
 from puzzle_trtllm.serve.runtimes.reference.loading import load_engine
@@ -75,7 +76,7 @@ def follow(on_loaded: Callable[[], None] = lambda: None) -> None:
     """Load what the leader loads, then run the engine as it does, on the messages that it shares, until the end."""
     keep_freed_memory()
     ranks = join_ranks()
-    engine = load_engine(ranks.share(), ranks).engine
+    engine = load_engine(ranks.share(), ranks)
     on_loaded()
     run(engine, receive=lambda _: ranks.share(), send=lambda _: None)
 
@@ -84,19 +85,12 @@ def _lead(front: Connection) -> None:
     """Load the engine that the first message describes, then serve."""
     keep_freed_memory()
     arguments: EngineArguments = front.recv()
-    ranks = None
-    if arguments.parallelism.tensor > 1:
-        ranks = join_ranks(arguments.parallelism.tensor)
-        ranks.share(arguments)
-    loaded = load_engine(arguments, ranks)
-    _log.info("engine ready: %s", ", ".join(f"{key}={value}" for key, value in loaded.facts.items()))
-    _send(front, Ready(facts=loaded.facts, stats=loaded.engine.stats))
-
-    def receive(wait: bool) -> list[Submit | Abort] | None:
-        messages = _receive(front, wait)
-        return messages if ranks is None else ranks.share(messages)
-
-    run(loaded.engine, receive, lambda report: _send(front, report))
+    size = arguments.parallelism.tensor
+    ranks = join_ranks(size) if size > 1 else ALONE
+    ranks.share(arguments)
+    engine = load_engine(arguments, ranks)
+    _send(front, Ready(facts=engine.facts, stats=engine.stats))
+    run(engine, receive=lambda wait: ranks.share(_receive(front, wait)), send=lambda report: _send(front, report))
 
 
 def keep_freed_memory() -> None:

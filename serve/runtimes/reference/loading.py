@@ -7,10 +7,9 @@ explicit `dtype: float32` makes the cache float32 too (for exactness tests).
 
 from __future__ import annotations
 
+import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,13 +24,11 @@ from puzzle_trtllm.models.reference.kernels import Kernels
 from puzzle_trtllm.models.reference.kernels.choice import choose_kernels, compute_dtype, explain_compute_dtype
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.model import ReferenceModel
+from puzzle_trtllm.models.reference.rank_group import ALONE, Ranks
 from puzzle_trtllm.models.reference.weights import load_weights
 from puzzle_trtllm.serve.runtimes.reference.arguments import EngineArguments
 from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
 from puzzle_trtllm.sharding import Shard, count_shard_bytes
-
-if TYPE_CHECKING:
-    from puzzle_trtllm.models.reference.rank_group import RankGroup
 
 MAX_DEQUANTIZED_BYTES = 1 << 30
 """The torch kernels hold experts dequantized up to this many bytes, because expanding them every step costs more than
@@ -41,19 +38,14 @@ SINGLE_THREAD_BYTES = 16 << 20
 """Models that hold less than this run on one thread: their operations are too short to be worth sharing, and a spinning
 second thread would take the core that the server and its clients need."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedEngine:
-    engine: ReferenceEngine
-    facts: dict[str, Any]
-    """What was chosen: device, dtypes, blocks of each pool, bytes held."""
+_log = logging.getLogger(__name__)
 
 
-def load_engine(arguments: EngineArguments, ranks: RankGroup | None = None) -> LoadedEngine:
+def load_engine(arguments: EngineArguments, ranks: Ranks = ALONE) -> ReferenceEngine:
     """Load the serving copy, or this rank's part, and make an engine. Raises PuzzleError in one line."""
     architecture = PuzzleArchitecture.from_path(arguments.model)
-    shard = Shard(architecture=architecture, parallelism=arguments.parallelism, rank=ranks.rank if ranks else 0)
-    device = ranks.device if ranks else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shard = Shard(architecture=architecture, parallelism=arguments.parallelism, rank=ranks.rank)
+    device = _choose_device(ranks)
     dtype = compute_dtype(arguments.dtype, device)
     max_seq_len = arguments.max_seq_len or architecture.max_position_embeddings
     dequantize = _dequantized_bytes(architecture, dtype) <= MAX_DEQUANTIZED_BYTES
@@ -63,7 +55,7 @@ def load_engine(arguments: EngineArguments, ranks: RankGroup | None = None) -> L
     weights = load_weights(checkpoint, dtype=dtype, device=device, kernels=kernels, shard=shard)
     if device.type == "cpu" and weights.num_bytes < SINGLE_THREAD_BYTES:
         torch.set_num_threads(1)
-    elif ranks is not None:
+    else:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks.local_size))
     layout = _plan_cache(arguments, shard.local, max_seq_len, device, ranks)
     cache = PagedKvCache(layout, device, reuse=arguments.kv_cache_config.enable_block_reuse)
@@ -72,52 +64,53 @@ def load_engine(arguments: EngineArguments, ranks: RankGroup | None = None) -> L
     recorded = None
     if graph_sizes:
         recorded = DecodeGraphs(model, cache, batch_sizes=graph_sizes, max_seq_len=max_seq_len, record=cuda_recorder())
-    engine = ReferenceEngine(
+    facts = {
+        "rank": ranks.rank,
+        "pid": os.getpid(),
+        "device": str(device),
+        "compute_dtype": explain_compute_dtype(arguments.dtype, device),
+        "kernels": kernels.name,
+        "cuda_graph_batch_sizes": graph_sizes,
+        "num_threads": torch.get_num_threads(),
+        "query_heads": shard.local.num_attention_heads,
+        "kv_heads": shard.local.num_key_value_heads,
+        "experts": [len(layer.held_experts) for layer in weights.layers],
+        "expert_width": shard.local.intermediate_size,
+        "checkpoint_weight_bytes": count_shard_bytes(shard),
+        "held_weight_bytes": weights.num_bytes,
+        "kv_dtype": str(layout.dtype).removeprefix("torch."),
+        "max_seq_len": max_seq_len,
+        "num_blocks": {str(window): count for window, count in layout.num_blocks.items()},
+        "kv_cache_bytes": layout.num_bytes,
+    }
+    _log.info("engine ready: %s", ", ".join(f"{key}={value}" for key, value in facts.items()))
+    return ReferenceEngine(
         recorded or model,
         cache,
         max_batch_size=arguments.max_batch_size,
         max_num_tokens=arguments.max_num_tokens,
         ranks=ranks,
+        facts={**facts, "ranks": ranks.collect(facts)},
     )
-    facts = {
-        "device": str(device),
-        "compute_dtype": explain_compute_dtype(arguments.dtype, device),
-        "kernels": kernels.name,
-        "cuda_graph_batch_sizes": graph_sizes,
-        "kv_dtype": str(layout.dtype).removeprefix("torch."),
-        "num_threads": torch.get_num_threads(),
-        "max_seq_len": max_seq_len,
-        "num_blocks": {str(window): count for window, count in layout.num_blocks.items()},
-        "kv_cache_bytes": layout.num_bytes,
-        "block_reuse": cache.reuse,
-        "checkpoint_weight_bytes": checkpoint.weight_bytes,
-        "held_weight_bytes": weights.num_bytes,
-    }
-    if ranks is not None:
-        facts["ranks"] = ranks.collect(
-            {
-                "rank": ranks.rank,
-                "pid": os.getpid(),
-                "device": str(device),
-                "num_threads": torch.get_num_threads(),
-                "query_heads": shard.local.num_attention_heads,
-                "kv_heads": shard.local.num_key_value_heads,
-                "experts": [len(layer.held_experts) for layer in weights.layers],
-                "expert_width": shard.local.intermediate_size,
-                "checkpoint_weight_bytes": count_shard_bytes(shard),
-                "held_weight_bytes": weights.num_bytes,
-                "kv_cache_bytes": layout.num_bytes,
-            }
-        )
-    return LoadedEngine(engine=engine, facts=facts)
+
+
+def _choose_device(ranks: Ranks) -> torch.device:
+    """A GPU of this rank's own, or the CPU. Raises EngineError when there are GPUs, but too few."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if torch.cuda.device_count() < ranks.local_size:
+        found, expected = ranks.local_size, torch.cuda.device_count()
+        raise EngineError("more ranks than GPUs", key="tensor_parallel_size", found=found, expected=expected)
+    torch.cuda.set_device(ranks.local_rank)
+    return torch.device("cuda", ranks.local_rank)
 
 
 def _graph_batch_sizes(
-    arguments: EngineArguments, architecture: PuzzleArchitecture, kernels: Kernels, ranks: RankGroup | None
+    arguments: EngineArguments, architecture: PuzzleArchitecture, kernels: Kernels, ranks: Ranks
 ) -> list[int]:
     """Decode batches to record. Only steps that never wait for the GPU can be: Triton's kernels, MXFP4 experts, one
     rank."""
-    if kernels.name != "triton" or architecture.experts_format != "mxfp4" or ranks is not None:
+    if kernels.name != "triton" or architecture.experts_format != "mxfp4" or ranks.size > 1:
         return []
     wanted = arguments.cuda_graph_batch_sizes
     largest = min(arguments.cuda_graph_max_batch_size or arguments.max_batch_size, arguments.max_batch_size)
@@ -130,7 +123,7 @@ def _plan_cache(
     architecture: PuzzleArchitecture,
     max_seq_len: int,
     device: torch.device,
-    ranks: RankGroup | None,
+    ranks: Ranks,
 ) -> KvLayout:
     """The same number of blocks on every rank, each with its own KV heads."""
     kv = arguments.kv_cache_config
@@ -173,12 +166,11 @@ def _dequantized_bytes(architecture: PuzzleArchitecture, dtype: torch.dtype) -> 
     return experts * 3 * architecture.hidden_size * architecture.intermediate_size * dtype.itemsize
 
 
-def _free_bytes(device: torch.device, ranks: RankGroup | None) -> int:
+def _free_bytes(device: torch.device, ranks: Ranks) -> int:
     """Of a GPU, or this rank's share of the machine's memory; the least of all ranks, once all hold their weights."""
-    if ranks is not None:
-        ranks.collect(None)
+    ranks.collect(None)
     if device.type == "cuda":
         free = int(torch.cuda.mem_get_info(device)[0])
     else:
-        free = (free_memory_bytes() or 0) // (ranks.local_size if ranks else 1)
-    return min(ranks.collect(free)) if ranks else free
+        free = (free_memory_bytes() or 0) // ranks.local_size
+    return min(ranks.collect(free))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ class Abort:
 class Ready:
     """The engine is loaded; `facts` are shown by doctor and tests (dtype, blocks, bytes)."""
 
-    facts: dict[str, Any]
+    facts: Mapping[str, Any]
     stats: dict[str, Any]
     """`ReferenceEngine.stats`, before the first step."""
 
