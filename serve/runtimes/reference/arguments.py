@@ -19,7 +19,6 @@ from puzzle_trtllm.serve.runtimes.api import KvCacheConfig
 
 _WITHOUT_MEANING_HERE = frozenset({"backend", "tokenizer", "skip_tokenizer_init", "trust_remote_code"})
 _PARALLEL = frozenset({"tensor_parallel_size", "moe_expert_parallel_size", "moe_tensor_parallel_size"})
-_NESTED = frozenset({"kv_cache_config", "cuda_graph_config"})
 _NOT_PARALLEL = ("pipeline_parallel_size", "context_parallel_size", "moe_cluster_parallel_size")
 
 
@@ -35,10 +34,9 @@ class EngineArguments:
     stream_interval: int = 1
     load_format: str = "auto"
     """auto | dummy: random weights for a folder that holds nothing but config.json"""
-    cuda_graph_batch_sizes: tuple[int, ...] | None = None
-    """Of `cuda_graph_config`: decode batches to record (smaller ones are always padded); none when empty, a choice up
-    to the next argument when None."""
-    cuda_graph_max_batch_size: int | None = None
+    cuda_graph_config: Mapping[str, Any] | None = field(default_factory=dict)
+    """Decode batches to record (smaller ones are always padded): `batch_sizes`, or a choice up to `max_batch_size`.
+    None: none."""
     kernels: str = "auto"
     """auto | native | triton | torch; of the reference runtime alone, to force one of its implementations"""
     kv_cache_config: KvCacheConfig = field(default_factory=KvCacheConfig)
@@ -73,27 +71,23 @@ def read_arguments(model: str | Path, arguments: Mapping[str, Any]) -> tuple[Eng
             raise _impossible(name, arguments[name], "1: the reference runtime has tensor and expert parallelism only")
     if arguments.get("enable_attention_dp") and parallelism.tensor > 1:
         raise _impossible("enable_attention_dp", True, "false: the reference runtime deals out attention heads")
-    made = {"model", "kv_cache_config", "parallelism", "cuda_graph_batch_sizes", "cuda_graph_max_batch_size"}
-    honoured = {f.name for f in fields(EngineArguments)} - made
+    honoured = {f.name for f in fields(EngineArguments)} - {"model", "parallelism"}
     kv_names = {f.name for f in fields(KvCacheConfig)}
-    kv = arguments.get("kv_cache_config") or {}
-    kv = kv if isinstance(kv, Mapping) else vars(kv)
-    kv = {name: value for name, value in kv.items() if value is not None}
-    ignored = [name for name in arguments if name not in honoured | _PARALLEL | _WITHOUT_MEANING_HERE | _NESTED]
-    ignored += [f"kv_cache_config.{name}" for name in kv if name not in kv_names]
     own = {name: value for name, value in arguments.items() if name in honoured and value is not None}
-    return (
-        EngineArguments(
-            model=str(model),
-            kv_cache_config=KvCacheConfig(
-                **{n: value for n, value in kv.items() if n in kv_names and value is not None}
-            ),
-            parallelism=parallelism,
-            **_cuda_graphs(arguments),
-            **own,
-        ),
-        ignored,
-    )
+    kv = _read_section(own.pop("kv_cache_config", {}))
+    own["kv_cache_config"] = KvCacheConfig(**{name: value for name, value in kv.items() if name in kv_names})
+    if "cuda_graph_config" in arguments:
+        section = arguments["cuda_graph_config"]
+        own["cuda_graph_config"] = None if section is None else _read_section(section)
+    ignored = [name for name in arguments if name not in honoured | _PARALLEL | _WITHOUT_MEANING_HERE]
+    ignored += [f"kv_cache_config.{name}" for name in kv if name not in kv_names]
+    return EngineArguments(model=str(model), parallelism=parallelism, **own), ignored
+
+
+def _read_section(section: object) -> dict[str, Any]:
+    """What is given of a nested argument, a mapping or one of TensorRT-LLM's objects."""
+    values = section if isinstance(section, Mapping) else vars(section)
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def check_ranks(arguments: EngineArguments, architecture: PuzzleArchitecture) -> None:
@@ -105,15 +99,3 @@ def check_ranks(arguments: EngineArguments, architecture: PuzzleArchitecture) ->
 
 def _impossible(key: str, found: object, expected: str) -> EngineError:
     return EngineError("impossible parallelism", key=key, found=found, expected=expected)
-
-
-def _cuda_graphs(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    config = arguments.get("cuda_graph_config", {})
-    if config is None:
-        return {"cuda_graph_batch_sizes": ()}
-    values = config if isinstance(config, Mapping) else vars(config)
-    sizes = values.get("batch_sizes")
-    return {
-        "cuda_graph_batch_sizes": tuple(sizes) if sizes else None,
-        "cuda_graph_max_batch_size": values.get("max_batch_size"),
-    }

@@ -110,12 +110,11 @@ def _graph_batch_sizes(
 ) -> list[int]:
     """Decode batches to record. Only steps that never wait for the GPU can be: Triton's kernels, MXFP4 experts, one
     rank."""
-    if kernels.name != "triton" or architecture.experts_format != "mxfp4" or ranks.size > 1:
+    config, most = arguments.cuda_graph_config, arguments.max_batch_size
+    if config is None or kernels.name != "triton" or architecture.experts_format != "mxfp4" or ranks.size > 1:
         return []
-    wanted = arguments.cuda_graph_batch_sizes
-    largest = min(arguments.cuda_graph_max_batch_size or arguments.max_batch_size, arguments.max_batch_size)
-    sizes = default_batch_sizes(largest) if wanted is None else wanted
-    return sorted({min(size, arguments.max_batch_size) for size in sizes})
+    sizes = config.get("batch_sizes") or default_batch_sizes(min(config.get("max_batch_size") or most, most))
+    return sorted({min(size, most) for size in sizes})
 
 
 def _plan_cache(
@@ -129,18 +128,12 @@ def _plan_cache(
     kv = arguments.kv_cache_config
     if kv.dtype not in ("auto", "fp8"):
         raise EngineError("unknown", key="kv_cache_config.dtype", found=kv.dtype, expected="auto or fp8")
-    windows = [block.sliding_window or max_seq_len for block in architecture.blocks]
-    given = kv.max_attention_window
-    if given:
-        spread = [given[i % len(given)] for i in range(len(windows))]
-        short = next((i for i, w in enumerate(windows) if spread[i] < min(w, max_seq_len)), None)
-        if short is not None:
-            raise EngineError(
-                "smaller than the model's window",
-                key=f"kv_cache_config.max_attention_window[{short}]",
-                found=spread[short],
-                expected=f"at least {min(windows[short], max_seq_len)}",
-            )
+    given = kv.max_attention_window or [max_seq_len]
+    for i, block in enumerate(architecture.blocks):
+        found, needed = given[i % len(given)], min(block.sliding_window or max_seq_len, max_seq_len)
+        if found < needed:
+            key = f"kv_cache_config.max_attention_window[{i}]"
+            raise EngineError("smaller than the model's window", key=key, found=found, expected=f"at least {needed}")
     uncompressed = torch.float32 if arguments.dtype == "float32" else torch.bfloat16
     budget = kv.max_gpu_total_bytes or int(kv.free_gpu_memory_fraction * _free_bytes(device, ranks))
     layout = plan_layout(
