@@ -51,10 +51,6 @@ class DecodeGraphs:
             _RecordedBatch(model, cache, size, max_seq_len, record) for size in sorted(set(batch_sizes), reverse=True)
         ][::-1]
 
-    @property
-    def batch_sizes(self) -> list[int]:
-        return [recorded.size for recorded in self._recorded]
-
     def forward(self, step: Step, cache: PagedKvCache) -> Tensor:
         """As `ReferenceModel.forward`, for the cache given before. The next replay overwrites these logits."""
         assert cache is self._cache
