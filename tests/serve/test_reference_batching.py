@@ -75,7 +75,7 @@ def run(engine: ReferenceEngine, prompts: list[list[int]], monkeypatch, *, max_t
         while engine.has_work:
             for update in engine.step():
                 traces[update.request_id].tokens += update.token_ids
-                traces[update.request_id].error = update.error
+                traces[update.request_id].error = update.error and str(update.error)
     return traces
 
 

@@ -73,14 +73,14 @@ def test_all_who_wait_for_one_request_get_its_end():
 
 def test_a_failure_is_told_to_everyone_who_asks():
     request = request_of()
-    put(request, "", error="no more memory")
+    request.put(GenerationError("no more memory"))
     for _ in range(2):
         with pytest.raises(GenerationError, match="no more memory"):
             request.result()
         with pytest.raises(GenerationError, match="no more memory"):
             asyncio.run(request.aresult())
     gone = request_of()
-    gone.put("killed")
+    gone.put(EngineDeadError("killed"))
     for _ in range(2):
         with pytest.raises(EngineDeadError, match="killed"):
             gone.result()

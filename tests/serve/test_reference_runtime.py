@@ -343,7 +343,7 @@ def test_a_step_that_fails_fails_its_requests_and_keeps_the_engine(child):
         raise RuntimeError("no more memory")
 
     engine.model.forward = broken  # type: ignore[method-assign]
-    assert [u.error for u in engine.step()] == ["RuntimeError: no more memory"]
+    assert [str(u.error) for u in engine.step()] == ["RuntimeError: no more memory"]
     engine.model.forward = forward  # type: ignore[method-assign]
     engine.submit(Submit(request_id=2, prompt_token_ids=prompt(1), rule=DecodingRule(max_tokens=5), arrival_ns=0))
     tokens = [token for _ in range(5) for update in engine.step() for token in update.token_ids]

@@ -18,7 +18,7 @@ from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.rank_group import ALONE, Ranks
 from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
-from puzzle_trtllm.serve.runtimes.api import RequestPerfMetrics
+from puzzle_trtllm.serve.runtimes.api import GenerationError, RequestError, RequestPerfMetrics
 from puzzle_trtllm.serve.runtimes.reference.messages import Submit, TokenUpdate
 from puzzle_trtllm.serve.runtimes.reference.sampling import choose_tokens
 from puzzle_trtllm.serve.runtimes.reference.scheduler import Scheduled, Scheduler, Sequence
@@ -87,7 +87,7 @@ class ReferenceEngine:
         try:
             self.scheduler.add(sequence)
         except Exception as error:  # whatever is wrong with it, it is the request's own
-            return TokenUpdate(request_id=message.request_id, token_ids=[], error=str(error), is_refusal=True)
+            return TokenUpdate(request_id=message.request_id, token_ids=[], error=RequestError(str(error)))
         return None
 
     def abort(self, request_id: int) -> TokenUpdate | None:
@@ -113,8 +113,8 @@ class ReferenceEngine:
                 return self._run_in_parts(scheduled)
             sequence, _ = scheduled[0]
             self.scheduler.remove(sequence.request_id)
-            reason = f"{type(error).__name__}: {error}"
-            return [TokenUpdate(request_id=sequence.request_id, token_ids=[], error=reason)]
+            failure = GenerationError(f"{type(error).__name__}: {error}")
+            return [TokenUpdate(request_id=sequence.request_id, token_ids=[], error=failure)]
 
     def _run_in_parts(self, scheduled: list[Scheduled]) -> list[TokenUpdate]:
         """Run a step that failed once more. Nothing of it was recorded, and a decoding sequence only repeats its write;

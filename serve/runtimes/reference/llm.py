@@ -46,9 +46,11 @@ class LLM:
             _log.warning("without effect in the reference runtime: %s", ", ".join(sorted(ignored)))
         skip_tokenizer = bool(llm_args.get("skip_tokenizer_init"))
         self.tokenizer = None if skip_tokenizer else ChatTokenizer.from_folder(tokenizer or model)
-        self._end_ids, self._vocab_size, positions = _read_model_facts(self.model)
-        self.max_seq_len = self.args.max_seq_len or positions
-        check_ranks(self.args, PuzzleArchitecture.from_path(self.model))
+        architecture = PuzzleArchitecture.from_path(self.model)
+        check_ranks(self.args, architecture)
+        self.max_seq_len = self.args.max_seq_len or architecture.max_position_embeddings
+        self._vocab_size = architecture.vocab_size
+        self._end_ids = _read_end_ids(self.model)
         self._ids = count(1)
         self._open: dict[int, ReferenceRequestOutput] = {}
         self._dead: str | None = None
@@ -162,7 +164,7 @@ class LLM:
         self._dead = "the engine was shut down" if self._closing else f"the engine process died ({reason})"
         requests = list(self._open.values())
         self._open.clear()
-        _wake(waiter for request in requests if (waiter := request.put(self._dead)))
+        _wake(waiter for request in requests if (waiter := request.put(EngineDeadError(self._dead))))
 
     def _take(self, report: StepReport) -> None:
         self._stats = report.stats
@@ -170,7 +172,7 @@ class LLM:
         for update in report.updates:
             ended = update.finish_reason is not None or update.error is not None
             request = self._open.pop(update.request_id, None) if ended else self._open.get(update.request_id)
-            waiter = request.put(update) if request is not None else None
+            waiter = request.put(update.error or update) if request is not None else None
             if waiter:
                 waiters.append(waiter)
         _wake(waiters)
@@ -209,7 +211,6 @@ class LLM:
         end_ids = self._end_ids if params.end_id is None else {params.end_id}
         vocabulary = range(self._vocab_size)  # -1 stands for no id
         filters = params.top_k not in (None, 1) or params.top_p is not None
-        watches_text = bool(params.stop_strings)
         return DecodingRule(
             # As TensorRT-LLM: what does not fit behind the prompt is not generated.
             max_tokens=min(params.max_tokens, self.max_seq_len - num_prompt_tokens),
@@ -225,17 +226,16 @@ class LLM:
             presence_penalty=params.presence_penalty or 0.0,
             repetition_penalty=params.repetition_penalty or 1.0,
             with_logprob=params.logprobs is not None,
-            report_every=1 if watches_text else self.args.stream_interval if streaming else 0,
+            report_every=1 if params.stop_strings else self.args.stream_interval if streaming else 0,
         )
 
 
-def _read_model_facts(model: Path) -> tuple[frozenset[int], int, int]:
-    """(end-of-sequence ids, vocabulary size, positions) of a serving copy."""
+def _read_end_ids(model: Path) -> frozenset[int]:
+    """End-of-sequence ids of a serving copy: generation_config.json's, if it has one, else config.json's."""
     config = read_json_object(model / "config.json")
     generation = model / "generation_config.json"
     end = (read_json_object(generation) if generation.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
-    ids = end if isinstance(end, list) else [] if end is None else [end]
-    return frozenset(ids), int(config["vocab_size"]), int(config["max_position_embeddings"])
+    return frozenset(end if isinstance(end, list) else [] if end is None else [end])
 
 
 def _plain_integers(token_ids: Iterable[Any]) -> list[int]:

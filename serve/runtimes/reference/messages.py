@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from puzzle_trtllm.serve.runtimes.api import RequestPerfMetrics
+from puzzle_trtllm.serve.runtimes.api import GenerationError, RequestError, RequestPerfMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +76,7 @@ class TokenUpdate:
     stop_reason: int | None = None
     cumulative_logprob: float | None = None
     metrics: RequestPerfMetrics | None = None
-    error: str | None = None
-    is_refusal: bool = False
-    """The error is about the request, not about the engine."""
+    error: RequestError | GenerationError | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,18 +15,8 @@ from queue import Empty, SimpleQueue
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from puzzle_trtllm.serve.runtimes.api import (
-    CompletionOutput,
-    EngineDeadError,
-    GenerationError,
-    RequestError,
-    RequestPerfMetrics,
-    SamplingParams,
-)
+from puzzle_trtllm.serve.runtimes.api import CompletionOutput, RequestPerfMetrics, SamplingParams
 from puzzle_trtllm.serve.runtimes.reference.messages import TokenUpdate
-
-EngineGone = str
-"""Queued instead of an update when the engine process is dead: the reason."""
 
 Waiter = tuple[asyncio.AbstractEventLoop, asyncio.Event]
 """Who awaits a request: an event, and the loop in whose thread it must be set."""
@@ -55,16 +45,12 @@ class ReferenceRequestOutput:
         self._detokenizer = (
             _Detokenizer(tokenizer, sampling_params) if tokenizer and sampling_params.detokenize else None
         )
-        self._updates: SimpleQueue[TokenUpdate | EngineGone | None] = SimpleQueue()
-        self._finished = False
+        self._updates: SimpleQueue[TokenUpdate | Exception | None] = SimpleQueue()
+        self.finished = False
+        """True once the end has been consumed."""
         self._error: Exception | None = None
         """Why it ended; raised to everyone who asks."""
         self._waiter: Waiter | None = None
-
-    @property
-    def finished(self) -> bool:
-        """True once the end has been consumed."""
-        return self._finished
 
     def abort(self) -> None:
         """Stop generating and free the cache; the output ends with finish_reason `cancelled`. Any thread, any time."""
@@ -72,8 +58,8 @@ class ReferenceRequestOutput:
 
     # -- the reader thread's side ------------------------------------------------------------------------------------
 
-    def put(self, update: TokenUpdate | EngineGone) -> Waiter | None:
-        """Queue an update; give the event that must be set in its loop, if somebody awaits it."""
+    def put(self, update: TokenUpdate | Exception) -> Waiter | None:
+        """Queue an update, or why there will be no other; give the event to set in its loop, if somebody awaits it."""
         self._updates.put(update)
         return self._waiter
 
@@ -82,7 +68,7 @@ class ReferenceRequestOutput:
     def result(self, timeout: float | None = None) -> ReferenceRequestOutput:
         """Block until the end. Raises TimeoutError, RequestError, GenerationError, EngineDeadError."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not self._finished:
+        while not self.finished:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
                 self._apply(self._updates.get(timeout=left))
@@ -115,7 +101,7 @@ class ReferenceRequestOutput:
         if self._waiter is None or self._waiter[0] is not loop:
             self._waiter = loop, asyncio.Event()
         event = self._waiter[1]
-        while not self._finished:
+        while not self.finished:
             if self._drain():
                 break
             event.clear()
@@ -130,7 +116,7 @@ class ReferenceRequestOutput:
     def _drain(self) -> bool:
         """Apply everything that is queued; True if there was something."""
         found = False
-        while not self._finished:
+        while not self.finished:
             try:
                 update = self._updates.get_nowait()
             except Empty:
@@ -139,22 +125,18 @@ class ReferenceRequestOutput:
             found = True
         return found
 
-    def _apply(self, update: TokenUpdate | EngineGone | None) -> None:
+    def _apply(self, update: TokenUpdate | Exception | None) -> None:
         if update is None:
             return
-        if isinstance(update, EngineGone):
-            self._error = EngineDeadError(update)
-        elif update.error is not None:
-            self._error = RequestError(update.error) if update.is_refusal else GenerationError(update.error)
-        else:
-            output, wants_metrics = self.outputs[0], self._params.return_perf_metrics
-            if output.finish_reason is None:  # else a stop string ended it, and only the metrics are missing
-                self._extend(output, update)
-            self.metrics = update.metrics if wants_metrics else None
-            stopped = output.finish_reason is not None and not wants_metrics
-            self._finished = update.finish_reason is not None or stopped
+        if isinstance(update, Exception):
+            self._error, self.finished = update, True
             return
-        self._finished = True
+        output, wants_metrics = self.outputs[0], self._params.return_perf_metrics
+        if output.finish_reason is None:  # else a stop string ended it, and only the metrics are missing
+            self._extend(output, update)
+        self.metrics = update.metrics if wants_metrics else None
+        stopped = output.finish_reason is not None and not wants_metrics
+        self.finished = update.finish_reason is not None or stopped
 
     def _extend(self, output: CompletionOutput, update: TokenUpdate) -> None:
         # As TensorRT-LLM: a stop token is no part of the output, unless it is asked for.
