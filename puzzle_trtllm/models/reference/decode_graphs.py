@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from puzzle_trtllm.kv_layout import blocks_of_a_sequence
-from puzzle_trtllm.models.reference.kernels.reads import GroupReads
-from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
+from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, SequenceBlocks
 from puzzle_trtllm.models.reference.model import ReferenceModel
-from puzzle_trtllm.models.reference.step import GroupStep, Step
+from puzzle_trtllm.models.reference.step import SequenceStep, Step, plan_step
 
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Takes a computation on fixed buffers; gives what repeats it and returns the same output tensor."""
@@ -64,23 +63,9 @@ class DecodeGraphs:
 
 class _RecordedBatch:
     def __init__(self, model: ReferenceModel, cache: PagedKvCache, size: int, max_seq_len: int, record: Record) -> None:
-        device, block_tokens = cache.device, cache.layout.tokens_per_block
-        heads = cache.layout.architecture.num_key_value_heads
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=device)
-
-        def group(window: int | None, positions: Tensor) -> GroupStep:
-            blocks = zeros(size, blocks_of_a_sequence(window, max_seq_len, block_tokens))
-            return GroupStep(
-                write_tokens=None,
-                write_rows=zeros(size, heads),
-                write_offsets=zeros(size, 1),
-                decode=GroupReads(
-                    window=window, num_kv_heads=heads, blocks=blocks, first_keys=zeros(size), positions=positions
-                ),
-                prefill=None,
-            )
+        block = cache.layout.tokens_per_block
+        longest = {w: SequenceBlocks(blocks=[0] * blocks_of_a_sequence(w, max_seq_len, block)) for w in cache.pools}
+        row = SequenceStep(tokens=[0], start=1, blocks=longest, wants_logits=True)
 
         def compute() -> Tensor:
             logits = model.forward(self._step, cache)
@@ -90,16 +75,8 @@ class _RecordedBatch:
             return logits
 
         self.size = size
-        positions = zeros(size)
-        self._step = Step(
-            token_ids=zeros(size),
-            positions=positions,
-            num_decodes=size,
-            chunks=None,
-            logit_rows=torch.arange(size, device=device),
-            groups={window: group(window, positions) for window in cache.pools},
-        )
-        """The buffers. Recording computes on row 0 of block 0 of every pool, which nobody holds yet."""
+        self._step = plan_step([row] * size, cache)
+        """The buffers. Recording computes on token 1 of block 0 of every pool, which nobody holds yet."""
         self._repeat = record(compute)
 
     def replay(self, step: Step) -> Tensor:
@@ -113,6 +90,7 @@ class _RecordedBatch:
             _fill(own.write_offsets, group.write_offsets)
             _fill(own.decode.blocks[:, : group.decode.blocks.shape[1]], group.decode.blocks)
             _fill(own.decode.first_keys, group.decode.first_keys)
+            _fill(own.decode.positions, group.decode.positions)
         return self._repeat()[: len(step.token_ids)]
 
 
