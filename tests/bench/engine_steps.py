@@ -42,7 +42,7 @@ def cpu_ms_per_step(engine: ReferenceEngine, batch: int) -> float:
         prompt = [5 + (request_id + i) % 20 for i in range(PROMPT_TOKENS)]
         rule = DecodingRule(max_tokens=STEPS + 10)
         engine.submit(Submit(request_id=request_id, prompt_token_ids=prompt, rule=rule, arrival_ns=0))
-    while any(s.num_generated < 3 for s in (*engine.scheduler.running.values(), *engine.scheduler.waiting)):
+    while any(s.num_generated < 3 for s in (*engine.scheduler.running.values(), *engine.scheduler.waiting.values())):
         engine.step()
     began = time.process_time()
     for _ in range(STEPS):

@@ -8,7 +8,7 @@ starves. What the cache holds of a prompt's beginning is not computed again.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -65,7 +65,7 @@ class Scheduler:
         self.cache = cache
         self.max_batch_size = min(max_batch_size, max_num_tokens)
         self.max_num_tokens = max_num_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: OrderedDict[int, Sequence] = OrderedDict()
         self.running: dict[int, Sequence] = {}
         self.num_reused_blocks = 0
         self.num_missed_blocks = 0
@@ -81,7 +81,7 @@ class Scheduler:
                 f"the request needs KV cache for {sequence.max_tokens} tokens, more than the whole cache can hold"
             )
         sequence.block_keys = self.cache.keys(sequence.tokens)
-        self.waiting.append(sequence)
+        self.waiting[sequence.request_id] = sequence
 
     def schedule(self, now_ns: int) -> list[Scheduled]:
         """The next step as (sequence, number of its pending tokens), decoding sequences first."""
@@ -101,29 +101,26 @@ class Scheduler:
 
     def remove(self, request_id: int) -> Sequence | None:
         """Take a sequence out, wherever it is, and free its blocks. None when it is not here (any more)."""
-        sequence = self.running.pop(request_id, None)
-        if sequence is not None:
-            self.cache.release(sequence.blocks, sequence.max_tokens)
-            return sequence
-        for waiting in self.waiting:
-            if waiting.request_id == request_id:
-                self.waiting.remove(waiting)
-                return waiting
-        return None
+        if request_id not in self.running:
+            return self.waiting.pop(request_id, None)
+        sequence = self.running.pop(request_id)
+        self.cache.release(sequence.blocks, sequence.max_tokens)
+        return sequence
 
     def begin_again(self, sequence: Sequence) -> bool:
         """Forget what a running sequence has computed; False when it has to wait, as the first, for room to do so."""
         self.remove(sequence.request_id)
-        admitted = self._admit(sequence)
-        if not admitted:
-            self.waiting.appendleft(sequence)
-        return admitted
+        self.waiting[sequence.request_id] = sequence
+        self.waiting.move_to_end(sequence.request_id, last=False)
+        return self._admit(sequence)
 
     def _with_admissions(self, prefilling: Iterable[Sequence], now_ns: int) -> Iterable[Sequence]:
         """The sequences in prefill, then newly admitted ones for as long as they are asked for and fit."""
         yield from prefilling
-        while self.waiting and len(self.running) < self.max_batch_size and self._admit(self.waiting[0]):
-            sequence = self.waiting.popleft()
+        while self.waiting and len(self.running) < self.max_batch_size:
+            sequence = next(iter(self.waiting.values()))
+            if not self._admit(sequence):
+                return
             sequence.first_scheduled_ns = now_ns
             reused, missed = self.cache.count_reuse(sequence.num_prompt_tokens, sequence.num_reused)
             self.num_reused_blocks += reused
@@ -131,11 +128,11 @@ class Scheduler:
             yield sequence
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Have the sequence run, from where the cache leaves it to begin; False when it does not fit."""
+        """Have a waiting sequence run, from where the cache leaves it to begin; False when it does not fit."""
         prefix = self.cache.find_prefix(sequence.block_keys, sequence.num_prompt_tokens)
         if not self.cache.can_admit(sequence.max_tokens, prefix):
             return False
         sequence.blocks = self.cache.admit(sequence.max_tokens, prefix)
         sequence.num_computed = sequence.num_reused = prefix.num_tokens
-        self.running[sequence.request_id] = sequence
+        self.running[sequence.request_id] = self.waiting.pop(sequence.request_id)
         return True
