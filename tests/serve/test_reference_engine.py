@@ -120,7 +120,7 @@ def test_what_a_sequence_sees_in_the_cache_is_its_own_whatever_was_shared_evicte
             own = values if group.write_tokens is None else values[group.write_tokens]
             for layer in pool.layers:
                 kv = own[None, :, None, None].expand(2, -1, 2, 16)
-                kernels.write(cache.storage(layer), group.write_rows, group.write_offsets, kv)
+                kernels.write(cache.storage[layer], group.write_rows, group.write_offsets, kv)
         return torch.randn(len(step.logit_rows), VOCABULARY, generator=engine.model.generator)
 
     def checksums(s: Sequence) -> list[int]:

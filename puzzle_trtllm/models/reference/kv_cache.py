@@ -129,7 +129,10 @@ class PagedKvCache:
         self.reuse = reuse
         """Whether prompts look for their beginning here."""
         self.pools = {window: WindowPool(layout, window, device) for window in layout.num_blocks}
-        self._of_layer = {layer: (pool, i) for pool in self.pools.values() for i, layer in enumerate(pool.layers)}
+        self.storage: dict[int, Tensor] = {}
+        """Of each layer, `[2, N * K, B, Dh]`."""
+        for pool in self.pools.values():
+            self.storage |= dict(zip(pool.layers, pool.storage, strict=True))
 
     @property
     def num_blocks(self) -> int:
@@ -213,8 +216,3 @@ class PagedKvCache:
         for window, need in self.demand(num_tokens).items():
             self.pools[window].release(blocks[window])
             self.pools[window].num_reserved -= need
-
-    def storage(self, layer: int) -> Tensor:
-        """Of one layer, `[2, N * K, B, Dh]`."""
-        pool, index = self._of_layer[layer]
-        return pool.storage[index]

@@ -44,7 +44,7 @@ class ReferenceModel:
         x = F.embedding(step.token_ids, weights.embedding)
         for index, layer in enumerate(weights.layers):
             normed = kernels.rms_norm(x, layer.input_norm, eps)
-            x = x + self._attention(layer, normed, step, cache.storage(index))
+            x = x + self._attention(layer, normed, step, cache.storage[index])
             x = x + self._experts(layer, kernels.rms_norm(x, layer.post_norm, eps))
         logits = weights.head(kernels.rms_norm(x[step.logit_rows], weights.final_norm, eps))
         return self.ranks.gather_columns(logits, self.architecture.vocab_size).float()
