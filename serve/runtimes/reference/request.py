@@ -158,12 +158,9 @@ class _Detokenizer:
     """Text of a growing token list, without decoding it again from the start, and the search for stop strings."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special = params.skip_special_tokens
+        self._tokenizer, self._params = tokenizer, params
         self._stream = DecodeStream(skip_special_tokens=params.skip_special_tokens)
         self._stops = params.stop_strings
-        self._keep_stop = params.include_stop_str_in_output
-        self._min_tokens = params.min_tokens or 0
 
     def append(self, output: CompletionOutput, token_ids: list[int]) -> bool:
         """Add tokens and their text; True if a stop string ended the output here."""
@@ -175,13 +172,13 @@ class _Detokenizer:
             output.token_ids.append(token)
             piece = self._stream.step(self._tokenizer, token) or ""
             output.text += piece
-            if piece and len(output.token_ids) >= self._min_tokens and self._cut(output, len(piece)):
+            if piece and len(output.token_ids) >= (self._params.min_tokens or 0) and self._cut(output, len(piece)):
                 return True
         return False
 
     def flush(self, output: CompletionOutput) -> None:
         """Add text that waited for more bytes of a character which never came."""
-        whole = self._tokenizer.decode(output.token_ids, skip_special_tokens=self._skip_special)
+        whole = self._tokenizer.decode(output.token_ids, skip_special_tokens=self._params.skip_special_tokens)
         if len(whole) > len(output.text) and whole.startswith(output.text):
             output.text = whole
 
@@ -193,6 +190,6 @@ class _Detokenizer:
         if not hits:
             return False
         position, stop = hits[0]
-        output.text = output.text[: position + len(stop) if self._keep_stop else position]
+        output.text = output.text[: position + len(stop) if self._params.include_stop_str_in_output else position]
         output.finish_reason, output.stop_reason = "stop", stop
         return True
