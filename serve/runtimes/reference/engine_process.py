@@ -25,13 +25,13 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-from puzzle_trtllm.errors import PuzzleError
-from puzzle_trtllm.models.reference.rank_group import ALONE
+from puzzle_trtllm.errors import EngineError, PuzzleError
+from puzzle_trtllm.models.reference.rank_group import ALONE, RankGroup
 from puzzle_trtllm.serve.runtimes.reference.arguments import EngineArguments
 from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
 from puzzle_trtllm.serve.runtimes.reference.loading import load_engine
 from puzzle_trtllm.serve.runtimes.reference.messages import Abort, EngineFailed, Ready, StepReport, Submit
-from puzzle_trtllm.serve.runtimes.reference.ranks import join_ranks
+from puzzle_trtllm.serve.runtimes.reference.processes import MEETING
 
 GAUGE_SECONDS = 0.05
 """Gauges are sent at least this often while there is work, also when no request has anything to report."""
@@ -74,8 +74,8 @@ def main(fd: int) -> int:
 
 def follow(on_loaded: Callable[[], None] = lambda: None) -> None:
     """Load what the leader loads, then run the engine as it does, on the messages that it shares, until the end."""
-    keep_freed_memory()
-    ranks = join_ranks()
+    _keep_freed_memory()
+    ranks = _join_ranks()
     engine = load_engine(ranks.share(), ranks)
     on_loaded()
     run(engine, receive=lambda _: ranks.share(), send=lambda _: None)
@@ -83,17 +83,30 @@ def follow(on_loaded: Callable[[], None] = lambda: None) -> None:
 
 def _lead(front: Connection) -> None:
     """Load the engine that the first message describes, then serve."""
-    keep_freed_memory()
+    _keep_freed_memory()
     arguments: EngineArguments = front.recv()
     size = arguments.parallelism.tensor
-    ranks = join_ranks(size) if size > 1 else ALONE
+    ranks = _join_ranks(size) if size > 1 else ALONE
     ranks.share(arguments)
     engine = load_engine(arguments, ranks)
     _send(front, Ready(facts=engine.facts, stats=engine.stats))
     run(engine, receive=lambda wait: ranks.share(_receive(front, wait)), send=lambda report: _send(front, report))
 
 
-def keep_freed_memory() -> None:
+def _join_ranks(size: int | None = None) -> RankGroup:
+    """Meet the other ranks: torchrun's variables say which one this is, and where they meet, unless the front does.
+
+    Raises EngineError when `size` are wanted and torchrun started more or fewer.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, found, local_rank, local_size = (int(os.environ[name]) for name in names)
+    if size not in (None, found):
+        raise EngineError("torchrun started more or fewer", key="tensor_parallel_size", found=size, expected=found)
+    meeting = os.environ.get(MEETING, "env://")
+    return RankGroup(rank=rank, size=found, local_rank=local_rank, local_size=local_size, meeting=meeting)
+
+
+def _keep_freed_memory() -> None:
     """Have glibc reuse large buffers instead of giving them back: every step allocates the same ones, and fresh pages
     from the kernel cost more than the arithmetic on them."""
     libc = ctypes.CDLL(None)
