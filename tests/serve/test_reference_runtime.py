@@ -293,6 +293,20 @@ def test_an_engine_that_takes_nothing_holds_up_neither_callers_nor_the_end(child
         requests[-1].result(timeout=10)
 
 
+def test_an_engine_that_cannot_even_be_killed_does_not_hold_up_the_end(child, monkeypatch):
+    """As one in uninterruptible sleep, which goes when it wakes up."""
+    monkeypatch.setattr("puzzle_trtllm.serve.runtimes.reference.llm._STOP_SECONDS", 0.2)
+    monkeypatch.setattr("puzzle_trtllm.serve.runtimes.reference.processes._EXIT_CODE_SECONDS", 0.2)
+    llm = LLM(child, **ARGS)
+    os.kill(llm.engine_pid, signal.SIGSTOP)
+    with monkeypatch.context() as patch:
+        patch.setattr("subprocess.Popen.kill", lambda _: None)
+        began = time.monotonic()
+        llm.shutdown()
+    assert time.monotonic() - began < 5
+    os.kill(llm.engine_pid, signal.SIGKILL)
+
+
 def test_an_engine_that_fails_outside_a_step_says_why(child):
     llm = LLM(child, **ARGS)
     request = llm.generate_async(prompt(1), SamplingParams(max_tokens=230, ignore_eos=True))

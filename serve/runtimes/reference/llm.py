@@ -160,11 +160,11 @@ class LLM:
             reason = str(error)
         except Exception as error:  # a report that cannot be read is as good as none
             reason = f"the engine's report cannot be read: {error}"
-        self._processes.stop(_STOP_SECONDS if self._closing else 0.0)
         self._dead = "the engine was shut down" if self._closing else f"the engine process died ({reason})"
         requests = list(self._open.values())
         self._open.clear()
         _wake(waiter for request in requests if (waiter := request.put(EngineDeadError(self._dead))))
+        self._processes.stop(_STOP_SECONDS if self._closing else 0.0)
 
     def _take(self, report: StepReport) -> None:
         self._stats = report.stats

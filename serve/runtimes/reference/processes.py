@@ -84,14 +84,18 @@ class EngineProcesses:
 
     def stop(self, grace_s: float) -> None:
         """Give them time to end by themselves, then end what is left."""
-        deadline = time.monotonic() + grace_s
+        self._wait(grace_s)
         for process in self._processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
             process.kill()
-            process.wait()
+        self._wait(_EXIT_CODE_SECONDS)  # no longer: one in uninterruptible sleep goes when it wakes up
         if self._folder is not None:
             self._folder.cleanup()
+
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for process in self._processes:
+                process.wait(max(0.0, deadline - time.monotonic()))
 
     def _places(self, size: int) -> list[dict[str, str]]:
         """What each process finds in its environment: its place among the ranks."""
