@@ -172,7 +172,7 @@ def test_prompts_beside_one_that_cannot_run_are_not_left_running(llm):
     deadline = time.monotonic() + 10
     while llm._open and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not llm._open and llm.get_stats()[0]["numGeneratedTokens"] > 0
+    assert not llm._open and llm.get_stats()[0]["iter"] > 0
 
 
 def test_cumulative_logprob_is_the_sum_of_the_models_own(llm, child):

@@ -29,13 +29,11 @@ class ReferenceModel:
         self.kernels = kernels
         self.ranks = ranks
         self.architecture = weights.architecture
-        self.dtype = weights.embedding.dtype
-        self.device = weights.embedding.device
         rope, head_dim = self.architecture.rope, self.architecture.head_dim
         frequencies = torch.from_numpy(rope.inverse_frequencies(head_dim))
         angles = torch.arange(max_seq_len, dtype=torch.float32)[:, None] * frequencies[None, :]
-        self._cos = (angles.cos() * rope.attention_scaling).to(self.device, self.dtype)
-        self._sin = (angles.sin() * rope.attention_scaling).to(self.device, self.dtype)
+        self._cos = (angles.cos() * rope.attention_scaling).to(weights.embedding)
+        self._sin = (angles.sin() * rope.attention_scaling).to(weights.embedding)
 
     @torch.inference_mode()
     def forward(self, step: Step, cache: PagedKvCache) -> Tensor:

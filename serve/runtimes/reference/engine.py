@@ -49,11 +49,10 @@ class ReferenceEngine:
         """What was chosen when it was loaded: device, dtypes, blocks of each pool, bytes held."""
         self.scheduler = Scheduler(cache, max_batch_size=max_batch_size, max_num_tokens=max_num_tokens)
         self._num_steps = 0
-        self._num_generated_tokens = 0
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return bool(self.scheduler.running or self.scheduler.waiting)
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -63,12 +62,10 @@ class ReferenceEngine:
             "iter": self._num_steps,
             "numActiveRequests": len(self.scheduler.running),
             "numQueuedRequests": len(self.scheduler.waiting),
-            "numGeneratedTokens": self._num_generated_tokens,
             "kvCacheStats": {
                 "maxNumBlocks": self.cache.num_blocks,
                 "freeNumBlocks": self.cache.num_free,
                 "usedNumBlocks": self.cache.num_blocks - self.cache.num_free,
-                "tokensPerBlock": self.cache.layout.tokens_per_block,
                 "reusedBlocks": reused,
                 "missedBlocks": missed,
                 "cacheHitRate": reused / max(1, reused + missed),
@@ -168,7 +165,6 @@ class ReferenceEngine:
         s.tokens.append(token)
         s.cumulative_logprob += logprob or 0.0
         s.first_token_ns = s.first_token_ns or now_ns
-        self._num_generated_tokens += 1
         finish, stop_reason = _ending(s, token)
         if finish is not None:
             self.scheduler.remove(s.request_id)

@@ -70,10 +70,6 @@ class Scheduler:
         self.num_reused_blocks = 0
         self.num_missed_blocks = 0
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self.running or self.waiting)
-
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises ValueError when it cannot ever run."""
         if not self.cache.can_ever_hold(sequence.max_tokens):
