@@ -30,7 +30,7 @@ class EngineArguments:
     dtype: str = "auto"
     max_batch_size: int = 256
     max_num_tokens: int = 8192
-    max_seq_len: int | None = None
+    max_seq_len: int
     stream_interval: int = 1
     load_format: str = "auto"
     """auto | dummy: random weights for a folder that holds nothing but config.json"""
@@ -45,8 +45,9 @@ class EngineArguments:
 
     def __post_init__(self) -> None:
         kv = self.kv_cache_config
-        counts = {name: getattr(self, name) for name in ("max_batch_size", "max_num_tokens", "stream_interval")}
-        counts |= {"max_seq_len": self.max_seq_len or 1, "kv_cache_config.tokens_per_block": kv.tokens_per_block}
+        names = ("max_batch_size", "max_num_tokens", "max_seq_len", "stream_interval")
+        counts = {name: getattr(self, name) for name in names}
+        counts["kv_cache_config.tokens_per_block"] = kv.tokens_per_block
         for i, window in enumerate(kv.max_attention_window or ()):
             counts[f"kv_cache_config.max_attention_window[{i}]"] = window
         for key, value in counts.items():
@@ -63,17 +64,22 @@ class EngineArguments:
 def read_arguments(model: str | Path, arguments: Mapping[str, Any]) -> tuple[EngineArguments, list[str]]:
     """Split LLM arguments into the honoured ones and the names of those that have no effect here.
 
-    Raises EngineError for what the reference runtime would have to get wrong: parallelism it does not have.
+    Raises EngineError for what the reference runtime would have to get wrong: parallelism that it does not have, or
+    this model cannot have.
     """
+    architecture = PuzzleArchitecture.from_path(model)
     parallelism = Parallelism.from_llm_args(arguments)
     for name in _NOT_PARALLEL:
         if (arguments.get(name) or 1) > 1:
             raise _impossible(name, arguments[name], "1: the reference runtime has tensor and expert parallelism only")
     if arguments.get("enable_attention_dp") and parallelism.tensor > 1:
         raise _impossible("enable_attention_dp", True, "false: the reference runtime deals out attention heads")
+    for problem in chain(parallelism.problems(architecture), parallelism.width_problems(architecture)):
+        raise _impossible(*problem)
     honoured = {f.name for f in fields(EngineArguments)} - {"model", "parallelism"}
     kv_names = {f.name for f in fields(KvCacheConfig)}
-    own = {name: value for name, value in arguments.items() if name in honoured and value is not None}
+    own: dict[str, Any] = {"max_seq_len": architecture.max_position_embeddings}
+    own |= {name: value for name, value in arguments.items() if name in honoured and value is not None}
     kv = _read_section(own.pop("kv_cache_config", {}))
     own["kv_cache_config"] = KvCacheConfig(**{name: value for name, value in kv.items() if name in kv_names})
     if "cuda_graph_config" in arguments:
@@ -88,13 +94,6 @@ def _read_section(section: object) -> dict[str, Any]:
     """What is given of a nested argument, a mapping or one of TensorRT-LLM's objects."""
     values = section if isinstance(section, Mapping) else vars(section)
     return {name: value for name, value in values.items() if value is not None}
-
-
-def check_ranks(arguments: EngineArguments, architecture: PuzzleArchitecture) -> None:
-    """Raise EngineError when this model cannot be dealt out so."""
-    sizes = arguments.parallelism
-    for key, found, expected in chain(sizes.problems(architecture), sizes.width_problems(architecture)):
-        raise _impossible(key, found, expected)
 
 
 def _impossible(key: str, found: object, expected: str) -> EngineError:

@@ -26,7 +26,7 @@ from puzzle_trtllm.architecture import PuzzleArchitecture, read_json_object
 from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.errors import EngineError
 from puzzle_trtllm.serve.runtimes.api import EngineDeadError, SamplingParams
-from puzzle_trtllm.serve.runtimes.reference.arguments import check_ranks, read_arguments
+from puzzle_trtllm.serve.runtimes.reference.arguments import read_arguments
 from puzzle_trtllm.serve.runtimes.reference.messages import Abort, DecodingRule, Ready, StepReport, Submit
 from puzzle_trtllm.serve.runtimes.reference.processes import EngineProcesses
 from puzzle_trtllm.serve.runtimes.reference.request import ReferenceRequestOutput, Waiter
@@ -46,10 +46,7 @@ class LLM:
             _log.warning("without effect in the reference runtime: %s", ", ".join(sorted(ignored)))
         skip_tokenizer = bool(llm_args.get("skip_tokenizer_init"))
         self.tokenizer = None if skip_tokenizer else ChatTokenizer.from_folder(tokenizer or model)
-        architecture = PuzzleArchitecture.from_path(self.model)
-        check_ranks(self.args, architecture)
-        self.max_seq_len = self.args.max_seq_len or architecture.max_position_embeddings
-        self._vocab_size = architecture.vocab_size
+        self._vocab_size = PuzzleArchitecture.from_path(self.model).vocab_size
         self._end_ids = _read_end_ids(self.model)
         self._ids = count(1)
         self._open: dict[int, ReferenceRequestOutput] = {}
@@ -201,8 +198,8 @@ class LLM:
             prompt, token_ids = None, _plain_integers(inputs)
         if not token_ids:
             raise ValueError("the prompt is empty")
-        if len(token_ids) >= self.max_seq_len:
-            raise ValueError(f"the prompt has {len(token_ids)} tokens, max_seq_len is {self.max_seq_len}")
+        if len(token_ids) >= self.args.max_seq_len:
+            raise ValueError(f"the prompt has {len(token_ids)} tokens, max_seq_len is {self.args.max_seq_len}")
         if not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
             raise ValueError(f"token ids must lie in 0..{self._vocab_size - 1}")
         return prompt, token_ids
@@ -213,7 +210,7 @@ class LLM:
         filters = params.top_k not in (None, 1) or params.top_p is not None
         return DecodingRule(
             # As TensorRT-LLM: what does not fit behind the prompt is not generated.
-            max_tokens=min(params.max_tokens, self.max_seq_len - num_prompt_tokens),
+            max_tokens=min(params.max_tokens, self.args.max_seq_len - num_prompt_tokens),
             greedy=not filters or params.temperature == 0,
             temperature=params.temperature or 1.0,
             top_k=params.top_k or 0,

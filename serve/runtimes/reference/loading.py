@@ -47,7 +47,7 @@ def load_engine(arguments: EngineArguments, ranks: Ranks = ALONE) -> ReferenceEn
     shard = Shard(architecture=architecture, parallelism=arguments.parallelism, rank=ranks.rank)
     device = _choose_device(ranks)
     dtype = compute_dtype(arguments.dtype, device)
-    max_seq_len = arguments.max_seq_len or architecture.max_position_embeddings
+    max_seq_len = arguments.max_seq_len
     dequantize = _dequantized_bytes(architecture, dtype) <= MAX_DEQUANTIZED_BYTES
     dummy = arguments.load_format == "dummy"
     checkpoint = DummyCheckpoint(architecture, device) if dummy else Checkpoint.open(Path(arguments.model))
@@ -57,7 +57,7 @@ def load_engine(arguments: EngineArguments, ranks: Ranks = ALONE) -> ReferenceEn
         torch.set_num_threads(1)
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks.local_size))
-    layout = _plan_cache(arguments, shard.local, max_seq_len, device, ranks)
+    layout = _plan_cache(arguments, shard.local, device, ranks)
     cache = PagedKvCache(layout, device, reuse=arguments.kv_cache_config.enable_block_reuse)
     model = ReferenceModel(weights, kernels, max_seq_len=max_seq_len, ranks=ranks)
     graph_sizes = _graph_batch_sizes(arguments, architecture, kernels, ranks)
@@ -118,14 +118,10 @@ def _graph_batch_sizes(
 
 
 def _plan_cache(
-    arguments: EngineArguments,
-    architecture: PuzzleArchitecture,
-    max_seq_len: int,
-    device: torch.device,
-    ranks: Ranks,
+    arguments: EngineArguments, architecture: PuzzleArchitecture, device: torch.device, ranks: Ranks
 ) -> KvLayout:
     """The same number of blocks on every rank, each with its own KV heads."""
-    kv = arguments.kv_cache_config
+    kv, max_seq_len = arguments.kv_cache_config, arguments.max_seq_len
     if kv.dtype not in ("auto", "fp8"):
         raise EngineError("unknown", key="kv_cache_config.dtype", found=kv.dtype, expected="auto or fp8")
     given = kv.max_attention_window or [max_seq_len]
