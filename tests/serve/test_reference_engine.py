@@ -218,7 +218,8 @@ def test_a_rank_that_hears_the_messages_and_the_choices_runs_the_same_steps():
     inbox: list[list[Submit | Abort]] = []
     poisoned = set(range(0, 60, 9))
     for request_id in range(60):
-        rule: dict[str, object] = {"greedy": False, "seed": None if request_id in poisoned else request_id}
+        temperature = None if request_id in poisoned else 1.0
+        rule: dict[str, object] = {"greedy": False, "seed": request_id, "temperature": temperature}
         message = Submit(
             request_id=request_id,
             prompt_token_ids=family_prompt(generator, generator.randrange(1, 100)),

@@ -8,6 +8,7 @@ identically.
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,9 +47,9 @@ def choose_tokens(logits: Tensor, rows: list[Sequence]) -> tuple[list[int], list
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends only on its arguments (two rounds of splitmix64)."""
-    state = _splitmix64(_splitmix64(seed & _MASK) ^ (position & _MASK))
-    return (state >> 11) * 2.0**-53
+    """A number in [0, 1) that depends only on its arguments: 53 bits of their hash."""
+    digest = blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
 
 
 def _sample(logits: Tensor, rule: DecodingRule, *, position: int) -> int:
@@ -72,13 +73,3 @@ def _apply_penalties(logits: Tensor, row: Sequence) -> None:
         generated = torch.tensor(row.tokens[-row.num_generated :], device=logits.device)
         ids, counts = torch.unique(generated, return_counts=True)
         logits[ids] -= rule.presence_penalty + rule.frequency_penalty * counts
-
-
-_MASK = (1 << 64) - 1
-
-
-def _splitmix64(value: int) -> int:
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
