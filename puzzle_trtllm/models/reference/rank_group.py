@@ -83,11 +83,10 @@ class RankGroup(Ranks):
             return part
         narrow, num_wider = divmod(total, self.size)
         padded = F.pad(part, (0, narrow + (num_wider > 0) - part.shape[1])).contiguous()
-        if self.rank != _LEADER:
-            dist.gather(padded, dst=_LEADER, group=self._of_a_step)
-            return part[:, :0]
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        parts = [torch.empty_like(padded) for _ in range(self.size)] if self.rank == _LEADER else None
         dist.gather(padded, parts, dst=_LEADER, group=self._of_a_step)
+        if parts is None:
+            return part[:, :0]
         return torch.cat([one[:, : narrow + (rank < num_wider)] for rank, one in enumerate(parts)], dim=1)
 
     # -- between steps -----------------------------------------------------------------------------------------------
