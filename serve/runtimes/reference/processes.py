@@ -128,12 +128,12 @@ class EngineProcesses:
     def _describe_end(self, rank: int) -> str:
         """How one went that said nothing."""
         process = self._processes[rank]
+        who = f"rank {rank} of the engine (process {process.pid})"
         try:
             code = process.wait(_EXIT_CODE_SECONDS)
         except subprocess.TimeoutExpired:
-            return f"rank {rank} (process {process.pid}) closed its link"
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return f"rank {rank} (process {process.pid}) {how}"
+            return f"{who} closed its link"
+        return f"{who} was killed by {signal.Signals(-code).name}" if code < 0 else f"{who} ended with exit code {code}"
 
 
 def _python_executable() -> str:
