@@ -27,10 +27,11 @@ from multiprocessing.connection import Connection
 
 from puzzle_trtllm.errors import EngineError, PuzzleError
 from puzzle_trtllm.models.reference.rank_group import ALONE, RankGroup
+from puzzle_trtllm.serve.runtimes.api import EngineDeadError
 from puzzle_trtllm.serve.runtimes.reference.arguments import EngineArguments
 from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
 from puzzle_trtllm.serve.runtimes.reference.loading import load_engine
-from puzzle_trtllm.serve.runtimes.reference.messages import Abort, EngineFailed, Ready, StepReport, Submit
+from puzzle_trtllm.serve.runtimes.reference.messages import Abort, Ready, StepReport, Submit
 from puzzle_trtllm.serve.runtimes.reference.processes import MEETING
 
 GAUGE_SECONDS = 0.05
@@ -67,7 +68,7 @@ def main(fd: int) -> int:
             reason = f"{type(error).__name__}: {error}"
             if int(os.environ["WORLD_SIZE"]) > 1:
                 time.sleep(_LAST_WORDS_SECONDS)
-        _send(front, EngineFailed(reason=reason))
+        _send(front, EngineDeadError(reason))
         return 1
     return 0
 
@@ -144,7 +145,7 @@ def _receive(front: Connection, wait: bool) -> list[Submit | Abort] | None:
     return messages
 
 
-def _send(front: Connection, message: Ready | StepReport | EngineFailed) -> None:
+def _send(front: Connection, message: Ready | StepReport | EngineDeadError) -> None:
     """Nothing happens when the front is gone: that is for `_receive` to notice."""
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         front.send(message)

@@ -60,13 +60,6 @@ class Ready:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineFailed:
-    """The engine's last words, or why it could not be loaded."""
-
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class TokenUpdate:
     """New tokens of one request, and its end if this was it."""
 

@@ -23,7 +23,6 @@ from typing import Any
 
 from puzzle_trtllm.errors import EngineError
 from puzzle_trtllm.serve.runtimes.api import EngineDeadError
-from puzzle_trtllm.serve.runtimes.reference.messages import EngineFailed
 
 MEETING = "PUZZLE_TRTLLM_MEETING"
 """Environment variable: where the ranks that the front has started meet. All else they are told in torchrun's words."""
@@ -112,8 +111,8 @@ class EngineProcesses:
             message = self._links[rank].recv()
         except (EOFError, OSError):
             raise EngineDeadError(self._describe_end(rank)) from None
-        if isinstance(message, EngineFailed):
-            raise EngineDeadError(f"rank {rank}: {message.reason}" if rank else message.reason)
+        if isinstance(message, EngineDeadError):
+            raise EngineDeadError(f"rank {rank}: {message}") if rank else message
         return message
 
     def _ask(self) -> None:
