@@ -296,10 +296,18 @@ def test_sampled_frequencies_follow_the_filtered_distribution(top_k, top_p, temp
         assert draws[token] / 4000 == pytest.approx(probability, abs=4 * (probability / 4000) ** 0.5 + 0.002)
 
 
-def test_penalties_lower_what_was_seen():
+def test_penalties_lower_what_was_seen_in_the_prompt_too():
+    """As TensorRT-LLM's `batchApplyPenalty` (penaltyKernels.cu) and the PenaltyHandler of its TorchSampler count."""
     logits = torch.tensor([[2.0, 1.9, -1.0, 0.5]])
     rule = DecodingRule(max_tokens=9, frequency_penalty=0.1, presence_penalty=0.2, repetition_penalty=2.0)
     work = logits.clone()
     choose_tokens(work, [Sequence(request_id=1, rule=rule, tokens=[2, 0, 0], num_prompt_tokens=1, arrival_ns=0)])
-    # token 0: seen (2.0 / 2 = 1.0), generated twice (- 0.2 - 2 * 0.1 = 0.6); token 2: in the prompt only (-1.0 * 2)
-    assert work[0].tolist() == pytest.approx([0.6, 1.9, -2.0, 0.5])
+    # token 0: twice (2.0 / 2 - 0.2 - 2 * 0.1); token 2: once, in the prompt (-1.0 * 2 - 0.2 - 0.1)
+    assert work[0].tolist() == pytest.approx([0.6, 1.9, -2.3, 0.5])
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-308, 5e-324])
+def test_a_temperature_near_zero_takes_the_largest_logit(temperature):
+    rule = DecodingRule(max_tokens=9, greedy=False, temperature=temperature, top_k=3)
+    row = Sequence(request_id=1, rule=rule, tokens=[1], num_prompt_tokens=1, arrival_ns=0)
+    assert choose_tokens(torch.tensor([[3.0, 2.9, -1.0, 0.5]]), [row])[0] == [0]

@@ -155,8 +155,10 @@ def test_numbers_may_be_numpys_or_torchs_and_nothing_else_reaches_the_engine(llm
     for bad in ([8.0] * 20, ["8"] * 20, torch.rand(5)):
         with pytest.raises(ValueError, match="token ids must be integers"):
             llm.generate_async(bad)
-    for name, value in (("max_tokens", "8"), ("seed", 1.5), ("temperature", "hot"), ("stop_token_ids", [2.5])):
-        with pytest.raises(ValueError, match=name):
+    wrong = {"max_tokens": "8", "seed": 1.5, "temperature": "hot", "stop_token_ids": [2.5], "repetition_penalty": 0}
+    wrong |= {"top_p": float("nan"), "frequency_penalty": float("nan"), "presence_penalty": -float("inf")}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"{name}: found"):
             SamplingParams(**{name: value})
     for stop in ("", ["a", ""], [1]):
         with pytest.raises(ValueError, match="stop: found"):

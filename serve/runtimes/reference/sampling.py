@@ -54,7 +54,8 @@ def uniform(seed: int, position: int) -> float:
 def _sample(logits: Tensor, rule: DecodingRule, *, position: int) -> int:
     k = min(rule.top_k or len(logits), len(logits))
     top, ids = logits.topk(k)
-    probabilities = (top.double() / rule.temperature).softmax(dim=-1).cpu().numpy()
+    # Below the largest logit, which no temperature makes infinite.
+    probabilities = ((top - top[0]).double() / rule.temperature).softmax(dim=-1).cpu().numpy()
     cumulative = np.cumsum(probabilities)
     kept = min(int(np.searchsorted(cumulative, rule.top_p * cumulative[-1])) + 1, k) if rule.top_p < 1 else k
     target = uniform(rule.seed, position) * cumulative[kept - 1]
@@ -62,16 +63,12 @@ def _sample(logits: Tensor, rule: DecodingRule, *, position: int) -> int:
 
 
 def _apply_penalties(logits: Tensor, row: Sequence) -> None:
-    """In place: repetition over prompt and output (divide or multiply), presence and frequency over the output only."""
+    """In place; prompt and output count alike, as in TensorRT-LLM."""
     rule = row.rule
-    if rule.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(row.tokens)), device=logits.device)
-        own = logits[seen]
-        logits[seen] = torch.where(own > 0, own / rule.repetition_penalty, own * rule.repetition_penalty)
-    if row.num_generated:
-        generated = torch.tensor(row.tokens[-row.num_generated :], device=logits.device)
-        ids, counts = torch.unique(generated, return_counts=True)
-        logits[ids] -= rule.presence_penalty + rule.frequency_penalty * counts
+    ids, counts = torch.unique(torch.tensor(row.tokens, device=logits.device), return_counts=True)
+    own = logits[ids]
+    own = torch.where(own < 0, own * rule.repetition_penalty, own / rule.repetition_penalty)
+    logits[ids] = own - rule.presence_penalty - rule.frequency_penalty * counts
 
 
 _MASK = (1 << 64) - 1
