@@ -150,7 +150,8 @@ def test_numbers_may_be_numpys_or_torchs_and_nothing_else_reaches_the_engine(llm
     params = SamplingParams(max_tokens=np.int64(9), top_k=torch.tensor(8), temperature=np.float32(0.5), seed=3)
     plain = SamplingParams(max_tokens=9, top_k=8, temperature=0.5, seed=3)
     expected = llm.generate(prompt(5), plain).outputs[0].token_ids
-    for tokens in (torch.tensor(prompt(5)), np.array(prompt(5)), list(np.array(prompt(5)))):
+    array = np.array(prompt(5))
+    for tokens in (torch.tensor(prompt(5)), array, list(array), {"prompt_token_ids": array}):
         assert llm.generate(tokens, params).outputs[0].token_ids == expected
     for bad in ([8.0] * 20, ["8"] * 20, torch.rand(5)):
         with pytest.raises(ValueError, match="token ids must be integers"):

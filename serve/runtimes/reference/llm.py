@@ -214,7 +214,8 @@ class LLM:
 
     def _read_prompt(self, inputs: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(inputs, Mapping):
-            inputs = inputs.get("prompt_token_ids") or inputs.get("prompt") or ""
+            given = inputs.get("prompt_token_ids")
+            inputs = inputs.get("prompt") or "" if given is None else given
         if isinstance(inputs, str):
             if self.tokenizer is None:
                 raise ValueError("a text prompt needs a tokenizer (skip_tokenizer_init is set)")
