@@ -71,6 +71,27 @@ def test_all_who_wait_for_one_request_get_its_end():
     assert found == ["abc"] * 3
 
 
+def test_updates_are_applied_in_order_however_many_wait(monkeypatch):
+    extend = ReferenceRequestOutput._extend
+
+    def slow_at_first(self, output, update) -> None:
+        if update.finish_reason is None:
+            time.sleep(0.05)
+        extend(self, output, update)
+
+    monkeypatch.setattr(ReferenceRequestOutput, "_extend", slow_at_first)
+    request = request_of()
+    threads = [threading.Thread(target=request.result, args=(5,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    put(request, "a")
+    time.sleep(0.01)
+    put(request, "b", "length")
+    for thread in threads:
+        thread.join(5)
+    assert request.outputs[0].text == "ab"
+
+
 def test_a_failure_is_told_to_everyone_who_asks():
     request = request_of()
     put(request, "", error="no more memory")

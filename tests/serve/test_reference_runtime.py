@@ -225,7 +225,7 @@ def test_a_capped_cache_queues_instead_of_failing(child):
         prompts = [prompt(seed, 60) for seed in range(8)]
         requests = [small.generate_async(p, SamplingParams(max_tokens=100, ignore_eos=True)) for p in prompts]
         most = 0
-        while not all(r._updates.qsize() for r in requests):  # peek without consuming
+        while not all(r._updates for r in requests):  # peek without consuming
             most = max(most, small.get_stats()[0]["numActiveRequests"])
             time.sleep(0.005)
         assert 1 <= most < 8

@@ -8,9 +8,9 @@ strings are found here, where the text is: the output is cut and the engine told
 from __future__ import annotations
 
 import asyncio
-import time
+import threading
+from collections import deque
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -55,7 +55,9 @@ class ReferenceRequestOutput:
         self._detokenizer = (
             _Detokenizer(tokenizer, sampling_params) if tokenizer and sampling_params.detokenize else None
         )
-        self._updates: SimpleQueue[TokenUpdate | EngineGone | None] = SimpleQueue()
+        self._updates: deque[TokenUpdate | EngineGone] = deque()
+        self._arrived = threading.Condition()
+        """Held to queue updates and to apply them: one after the other, however many consume the request."""
         self._finished = False
         self._error: Exception | None = None
         """Why it ended; raised to everyone who asks."""
@@ -74,21 +76,18 @@ class ReferenceRequestOutput:
 
     def put(self, update: TokenUpdate | EngineGone) -> Waiter | None:
         """Queue an update; give the event that must be set in its loop, if somebody awaits it."""
-        self._updates.put(update)
+        with self._arrived:
+            self._updates.append(update)
+            self._arrived.notify_all()
         return self._waiter
 
     # -- the consumer's side -----------------------------------------------------------------------------------------
 
     def result(self, timeout: float | None = None) -> ReferenceRequestOutput:
         """Block until the end. Raises TimeoutError, RequestError, GenerationError, EngineDeadError."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while not self._finished:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            try:
-                self._apply(self._updates.get(timeout=left))
-            except Empty:
-                raise TimeoutError(f"request {self.request_id} has not ended within {timeout} s") from None
-        self._updates.put(None)  # another thread may wait here too
+        with self._arrived:
+            if not self._arrived.wait_for(self._drain_to_end, timeout):
+                raise TimeoutError(f"request {self.request_id} has not ended within {timeout} s")
         if self._error is not None:
             raise self._error
         return self
@@ -119,7 +118,7 @@ class ReferenceRequestOutput:
             if self._drain():
                 break
             event.clear()
-            if self._updates.empty():
+            if not self._updates:
                 await event.wait()
         else:
             raise self._error or StopAsyncIteration
@@ -130,18 +129,17 @@ class ReferenceRequestOutput:
     def _drain(self) -> bool:
         """Apply everything that is queued; True if there was something."""
         found = False
-        while not self._finished:
-            try:
-                update = self._updates.get_nowait()
-            except Empty:
-                break
-            self._apply(update)
-            found = True
+        with self._arrived:
+            while self._updates and not self._finished:
+                self._apply(self._updates.popleft())
+                found = True
         return found
 
-    def _apply(self, update: TokenUpdate | EngineGone | None) -> None:
-        if update is None:
-            return
+    def _drain_to_end(self) -> bool:
+        self._drain()
+        return self._finished
+
+    def _apply(self, update: TokenUpdate | EngineGone) -> None:
         if isinstance(update, EngineGone):
             self._error = EngineDeadError(update)
         elif update.error is not None:
