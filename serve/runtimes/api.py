@@ -72,6 +72,7 @@ class SamplingParams:
         penalty = self.repetition_penalty
         _check(penalty is None or penalty > 0, "repetition_penalty", penalty, "above 0")
         _check(self.min_tokens is None or self.min_tokens >= 0, "min_tokens", self.min_tokens, "at least 0")
+        _check(self.exclude_input_from_output, "exclude_input_from_output", False, "True")
         _check(self.n == 1 and self.best_of in (None, 1), "n / best_of", (self.n, self.best_of), "1")
 
     @property

@@ -158,6 +158,7 @@ def test_numbers_may_be_numpys_or_torchs_and_nothing_else_reaches_the_engine(llm
             llm.generate_async(bad)
     wrong = {"max_tokens": "8", "seed": 1.5, "temperature": "hot", "stop_token_ids": [2.5], "repetition_penalty": 0}
     wrong |= {"top_p": float("nan"), "frequency_penalty": float("nan"), "presence_penalty": -float("inf")}
+    wrong |= {"exclude_input_from_output": False}
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=f"{name}: found"):
             SamplingParams(**{name: value})
