@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from puzzle_trtllm.serve.runtimes.api import (
     CompletionOutput,
@@ -24,6 +23,7 @@ from puzzle_trtllm.serve.runtimes.api import (
     SamplingParams,
 )
 from puzzle_trtllm.serve.runtimes.reference.messages import TokenUpdate
+from puzzle_trtllm.text_stream import TextStream
 
 EngineGone = str
 """Queued instead of an update when the engine process is dead: the reason."""
@@ -174,9 +174,7 @@ class _Detokenizer:
     """Text of a growing token list, without decoding it again from the start, and the search for stop strings."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special = params.skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=params.skip_special_tokens)
+        self._stream = TextStream(tokenizer, skip_special_tokens=params.skip_special_tokens)
         self._stops = params.stop_strings
         self._keep_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens or 0
@@ -185,11 +183,11 @@ class _Detokenizer:
         """Add tokens and their text; True if a stop string ended the output here."""
         if not self._stops:
             output.token_ids += token_ids
-            output.text += "".join(self._stream.step(self._tokenizer, token) or "" for token in token_ids)
+            output.text += "".join(map(self._stream.feed, token_ids))
             return False
         for token in token_ids:
             output.token_ids.append(token)
-            piece = self._stream.step(self._tokenizer, token) or ""
+            piece = self._stream.feed(token)
             output.text += piece
             if piece and len(output.token_ids) >= self._min_tokens and self._cut(output, len(piece)):
                 return True
@@ -197,9 +195,7 @@ class _Detokenizer:
 
     def flush(self, output: CompletionOutput) -> None:
         """Add text that waited for more bytes of a character which never came."""
-        whole = self._tokenizer.decode(output.token_ids, skip_special_tokens=self._skip_special)
-        if len(whole) > len(output.text) and whole.startswith(output.text):
-            output.text = whole
+        output.text += self._stream.rest()
 
     def _cut(self, output: CompletionOutput, num_new: int) -> bool:
         """Cut the text at the earliest stop string that ends in the last `num_new` characters."""
