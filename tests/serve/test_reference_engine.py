@@ -300,8 +300,11 @@ def test_penalties_lower_what_was_seen_in_the_prompt_too():
     """As TensorRT-LLM's `batchApplyPenalty` (penaltyKernels.cu) and the PenaltyHandler of its TorchSampler count."""
     logits = torch.tensor([[2.0, 1.9, -1.0, 0.5]])
     rule = DecodingRule(max_tokens=9, frequency_penalty=0.1, presence_penalty=0.2, repetition_penalty=2.0)
+    row = Sequence(request_id=1, rule=rule, tokens=[2], num_prompt_tokens=1, arrival_ns=0)
+    choose_tokens(logits.clone(), [row])
+    row.tokens += [0, 0]
     work = logits.clone()
-    choose_tokens(work, [Sequence(request_id=1, rule=rule, tokens=[2, 0, 0], num_prompt_tokens=1, arrival_ns=0)])
+    choose_tokens(work, [row])
     # token 0: twice (2.0 / 2 - 0.2 - 2 * 0.1); token 2: once, in the prompt (-1.0 * 2 - 0.2 - 0.1)
     assert work[0].tolist() == pytest.approx([0.6, 1.9, -2.3, 0.5])
 

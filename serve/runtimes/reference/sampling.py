@@ -65,7 +65,10 @@ def _sample(logits: Tensor, rule: DecodingRule, *, position: int) -> int:
 def _apply_penalties(logits: Tensor, row: Sequence) -> None:
     """In place; prompt and output count alike, as in TensorRT-LLM."""
     rule = row.rule
-    ids, counts = torch.unique(torch.tensor(row.tokens, device=logits.device), return_counts=True)
+    row.occurrences.update(row.tokens[row.num_counted :])
+    row.num_counted = len(row.tokens)
+    ids = torch.tensor(list(row.occurrences), device=logits.device)
+    counts = torch.tensor(list(row.occurrences.values()), device=logits.device)
     own = logits[ids]
     own = torch.where(own < 0, own * rule.repetition_penalty, own / rule.repetition_penalty)
     logits[ids] = own - rule.presence_penalty - rule.frequency_penalty * counts
