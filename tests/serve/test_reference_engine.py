@@ -19,6 +19,7 @@ from puzzle_trtllm.kv_layout import plan_layout
 from puzzle_trtllm.models.reference.kernels.torch_kernels import TorchKernels
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.rank_group import RankGroup
+from puzzle_trtllm.serve.runtimes.reference import sampling
 from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
 from puzzle_trtllm.serve.runtimes.reference.engine_process import run
 from puzzle_trtllm.serve.runtimes.reference.messages import Abort, DecodingRule, Submit, TokenUpdate
@@ -294,6 +295,28 @@ def test_sampled_frequencies_follow_the_filtered_distribution(top_k, top_p, temp
     assert set(draws) <= set(kept[: reached + 1].tolist())
     for token, probability in zip(kept.tolist(), head.tolist(), strict=False):
         assert draws[token] / 4000 == pytest.approx(probability, abs=4 * (probability / 4000) ** 0.5 + 0.002)
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.9999])
+def test_top_p_finds_the_same_tokens_however_many_it_looks_at_first(top_p, monkeypatch):
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(3))
+    drawn = []
+    for head in (2, 1000):
+        monkeypatch.setattr(sampling, "HEAD", head)
+        rules = [DecodingRule(max_tokens=1, greedy=False, top_p=top_p, seed=seed) for seed in range(100)]
+        rows = [Sequence(request_id=1, rule=rule, tokens=[1], num_prompt_tokens=1, arrival_ns=0) for rule in rules]
+        drawn.append(choose_tokens(logits.repeat(100, 1), rows)[0])
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) > 10
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_large_vocabulary_is_not_sorted_for_a_token(top_p, monkeypatch):
+    logits = torch.randn(1, 50_000, generator=torch.Generator().manual_seed(3)) * 5
+    asked, topk = [0], torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda self, k: asked.append(k) or topk(self, k))
+    rule = DecodingRule(max_tokens=1, greedy=False, top_p=top_p)
+    choose_tokens(logits, [Sequence(request_id=1, rule=rule, tokens=[1], num_prompt_tokens=1, arrival_ns=0)])
+    assert max(asked) <= sampling.HEAD
 
 
 def test_penalties_lower_what_was_seen_in_the_prompt_too():
