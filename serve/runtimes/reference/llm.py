@@ -185,17 +185,16 @@ class LLM:
         self._dead = "the engine was shut down" if self._closing else f"the engine process died ({reason}; exit {code})"
         requests = list(self._open.values())
         self._open.clear()
-        _wake(waiter for request in requests if (waiter := request.put(self._dead)))
+        _wake(waiter for request in requests for waiter in request.put(self._dead))
 
     def _take(self, report: StepReport) -> None:
         self._stats = report.stats
-        waiters = []
+        waiters: list[Waiter] = []
         for update in report.updates:
             ended = update.finish_reason is not None or update.error is not None
             request = self._open.pop(update.request_id, None) if ended else self._open.get(update.request_id)
-            waiter = request.put(update) if request is not None else None
-            if waiter:
-                waiters.append(waiter)
+            if request is not None:
+                waiters += request.put(update)
         _wake(waiters)
 
     def _abort(self, request_id: int) -> None:

@@ -61,7 +61,7 @@ class ReferenceRequestOutput:
         self._finished = False
         self._error: Exception | None = None
         """Why it ended; raised to everyone who asks."""
-        self._waiter: Waiter | None = None
+        self._waiters: dict[asyncio.AbstractEventLoop, asyncio.Event] = {}
 
     @property
     def finished(self) -> bool:
@@ -74,12 +74,12 @@ class ReferenceRequestOutput:
 
     # -- the reader thread's side ------------------------------------------------------------------------------------
 
-    def put(self, update: TokenUpdate | EngineGone) -> Waiter | None:
-        """Queue an update; give the event that must be set in its loop, if somebody awaits it."""
+    def put(self, update: TokenUpdate | EngineGone) -> list[Waiter]:
+        """Queue an update; give the events that must be set in their loops, where somebody awaits it."""
         with self._arrived:
             self._updates.append(update)
             self._arrived.notify_all()
-        return self._waiter
+            return list(self._waiters.items())
 
     # -- the consumer's side -----------------------------------------------------------------------------------------
 
@@ -111,9 +111,8 @@ class ReferenceRequestOutput:
 
     async def __anext__(self) -> ReferenceRequestOutput:
         loop = asyncio.get_running_loop()
-        if self._waiter is None or self._waiter[0] is not loop:
-            self._waiter = loop, asyncio.Event()
-        event = self._waiter[1]
+        with self._arrived:
+            event = self._waiters.get(loop) or self._waiters.setdefault(loop, asyncio.Event())
         while not self._finished:
             if self._drain():
                 break
