@@ -18,7 +18,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+
+from puzzle_trtllm.text_stream import TextStream
 
 START, END, MESSAGE, CHANNEL = "<|start|>", "<|end|>", "<|message|>", "<|channel|>"
 RETURN, CALL, CONSTRAIN = "<|return|>", "<|call|>", "<|constrain|>"
@@ -111,9 +112,7 @@ class HarmonyDecoder:
         self._tokenizer = tokenizer
         self._special = special_tokens(tokenizer)
         self._parser = HarmonyParser()
-        self._stream = DecodeStream(skip_special_tokens=False)
-        self._ids: list[int] = []
-        self._shown_length = 0
+        self._stream = TextStream(tokenizer, skip_special_tokens=False)
         self.analysis_tokens = 0
         """Tokens in the bodies of analysis messages so far."""
 
@@ -129,11 +128,7 @@ class HarmonyDecoder:
                 continue
             header = self._parser.header
             self.analysis_tokens += header is not None and header.channel == ANALYSIS
-            self._ids.append(token_id)
-            text = self._stream.step(self._tokenizer, token_id)
-            if text:
-                self._shown_length += len(text)
-                yield from _some(self._parser.text(text))
+            yield from _some(self._parser.text(self._stream.feed(token_id)))
 
     def finish(self) -> Iterator[Piece]:
         """What was held back; and all the text, as an answer, of a generation without a single message."""
@@ -143,10 +138,8 @@ class HarmonyDecoder:
 
     def _flush(self) -> Iterator[Piece]:
         """The rest of the text since the last special token: bytes that never became a character show as U+FFFD."""
-        if self._ids:
-            whole = self._tokenizer.decode(self._ids, skip_special_tokens=False)
-            yield from _some(self._parser.text(whole[self._shown_length :]))
-            self._stream, self._ids, self._shown_length = DecodeStream(skip_special_tokens=False), [], 0
+        yield from _some(self._parser.text(self._stream.rest()))
+        self._stream = TextStream(self._tokenizer, skip_special_tokens=False)
 
 
 def speaks_harmony(tokenizer: Tokenizer) -> bool:

@@ -7,6 +7,7 @@ are used; with `reference` these. As there, a temperature alone is still greedy:
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ class SamplingParams:
     """Not None: fill `cumulative_logprob`."""
 
     def __post_init__(self) -> None:
-        for names, kind in ((_INTEGERS, operator.index), (_NUMBERS, float)):
+        for names, kind in ((_INTEGERS, operator.index), (_NUMBERS, _finite)):
             for name in names:
                 value = getattr(self, name)
                 setattr(self, name, None if value is None else _convert(kind, name, value))
@@ -68,7 +69,10 @@ class SamplingParams:
         _check(self.temperature is None or self.temperature >= 0, "temperature", self.temperature, "at least 0")
         _check(self.top_k is None or self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 means all)")
         _check(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        penalty = self.repetition_penalty
+        _check(penalty is None or penalty > 0, "repetition_penalty", penalty, "above 0")
         _check(self.min_tokens is None or self.min_tokens >= 0, "min_tokens", self.min_tokens, "at least 0")
+        _check(self.exclude_input_from_output, "exclude_input_from_output", False, "True")
         _check(self.n == 1 and self.best_of in (None, 1), "n / best_of", (self.n, self.best_of), "1")
 
     @property
@@ -158,8 +162,15 @@ def _convert(kind: Callable[[Any], _Number], name: str, value: Any) -> _Number:
     try:
         return kind(value)
     except (TypeError, ValueError):
-        expected = "a number" if kind is float else "an integer"
+        expected = "an integer" if kind is operator.index else "a finite number"
         raise ValueError(f"{name}: found {value!r}, expected {expected}") from None
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
 
 
 def _check(holds: bool, name: str, found: object, expected: str) -> None:

@@ -35,6 +35,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "presence_penalty": (math.isfinite, "a finite number"),
     "max_tokens": (lambda value: value >= 1, "at least 1"),
     "min_tokens": (lambda value: value >= 0, "at least 0"),
+    "exclude_input_from_output": (bool, "True (an answer never repeats its prompt)"),
 }
 
 

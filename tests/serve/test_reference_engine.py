@@ -19,6 +19,7 @@ from puzzle_trtllm.kv_layout import plan_layout
 from puzzle_trtllm.models.reference.kernels.torch_kernels import TorchKernels
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.rank_group import RankGroup
+from puzzle_trtllm.serve.runtimes.reference import sampling
 from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
 from puzzle_trtllm.serve.runtimes.reference.engine_process import run
 from puzzle_trtllm.serve.runtimes.reference.messages import Abort, DecodingRule, Submit, TokenUpdate
@@ -297,10 +298,43 @@ def test_sampled_frequencies_follow_the_filtered_distribution(top_k, top_p, temp
         assert draws[token] / 4000 == pytest.approx(probability, abs=4 * (probability / 4000) ** 0.5 + 0.002)
 
 
-def test_penalties_lower_what_was_seen():
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.9999])
+def test_top_p_finds_the_same_tokens_however_many_it_looks_at_first(top_p, monkeypatch):
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(3))
+    drawn = []
+    for head in (2, 1000):
+        monkeypatch.setattr(sampling, "HEAD", head)
+        rules = [DecodingRule(max_tokens=1, greedy=False, top_p=top_p, seed=seed) for seed in range(100)]
+        rows = [Sequence(request_id=1, rule=rule, tokens=[1], num_prompt_tokens=1, arrival_ns=0) for rule in rules]
+        drawn.append(choose_tokens(logits.repeat(100, 1), rows)[0])
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) > 10
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_large_vocabulary_is_not_sorted_for_a_token(top_p, monkeypatch):
+    logits = torch.randn(1, 50_000, generator=torch.Generator().manual_seed(3)) * 5
+    asked, topk = [0], torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda self, k: asked.append(k) or topk(self, k))
+    rule = DecodingRule(max_tokens=1, greedy=False, top_p=top_p)
+    choose_tokens(logits, [Sequence(request_id=1, rule=rule, tokens=[1], num_prompt_tokens=1, arrival_ns=0)])
+    assert max(asked) <= sampling.HEAD
+
+
+def test_penalties_lower_what_was_seen_in_the_prompt_too():
+    """As TensorRT-LLM's `batchApplyPenalty` (penaltyKernels.cu) and the PenaltyHandler of its TorchSampler count."""
     logits = torch.tensor([[2.0, 1.9, -1.0, 0.5]])
     rule = DecodingRule(max_tokens=9, frequency_penalty=0.1, presence_penalty=0.2, repetition_penalty=2.0)
+    row = Sequence(request_id=1, rule=rule, tokens=[2], num_prompt_tokens=1, arrival_ns=0)
+    choose_tokens(logits.clone(), [row])
+    row.tokens += [0, 0]
     work = logits.clone()
-    choose_tokens(work, [Sequence(request_id=1, rule=rule, tokens=[2, 0, 0], num_prompt_tokens=1, arrival_ns=0)])
-    # token 0: seen (2.0 / 2 = 1.0), generated twice (- 0.2 - 2 * 0.1 = 0.6); token 2: in the prompt only (-1.0 * 2)
-    assert work[0].tolist() == pytest.approx([0.6, 1.9, -2.0, 0.5])
+    choose_tokens(work, [row])
+    # token 0: twice (2.0 / 2 - 0.2 - 2 * 0.1); token 2: once, in the prompt (-1.0 * 2 - 0.2 - 0.1)
+    assert work[0].tolist() == pytest.approx([0.6, 1.9, -2.3, 0.5])
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-308, 5e-324])
+def test_a_temperature_near_zero_takes_the_largest_logit(temperature):
+    rule = DecodingRule(max_tokens=9, greedy=False, temperature=temperature, top_k=3)
+    row = Sequence(request_id=1, rule=rule, tokens=[1], num_prompt_tokens=1, arrival_ns=0)
+    assert choose_tokens(torch.tensor([[3.0, 2.9, -1.0, 0.5]]), [row])[0] == [0]

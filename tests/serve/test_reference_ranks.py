@@ -5,6 +5,7 @@ That the parts compute the whole is tests/models/test_reference_sharding.py's; h
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -21,6 +22,7 @@ import torch
 
 from puzzle_trtllm.errors import EngineError
 from puzzle_trtllm.serve.runtimes.reference import LLM, EngineDeadError, SamplingParams
+from puzzle_trtllm.serve.runtimes.reference.request import ReferenceRequestOutput
 
 EIGHT_KV_HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "intermediate_size": 288}
 ARGS = {
@@ -90,12 +92,19 @@ def test_two_ranks_generate_what_one_generates_and_leave_no_process(child, expec
     assert are_gone(pids)
 
 
+def take_a_step(request: ReferenceRequestOutput) -> None:
+    async def step() -> None:
+        await asyncio.wait_for(anext(request), 30)
+
+    asyncio.run(step())
+
+
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_rank_fails_every_request_within_seconds(child, victim):
     with LLM(child, tensor_parallel_size=2, **ARGS) as llm:
         requests = [llm.generate_async(prompt, LONG, streaming=True) for prompt in prompts()]
         for _ in range(3):
-            requests[0]._apply(requests[0]._updates.get(timeout=30))
+            take_a_step(requests[0])
         pids = pids_of(llm)
         killed = time.monotonic()
         os.kill(pids[victim], signal.SIGKILL)
@@ -113,7 +122,7 @@ def test_a_rank_that_hangs_fails_every_request_and_is_ended(child):
     """One that is stopped is alive and keeps its sockets open; all it does not do is answer, eight times in a row."""
     with LLM(child, tensor_parallel_size=2, **ARGS) as llm:
         requests = [llm.generate_async(prompt, LONG, streaming=True) for prompt in prompts()]
-        requests[0]._apply(requests[0]._updates.get(timeout=30))
+        take_a_step(requests[0])
         pids = pids_of(llm)
         stopped = time.monotonic()
         os.kill(pids[1], signal.SIGSTOP)

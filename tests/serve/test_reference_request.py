@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 from tokenizers import Tokenizer
@@ -43,9 +44,9 @@ def put(request: ReferenceRequestOutput, text: str, finish: str | None = None, *
     """What the engine reports, as the reader thread hands it over."""
     tokens = [ord(letter) - 97 for letter in text]
     update = TokenUpdate(request_id=1, token_ids=tokens, finish_reason=finish, **fields)
-    waiter = request.put(update)
-    if waiter is not None:
-        waiter[0].call_soon_threadsafe(waiter[1].set)
+    for loop, event in request.put(update):
+        with suppress(RuntimeError):  # as the reader thread: nobody waits in a loop that was closed
+            loop.call_soon_threadsafe(event.set)
 
 
 def test_all_who_wait_for_one_request_get_its_end():
@@ -62,13 +63,42 @@ def test_all_who_wait_for_one_request_get_its_end():
     assert [r.outputs[0].text for r in asyncio.run(wait_twice())] == ["abc", "abc"]
 
     other, found = request_of(), []
-    threads = [threading.Thread(target=lambda: found.append(other.result(5).outputs[0].text)) for _ in range(3)]
+
+    def wait() -> None:
+        found.append(other.result(5).outputs[0].text)
+
+    def wait_in_a_loop() -> None:
+        found.append(asyncio.run(asyncio.wait_for(other.aresult(), 5)).outputs[0].text)
+
+    threads = [threading.Thread(target=target) for target in (wait, wait, wait_in_a_loop, wait_in_a_loop)]
     for thread in threads:
         thread.start()
+    time.sleep(0.05)  # all wait now
     put(other, "abc", "length")
     for thread in threads:
         thread.join(5)
-    assert found == ["abc"] * 3
+    assert found == ["abc"] * 4
+
+
+def test_updates_are_applied_in_order_however_many_wait(monkeypatch):
+    extend = ReferenceRequestOutput._extend
+
+    def slow_at_first(self, output, update) -> None:
+        if update.finish_reason is None:
+            time.sleep(0.05)
+        extend(self, output, update)
+
+    monkeypatch.setattr(ReferenceRequestOutput, "_extend", slow_at_first)
+    request = request_of()
+    threads = [threading.Thread(target=request.result, args=(5,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    put(request, "a")
+    time.sleep(0.01)
+    put(request, "b", "length")
+    for thread in threads:
+        thread.join(5)
+    assert request.outputs[0].text == "ab"
 
 
 def test_a_failure_is_told_to_everyone_who_asks():

@@ -150,13 +150,17 @@ def test_numbers_may_be_numpys_or_torchs_and_nothing_else_reaches_the_engine(llm
     params = SamplingParams(max_tokens=np.int64(9), top_k=torch.tensor(8), temperature=np.float32(0.5), seed=3)
     plain = SamplingParams(max_tokens=9, top_k=8, temperature=0.5, seed=3)
     expected = llm.generate(prompt(5), plain).outputs[0].token_ids
-    for tokens in (torch.tensor(prompt(5)), np.array(prompt(5)), list(np.array(prompt(5)))):
+    array = np.array(prompt(5))
+    for tokens in (torch.tensor(prompt(5)), array, list(array), {"prompt_token_ids": array}):
         assert llm.generate(tokens, params).outputs[0].token_ids == expected
     for bad in ([8.0] * 20, ["8"] * 20, torch.rand(5)):
         with pytest.raises(ValueError, match="token ids must be integers"):
             llm.generate_async(bad)
-    for name, value in (("max_tokens", "8"), ("seed", 1.5), ("temperature", "hot"), ("stop_token_ids", [2.5])):
-        with pytest.raises(ValueError, match=name):
+    wrong = {"max_tokens": "8", "seed": 1.5, "temperature": "hot", "stop_token_ids": [2.5], "repetition_penalty": 0}
+    wrong |= {"top_p": float("nan"), "frequency_penalty": float("nan"), "presence_penalty": -float("inf")}
+    wrong |= {"exclude_input_from_output": False}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"{name}: found"):
             SamplingParams(**{name: value})
     for stop in ("", ["a", ""], [1]):
         with pytest.raises(ValueError, match="stop: found"):
@@ -222,7 +226,7 @@ def test_a_capped_cache_queues_instead_of_failing(child):
         prompts = [prompt(seed, 60) for seed in range(8)]
         requests = [small.generate_async(p, SamplingParams(max_tokens=100, ignore_eos=True)) for p in prompts]
         most = 0
-        while not all(r._updates.qsize() for r in requests):  # peek without consuming
+        while not all(r._updates for r in requests):  # peek without consuming
             most = max(most, small.get_stats()[0]["numActiveRequests"])
             time.sleep(0.005)
         assert 1 <= most < 8

@@ -101,6 +101,10 @@ def test_stop_is_recognised() -> None:
         (tensors(sampling_param_temperature=float("nan")), "sampling_param_temperature: impossible value (found nan"),
         (tensors(sampling_param_temperature=float("inf")), "sampling_param_temperature: impossible value (found inf"),
         (tensors(sampling_param_top_p=0.0), "sampling_param_top_p: impossible value (found 0.0, expected above 0"),
+        (
+            tensors(sampling_param_exclude_input_from_output=False),
+            "sampling_param_exclude_input_from_output: impossible value (found False, expected True",
+        ),
         (tensors(sampling_param_top_k=-1), "sampling_param_top_k: impossible value (found -1"),
         (tensors(sampling_param_max_tokens=0), "sampling_param_max_tokens: impossible value (found 0"),
         (tensors(sampling_param_min_tokens=-1), "sampling_param_min_tokens: impossible value (found -1"),

@@ -160,18 +160,17 @@ class LLM:
         self._dead = "the engine was shut down" if self._closing else f"the engine process died ({reason})"
         requests = list(self._open.values())
         self._open.clear()
-        _wake(waiter for request in requests if (waiter := request.put(EngineDeadError(self._dead))))
+        _wake(waiter for request in requests for waiter in request.put(EngineDeadError(self._dead)))
         self._processes.stop(_STOP_SECONDS if self._closing else 0.0)
 
     def _take(self, report: StepReport) -> None:
         self._stats = report.stats
-        waiters = []
+        waiters: list[Waiter] = []
         for update in report.updates:
             ended = update.finish_reason is not None or update.error is not None
             request = self._open.pop(update.request_id, None) if ended else self._open.get(update.request_id)
-            waiter = request.put(update.error or update) if request is not None else None
-            if waiter:
-                waiters.append(waiter)
+            if request is not None:
+                waiters += request.put(update.error or update)
         _wake(waiters)
 
     def _abort(self, request_id: int) -> None:
@@ -189,7 +188,8 @@ class LLM:
 
     def _read_prompt(self, inputs: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(inputs, Mapping):
-            inputs = inputs.get("prompt_token_ids") or inputs.get("prompt") or ""
+            given = inputs.get("prompt_token_ids")
+            inputs = inputs.get("prompt") or "" if given is None else given
         if isinstance(inputs, str):
             if self.tokenizer is None:
                 raise ValueError("a text prompt needs a tokenizer (skip_tokenizer_init is set)")

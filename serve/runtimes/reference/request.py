@@ -8,15 +8,15 @@ strings are found here, where the text is: the output is cut and the engine told
 from __future__ import annotations
 
 import asyncio
-import time
+import threading
+from collections import deque
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from puzzle_trtllm.serve.runtimes.api import CompletionOutput, RequestPerfMetrics, SamplingParams
 from puzzle_trtllm.serve.runtimes.reference.messages import TokenUpdate
+from puzzle_trtllm.text_stream import TextStream
 
 Waiter = tuple[asyncio.AbstractEventLoop, asyncio.Event]
 """Who awaits a request: an event, and the loop in whose thread it must be set."""
@@ -45,12 +45,14 @@ class ReferenceRequestOutput:
         self._detokenizer = (
             _Detokenizer(tokenizer, sampling_params) if tokenizer and sampling_params.detokenize else None
         )
-        self._updates: SimpleQueue[TokenUpdate | Exception | None] = SimpleQueue()
+        self._updates: deque[TokenUpdate | Exception] = deque()
+        self._arrived = threading.Condition()
+        """Held to queue updates and to apply them: one after the other, however many consume the request."""
         self.finished = False
         """True once the end has been consumed."""
         self._error: Exception | None = None
         """Why it ended; raised to everyone who asks."""
-        self._waiter: Waiter | None = None
+        self._waiters: dict[asyncio.AbstractEventLoop, asyncio.Event] = {}
 
     def abort(self) -> None:
         """Stop generating and free the cache; the output ends with finish_reason `cancelled`. Any thread, any time."""
@@ -58,23 +60,20 @@ class ReferenceRequestOutput:
 
     # -- the reader thread's side ------------------------------------------------------------------------------------
 
-    def put(self, update: TokenUpdate | Exception) -> Waiter | None:
-        """Queue an update, or why there will be no other; give the event to set in its loop, if somebody awaits it."""
-        self._updates.put(update)
-        return self._waiter
+    def put(self, update: TokenUpdate | Exception) -> list[Waiter]:
+        """Queue an update, or why there will be no other; give the events to set, each in its own loop."""
+        with self._arrived:
+            self._updates.append(update)
+            self._arrived.notify_all()
+            return list(self._waiters.items())
 
     # -- the consumer's side -----------------------------------------------------------------------------------------
 
     def result(self, timeout: float | None = None) -> ReferenceRequestOutput:
         """Block until the end. Raises TimeoutError, RequestError, GenerationError, EngineDeadError."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while not self.finished:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            try:
-                self._apply(self._updates.get(timeout=left))
-            except Empty:
-                raise TimeoutError(f"request {self.request_id} has not ended within {timeout} s") from None
-        self._updates.put(None)  # another thread may wait here too
+        with self._arrived:
+            if not self._arrived.wait_for(self._drain_to_end, timeout):
+                raise TimeoutError(f"request {self.request_id} has not ended within {timeout} s")
         if self._error is not None:
             raise self._error
         return self
@@ -98,14 +97,13 @@ class ReferenceRequestOutput:
 
     async def __anext__(self) -> ReferenceRequestOutput:
         loop = asyncio.get_running_loop()
-        if self._waiter is None or self._waiter[0] is not loop:
-            self._waiter = loop, asyncio.Event()
-        event = self._waiter[1]
+        with self._arrived:
+            event = self._waiters.get(loop) or self._waiters.setdefault(loop, asyncio.Event())
         while not self.finished:
             if self._drain():
                 break
             event.clear()
-            if self._updates.empty():
+            if not self._updates:
                 await event.wait()
         else:
             raise self._error or StopAsyncIteration
@@ -116,18 +114,17 @@ class ReferenceRequestOutput:
     def _drain(self) -> bool:
         """Apply everything that is queued; True if there was something."""
         found = False
-        while not self.finished:
-            try:
-                update = self._updates.get_nowait()
-            except Empty:
-                break
-            self._apply(update)
-            found = True
+        with self._arrived:
+            while self._updates and not self.finished:
+                self._apply(self._updates.popleft())
+                found = True
         return found
 
-    def _apply(self, update: TokenUpdate | Exception | None) -> None:
-        if update is None:
-            return
+    def _drain_to_end(self) -> bool:
+        self._drain()
+        return self.finished
+
+    def _apply(self, update: TokenUpdate | Exception) -> None:
         if isinstance(update, Exception):
             self._error, self.finished = update, True
             return
@@ -158,19 +155,19 @@ class _Detokenizer:
     """Text of a growing token list, without decoding it again from the start, and the search for stop strings."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self._tokenizer, self._params = tokenizer, params
-        self._stream = DecodeStream(skip_special_tokens=params.skip_special_tokens)
+        self._params = params
+        self._stream = TextStream(tokenizer, skip_special_tokens=params.skip_special_tokens)
         self._stops = params.stop_strings
 
     def append(self, output: CompletionOutput, token_ids: list[int]) -> bool:
         """Add tokens and their text; True if a stop string ended the output here."""
         if not self._stops:
             output.token_ids += token_ids
-            output.text += "".join(self._stream.step(self._tokenizer, token) or "" for token in token_ids)
+            output.text += "".join(map(self._stream.feed, token_ids))
             return False
         for token in token_ids:
             output.token_ids.append(token)
-            piece = self._stream.step(self._tokenizer, token) or ""
+            piece = self._stream.feed(token)
             output.text += piece
             if piece and len(output.token_ids) >= (self._params.min_tokens or 0) and self._cut(output, len(piece)):
                 return True
@@ -178,9 +175,7 @@ class _Detokenizer:
 
     def flush(self, output: CompletionOutput) -> None:
         """Add text that waited for more bytes of a character which never came."""
-        whole = self._tokenizer.decode(output.token_ids, skip_special_tokens=self._params.skip_special_tokens)
-        if len(whole) > len(output.text) and whole.startswith(output.text):
-            output.text = whole
+        output.text += self._stream.rest()
 
     def _cut(self, output: CompletionOutput, num_new: int) -> bool:
         """Cut the text at the earliest stop string that ends in the last `num_new` characters."""

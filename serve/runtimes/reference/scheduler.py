@@ -8,7 +8,7 @@ starves. What the cache holds of a prompt's beginning is not computed again.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -36,6 +36,9 @@ class Sequence:
     """Prompt tokens found in the cache."""
     num_reported: int = 0
     cumulative_logprob: float = 0.0
+    occurrences: Counter[int] = field(default_factory=Counter)
+    """Of each token, for penalties; `num_counted` tokens are in it."""
+    num_counted: int = 0
     first_scheduled_ns: int = 0
     first_token_ns: int = 0
 
