@@ -14,11 +14,13 @@ a hole in a stream or an answer that never comes are worse. What counts as sent 
 
 The traps: `is_cancelled` must not be asked once the final response is on its way, because the server frees the object
 it would look at; `Reply` guards both with one lock. And a send with the final flag closes Triton's sender even when it
-fails, so that nobody can be told any more: what may fail goes without the flag.
+fails, so that nobody can be told any more: what may fail goes without the flag, which follows alone and needs next to
+no room.
 """
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -29,12 +31,14 @@ from puzzle_trtllm.serve.triton.response import Sent, Snapshot, Tensor, render
 
 Status = Literal["UNAVAILABLE", "INVALID_ARGUMENT", "CANCELLED", "INTERNAL"]
 Log = Callable[[str], None]
+Room = Callable[[], int]
 OnLost = Callable[["Reply", str], None]
 """Told of a request that had to end because a response of it could not be sent, and why."""
 
 _SURE_BYTES = 1 << 20
-"""A last response up to this size carries the final flag itself; a larger one, which shared memory may have no room
-for, is followed by the flag alone: one more round trip, and only for these."""
+_SURE_ROOM = 16 << 20
+"""A last response up to this size carries the final flag itself while shared memory has this much room: Triton's pool
+grows by 1 MiB, and others take from it too. Any other is followed by the flag alone, one more round trip."""
 
 
 class ResponseSender(Protocol):
@@ -53,11 +57,21 @@ class Encoder(Protocol):
     def error(self, status: Status, message: str) -> Any: ...
 
 
-class Outbox:
-    """The sender thread."""
+def free_shared_memory() -> int:
+    """Bytes for which /dev/shm has room, whoever takes them; 0 where it does not say. A call takes about 1 us."""
+    try:
+        status = os.statvfs("/dev/shm")
+    except OSError:
+        return 0
+    return status.f_bavail * status.f_frsize
 
-    def __init__(self, encoder: Encoder, *, log: Log = print) -> None:
+
+class Outbox:
+    """The sender thread. `room` tells how many bytes shared memory still takes."""
+
+    def __init__(self, encoder: Encoder, *, room: Room = free_shared_memory, log: Log = print) -> None:
         self._encoder = encoder
+        self._room = room
         self._log = log
         self._queue: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
         self.responses_sent = 0
@@ -69,7 +83,7 @@ class Outbox:
         self, sender: ResponseSender, form: ReplyFormat, *, on_lost: OnLost = lambda reply, why: None
     ) -> Reply:
         """A new request's end of the wire. `on_lost` is called in the sender thread."""
-        return Reply(sender, form, self._queue, self._encoder, on_lost)
+        return Reply(sender, form, self._queue, self._encoder, self._room, on_lost)
 
     def close(self) -> None:
         """Send what waits, then end the thread."""
@@ -93,12 +107,14 @@ class Reply:
         form: ReplyFormat,
         replies: queue.SimpleQueue[Reply | None],
         encoder: Encoder,
+        room: Room,
         on_lost: OnLost,
     ) -> None:
         self._sender = sender
         self._form = form
         self._replies = replies
         self._encoder = encoder
+        self._room = room
         self._on_lost = on_lost
         self._latest: Snapshot | None = None
         self._failure: tuple[Status, str] | None = None
@@ -161,22 +177,27 @@ class Reply:
 
     def _send(self, now: Snapshot) -> None:
         response = self._encoder.response(render(self._form, now, self._sent))
-        if now.finished and _size_limit(now) <= _SURE_BYTES:
-            self._send_last(response)
+        if now.finished:
+            self._send_last(response, size_limit=_size_limit(now))
             return
         self._sender.send(response, flags=0)
         self._sent = Sent(max(self._sent.text_length, len(now.text)), max(self._sent.num_tokens, now.num_tokens))
-        if now.finished:
-            self._send_last()
 
     def _send_error(self, status: Status, message: str) -> None:
         try:
             self._send_last(self._encoder.error(status, message))
         except Exception:
-            # A model that is not decoupled may send once, and what failed counts. The flag alone still ends it.
-            self._sender.send(None, flags=self._encoder.FINAL)
+            # No room for words, or a model that is not decoupled: it may send once, and what failed counts.
+            self._send_flag()
 
-    def _send_last(self, response: Any = None) -> None:
+    def _send_last(self, response: Any, *, size_limit: int = 0) -> None:
+        if size_limit <= _SURE_BYTES and self._room() >= _SURE_ROOM:
+            self._send_flag(response)
+            return
+        self._sender.send(response, flags=0)
+        self._send_flag()
+
+    def _send_flag(self, response: Any = None) -> None:
         with self._closing:
             self._closed = True
         self._sender.send(response, flags=self._encoder.FINAL)

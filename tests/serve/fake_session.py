@@ -21,15 +21,16 @@ from tests.serve.scripted import wait_until
 class Sender:
     """Triton's response sender, remembering; as there, nothing may be sent or asked after the final flag.
 
-    `room` is the number of responses that shared memory still takes; errors and flags alone need none. As in Triton, a
-    send that fails has closed the sender if it carried the final flag, and is the only one of a model not decoupled.
+    `room` is the number of responses that shared memory still takes, `room_for_errors` that of errors; flags alone need
+    none. As in Triton, a send that fails has closed the sender if it carried the final flag, and is the only one of a
+    model not decoupled.
     """
 
-    def __init__(self, *, room: float = math.inf, decoupled: bool = True) -> None:
+    def __init__(self, *, room: float = math.inf, room_for_errors: float = math.inf, decoupled: bool = True) -> None:
         self.responses: list[tuple[object, int]] = []
         self.cancelled = False
         self.query_error: Exception | None = None
-        self.room = room
+        self.room = {dict: room, tuple: room_for_errors, type(None): math.inf}
         self.allowed = math.inf if decoupled else 1
         self.closed = False
         self.gate = threading.Event()
@@ -48,10 +49,9 @@ class Sender:
             raise RuntimeError("Non-decoupled model cannot send more than one response.")
         self.closed = flags == 1
         self.allowed -= response is not None
-        if isinstance(response, dict):
-            if self.room == 0:
-                raise RuntimeError("Failed to increase the shared memory pool size")
-            self.room -= 1
+        if self.room[type(response)] == 0:
+            raise RuntimeError("Failed to increase the shared memory pool size")
+        self.room[type(response)] -= 1
         self.responses.append((response, flags))
 
     def is_cancelled(self) -> bool:
@@ -63,7 +63,7 @@ class Sender:
     @property
     def error(self) -> tuple[str, str]:
         wait_until(lambda: self.final, what="a final response")
-        response = self.responses[-1][0]
+        response = next(response for response, _ in reversed(self.responses) if response is not None)
         assert isinstance(response, tuple), response
         return response
 
@@ -142,10 +142,13 @@ class Llm:
 
 
 @contextmanager
-def open_service() -> Iterator[SimpleNamespace]:
-    """A running session with room for two requests: llm, encoder, outbox, session."""
+def open_service(*, shared_memory: int = 1 << 30) -> Iterator[SimpleNamespace]:
+    """A running session with room for two requests: llm, encoder, outbox, session.
+
+    `shared_memory`: bytes of it that are free.
+    """
     llm, encoder = Llm(), Encoder()
-    outbox = Outbox(encoder, log=lambda message: None)
+    outbox = Outbox(encoder, room=lambda: shared_memory, log=lambda message: None)
     session = Session(
         llm=llm, sampling_params=SamplingParams, outbox=outbox, limits=RequestLimits(max_seq_len=16),
         max_open_requests=2, sweep_period_s=0.005, log=lambda message: None,

@@ -6,6 +6,7 @@ show at will.
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from puzzle_trtllm.serve.runtimes.api import EngineDeadError, RequestError, SamplingParams
-from puzzle_trtllm.serve.triton.outbox import Outbox
+from puzzle_trtllm.serve.triton.outbox import Outbox, free_shared_memory
 from puzzle_trtllm.serve.triton.request import ReplyFormat, RequestLimits
 from puzzle_trtllm.serve.triton.response import Snapshot
 from puzzle_trtllm.serve.triton.session import Session
@@ -135,6 +136,29 @@ def test_a_large_answer_is_followed_by_the_final_flag_alone(service) -> None:
     wait_until(lambda: sender.final, what="the end")
     assert sender.responses == [({"text_output": [b"x" * LARGE]}, 0), (None, 1)]
     wait_until(lambda: service.outbox.responses_sent == 1, what="counted as one response")
+
+
+def test_a_small_answer_goes_without_the_final_flag_too_where_shared_memory_is_short() -> None:
+    """A send that fails has closed the sender if it carried the flag: the client would wait for ever."""
+    with open_service(shared_memory=8 << 20) as service:
+        sender, result = begin(service, sender=Sender(room=0))
+        result.push("ab", None)
+        assert sender.error[0] == "INTERNAL" and "shared memory" in sender.error[1]
+        sender, result = begin(service)
+        result.push("ab", None)
+        wait_until(lambda: sender.final, what="the end")
+        assert sender.responses == [({"text_output": [b"ab"]}, 0), (None, 1)]
+
+
+def test_an_error_for_which_there_is_no_room_ends_without_words() -> None:
+    with open_service(shared_memory=0) as service:
+        sender = accept(service, Sender(room=0, room_for_errors=0), text="")
+        wait_until(lambda: sender.final, what="the end")
+        assert sender.responses == [(None, 1)]
+
+
+def test_the_room_in_shared_memory_is_that_of_its_file_system() -> None:
+    assert 0 < free_shared_memory() <= shutil.disk_usage("/dev/shm").total
 
 
 @pytest.mark.parametrize("last", [False, True])
