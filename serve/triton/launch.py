@@ -24,14 +24,16 @@ from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.triton.contract import MODEL_NAME
 from puzzle_trtllm.serve.triton.install import TritonInstall, find_triton
 from puzzle_trtllm.serve.triton.log import explain_failure
+from puzzle_trtllm.serve.triton.notice import give_notice
 from puzzle_trtllm.serve.triton.ports import choose_ports, hold_ports
-from puzzle_trtllm.serve.triton.probe import http_status, read_metrics, values_of
+from puzzle_trtllm.serve.triton.probe import http_status
 from puzzle_trtllm.serve.triton.process import GuardedProcess, children_of
 from puzzle_trtllm.serve.triton.repository import write_repository
 from puzzle_trtllm.serve.triton.security import GrpcTls, Restriction
 
 _POLL_S = 0.1
-_IDLE_GRACE_S = 6.0
+_DRAINED_GRACE_S = 6.0
+"""For a server without requests: it still waits for connections that are only kept open."""
 _LOOPBACK = "127.0.0.1"
 
 
@@ -77,6 +79,7 @@ class TritonServer:
         self._on_wait = on_wait or (lambda seconds: None)
         self._repository_options = repository_options
         self._process: GuardedProcess | None = None
+        self._model_folder = Path()
         self.log_file = log_file or Path(tempfile.gettempdir()) / f"puzzle-triton-{uuid.uuid4().hex[:12]}.log"
 
     # --- life -------------------------------------------------------------------------------------------------------
@@ -98,15 +101,21 @@ class TritonServer:
                 raise
         return self
 
-    def stop(self, *, grace_s: float | None = None) -> None:
-        """Stop the server: open requests get the drain time, then it ends with everything that it started.
+    def drain(self) -> None:
+        """Have the model refuse new requests and end the open ones; they get the drain time, then UNAVAILABLE."""
+        if self._process is not None:
+            give_notice(self._model_folder, self._drain_s, self.stub_pids())
 
-        With nothing open the wait is short: some servers never count a request as gone whose client cancelled it.
+    def stop(self, *, grace_s: float | None = None) -> None:
+        """Stop the server with everything that it started; without a grace time it is drained first.
+
+        The wait is short even so: some servers never count a request as gone whose client cancelled it.
         """
         if self._process is None:
             return
-        if grace_s is None and not self._has_open_requests():
-            grace_s = _IDLE_GRACE_S
+        if grace_s is None:
+            self.drain()
+            grace_s = _DRAINED_GRACE_S
         process, self._process = self._process, None
         process.stop(grace_s=grace_s)
         if self._kept_log is None:
@@ -131,6 +140,7 @@ class TritonServer:
         scratch = Path(tempfile.mkdtemp(prefix="puzzle-triton-"))
         try:
             repository = write_repository(self.engine, scratch / "repository", **self._repository_options)
+            self._model_folder = repository / MODEL_NAME / "1"
             command = [str(install.server), "--model-repository", str(repository), *install.arguments(scratch)]
             return GuardedProcess(
                 [*command, *self._options(shm_prefix), *self._arguments],
@@ -154,11 +164,6 @@ class TritonServer:
             if waited_s > self._startup_timeout_s:
                 raise explain_failure(self.log_file, f"tritonserver was not ready after {waited_s:.0f} s")
             time.sleep(_POLL_S)
-
-    def _has_open_requests(self) -> bool:
-        metrics = read_metrics(self.metrics_url) or {}
-        names = ("puzzle_requests_waiting", "puzzle_requests_running")
-        return any(value > 0 for name in names for value in values_of(metrics, name))
 
     def _options(self, shm_prefix: str) -> list[str]:
         gpu_metrics = self.engine.manifest.runtime == "tensorrt_llm"

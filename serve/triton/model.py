@@ -42,7 +42,7 @@ class TritonPythonModel:
         from puzzle_trtllm.serve.triton.service import Service
 
         try:
-            self._service = Service(_settings(), instance_of(args))
+            self._service = Service(_settings(), instance_of(args), Path(__file__).parent)
         except PuzzleError as error:
             raise pb_utils.TritonModelException(f"cannot start: {error}") from None
         except Exception as error:
@@ -53,5 +53,5 @@ class TritonPythonModel:
         self._service.execute(requests)
 
     def finalize(self) -> None:
-        """Stop; open requests were given their time by Triton before this."""
+        """Stop; Triton calls this only when no request is open, or not at all (notice.py)."""
         self._service.stop()

@@ -36,7 +36,8 @@ class _StopAskedError(BaseException):
 
 
 class Beside(Protocol):
-    """A process that lives and dies with the server: started when the server is ready, stopped before it.
+    """A process that lives and dies with the server: started when the server is ready, stopped before it, but after
+    the last request.
 
     After a death it is stopped last, so that it can still tell its clients.
     """
@@ -118,6 +119,7 @@ def _serve_once(
     except _StopAskedError:
         say("stopping")
         with _signals_ignored():
+            server.drain()
             _stop(beside)
             server.stop()
         raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -11,6 +13,7 @@ from puzzle_trtllm.serve.triton.backend import TritonEncoder, log_info, read_inp
 from puzzle_trtllm.serve.triton.host import start_llm
 from puzzle_trtllm.serve.triton.instances import Instance
 from puzzle_trtllm.serve.triton.metrics import MetricsThread
+from puzzle_trtllm.serve.triton.notice import NoticeThread
 from puzzle_trtllm.serve.triton.outbox import Outbox
 from puzzle_trtllm.serve.triton.ranks import leave_job
 from puzzle_trtllm.serve.triton.request import RequestLimits
@@ -21,7 +24,8 @@ from puzzle_trtllm.serve.triton.settings import ModelSettings
 class Service:
     """One instance of the model."""
 
-    def __init__(self, settings: ModelSettings, instance: Instance) -> None:
+    def __init__(self, settings: ModelSettings, instance: Instance, folder: Path) -> None:
+        """`folder` is the model's, where it hears that the server is about to stop."""
         triton = settings.triton
         self._llm, sampling_params = start_llm(settings, instance)
         self._outbox = Outbox(TritonEncoder(), log=log_info)
@@ -47,6 +51,7 @@ class Service:
             log=log_info,
         )
         self._metrics.start()
+        self._notice = NoticeThread(folder, os.getpid(), self._session.drain)
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Take the requests; responses go through their senders."""
@@ -55,6 +60,7 @@ class Service:
 
     def stop(self) -> None:
         """In the order in which nothing is asked of what is already gone."""
+        self._notice.stop()
         self._metrics.stop()
         self._session.stop()
         self._outbox.close()

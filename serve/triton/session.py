@@ -88,6 +88,7 @@ class Session:
         self._log = log
         self._open: dict[int, OpenRequest] = {}
         self._death: str | None = None
+        self._draining = threading.Event()
         self._stopping = threading.Event()
         self._loop = asyncio.new_event_loop()
         self.totals = Totals()
@@ -138,8 +139,17 @@ class Session:
         running = min(len(requests), max(started, num_active))
         return len(requests) - running, running
 
+    def drain(self, seconds: float) -> None:
+        """Refuse new requests and wait for the open ones; after `seconds` end those with UNAVAILABLE."""
+        self._draining.set()
+        deadline_s = time.monotonic() + seconds
+        while self._open and time.monotonic() < deadline_s and not self._stopping.is_set():
+            time.sleep(0.05)
+        self._loop.call_soon_threadsafe(self._end_all, "the server is stopping")
+
     def stop(self) -> None:
         """End what is open with UNAVAILABLE and stop the threads; the LLM is the caller's to shut down."""
+        self._draining.set()
         self._stopping.set()
         self._loop.call_soon_threadsafe(self._end_all, "the server is stopping")
         self._loop.call_soon_threadsafe(self._loop.call_later, 0.05, self._loop.stop)  # cancelled tasks run once more
@@ -155,7 +165,7 @@ class Session:
     def _begin(self, request: OpenRequest, call: GenerateCall) -> None:
         if self._death is not None:
             self._refuse(request.reply, "UNAVAILABLE", f"the engine is dead: {self._death}")
-        elif self._stopping.is_set():
+        elif self._draining.is_set():
             self._refuse(request.reply, "UNAVAILABLE", "the server is stopping")
         elif len(self._open) >= self._max_open_requests:
             self._refuse(request.reply, "UNAVAILABLE", f"the queue is full: {len(self._open)} requests are open")

@@ -23,8 +23,9 @@ import json, sys
 from puzzle_trtllm.serve.triton.server import serve_engine
 
 def ready(server):
-    stubs = server.stub_pids()
-    print(json.dumps({"url": server.grpc_url, "pid": server.pid, "stubs": sorted(stubs)}), flush=True)
+    facts = {"url": server.grpc_url, "http_url": server.http_url, "pid": server.pid}
+    facts["stubs"] = sorted(server.stub_pids())
+    print(json.dumps(facts), flush=True)
 
 sys.exit(serve_engine(sys.argv[1], grpc_port=0, http_port=0, metrics_port=0, restart=sys.argv[2] == "restart",
                       on_ready=ready, **json.loads(sys.argv[3])))

@@ -6,12 +6,14 @@ Each test that needs a tritonserver of its own starts one (3 to 6 seconds), so t
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
 import socket
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,8 +45,8 @@ def engine(make_checkpoint, tmp_path_factory):
 def serving(engine) -> Iterator:
     started: list[Serving] = []
 
-    def start(how: str = "once") -> Serving:
-        started.append(Serving(engine, how, **SCRIPTED))
+    def start(how: str = "once", **options) -> Serving:
+        started.append(Serving(engine, how, **SCRIPTED, **options))
         return started[-1]
 
     yield start
@@ -104,6 +106,21 @@ def test_sigterm_stops_cleanly_with_exit_code_0(serving) -> None:
     running = serving()
     running.wait_ready()
     running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(timeout=30) == 0
+    running.assert_all_gone()
+
+
+def test_requests_that_outlast_the_stop_are_told_over_grpc_and_http(serving) -> None:
+    running = serving(drain_s=1)
+    running.wait_ready()
+    body = json.dumps({"text_input": "hello ", "sampling_param_max_tokens": 100_000, "streaming": True}).encode()
+    with urllib.request.urlopen(f"{running.ready['http_url']}/v2/models/tensorrt_llm/generate_stream", body) as stream:
+        stream.readline()
+        stop = lambda: running.process.send_signal(signal.SIGTERM)  # noqa: E731
+        error = asyncio.run(stream_until_it_breaks(running.ready["url"], stop))
+        events = [json.loads(line.removeprefix(b"data: ")) for line in stream if line.strip()]
+    assert (error.status, "the server is stopping" in str(error)) == ("UNAVAILABLE", True)
+    assert events[-1] == {"error": "UNAVAILABLE: the server is stopping"}
     assert running.process.wait(timeout=30) == 0
     running.assert_all_gone()
 

@@ -291,6 +291,23 @@ def test_stopping_leaves_nobody_waiting() -> None:
     assert sender.error == ("UNAVAILABLE", "the server is stopping")
 
 
+def test_a_server_that_is_about_to_stop_lets_requests_end_and_takes_no_more(service) -> None:
+    sender, result = begin(service)
+    draining = threading.Thread(target=service.session.drain, args=[20.0])
+    draining.start()
+    wait_until(lambda: accept(service, Sender()).error[0] == "UNAVAILABLE", what="no more requests")
+    assert len(service.llm.results) == 1 and draining.is_alive()
+    result.push("ab", None)
+    draining.join(10)
+    assert not draining.is_alive() and sender.responses == [({"text_output": [b"ab"]}, 1)]
+
+
+def test_a_request_that_outlasts_its_time_is_told_that_the_server_stops(service) -> None:
+    sender, result = begin(service)
+    service.session.drain(0.1)
+    assert sender.error == ("UNAVAILABLE", "the server is stopping") and result.aborted
+
+
 def test_a_refused_request_never_reaches_the_runtime(service) -> None:
     sender = accept(service, Sender(), text="")
     assert sender.error[0] == "INVALID_ARGUMENT" and service.llm.results == []

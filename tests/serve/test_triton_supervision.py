@@ -57,6 +57,9 @@ class FakeServer:
     def stop(self, *, grace_s: float | None = None) -> None:
         self.history.append("stop")
 
+    def drain(self) -> None:
+        self.history.append("drain")
+
     def keep_log(self) -> None:
         self.history.append("keep log")
 
@@ -87,6 +90,14 @@ def test_after_a_death_what_is_beside_the_server_stops_last(engine, history) -> 
     """So that it can tell its clients; stopped first it would cut their streams in the middle."""
     assert serve_engine(engine, beside=FakeFront(history), quiet=True) == 1
     assert history == ["start", "front start", "keep log", "stop", "front stop"]
+
+
+def test_a_signal_ends_the_requests_first_then_what_is_beside_the_server(engine, history) -> None:
+    """A front that were stopped first would cut off its clients in the middle."""
+    front = FakeFront(history)
+    ready = lambda server: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    assert serve_engine(engine, beside=front, on_ready=ready, quiet=True) == 0
+    assert history == ["start", "front start", "drain", "front stop", "stop"]
 
 
 def test_a_restart_that_fails_is_tried_again(engine, history, monkeypatch, capfd) -> None:
