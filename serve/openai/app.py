@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.bench.target import Target
@@ -30,6 +31,8 @@ T = TypeVar("T")
 IsHealthy = Callable[[], bool]
 CLIENT_GONE = 499
 """nginx's status for a client that did not wait; nobody reads it."""
+MAX_BODY_BYTES = 16 << 20
+"""Of a request: several times the token ids of a million. All streams stand still while it becomes JSON."""
 
 
 def make_app(
@@ -126,6 +129,9 @@ def _add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         return await api_error(request, ApiError(f"{request.url.path}: {error.detail}", status=error.status_code))
 
+    async def client_gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_GONE)
+
     async def our_fault(request: Request, error: Exception) -> Response:
         found = ApiError("internal error; the server's log says more", status=500, kind="server_error")
         return await api_error(request, found)
@@ -133,6 +139,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(ServeError, server_error)
     app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(ClientDisconnect, client_gone)
     app.add_exception_handler(Exception, our_fault)
 
 
@@ -140,9 +147,20 @@ R = TypeVar("R", ChatRequest, CompletionRequest)
 
 
 async def _parsed(request: Request, card: ModelCard, kind: type[R]) -> R:
-    parsed = kind.parse(_json_of(await request.body()))
+    parsed = kind.parse(_json_of(await _body(request)))
     card.require(parsed.model)
     return parsed
+
+
+async def _body(request: Request) -> bytes:
+    """Raises ApiError, 413, for one that is too long."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise ApiError(f"the request body has more than {MAX_BODY_BYTES:,} bytes", status=413)
+        parts.append(part)
+    return b"".join(parts)
 
 
 def _json_of(body: bytes) -> Any:

@@ -9,13 +9,17 @@ misspelt parameter would otherwise be one that silently does nothing. Beyond Ope
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import Self
 
 from puzzle_trtllm.serve.openai.errors import ApiError, unsupported
 from puzzle_trtllm.serve.triton.request import MAX_STOP_LENGTH, MAX_STOP_STRINGS
+
+T = TypeVar("T")
+Items = Annotated[list[T], Field(fail_fast=True)]
+"""A list whose first wrong item is told: collecting all of them took seconds, and a gigabyte, for one of 300,000."""
 
 MAX_PROMPTS = 256
 """Prompts of one /v1/completions request."""
@@ -68,7 +72,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Items[dict[str, Any]] | None = None
     name: str | None = None
     reasoning_content: str | None = None
     """What an assistant's turn thought, as this server gave it."""
@@ -99,7 +103,7 @@ class _Generation(BaseModel):
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0, le=2**31 - 1)
     seed: int | None = Field(default=None, ge=0, lt=2**64)
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     min_tokens: int | None = Field(default=None, ge=0, le=2**31 - 1)
@@ -118,9 +122,12 @@ class _Generation(BaseModel):
         for name, values in _ONLY.items():
             if body.get(name) not in values:
                 raise unsupported(name, f"only {values[-1]!r}, found {body[name]!r}")
-        known = {k: v for k, v in body.items() if k not in _REFUSED and k not in _ONLY and k not in _WITHOUT_EFFECT}
+        rest = {k: v for k, v in body.items() if k not in _REFUSED and k not in _ONLY and k not in _WITHOUT_EFFECT}
+        for name in rest:
+            if name not in cls.model_fields:
+                raise ApiError(f"unknown parameter: {name}", param=name, code="unknown_parameter")
         try:
-            request = cls.model_validate(known)
+            request = cls.model_validate(rest)
         except ValidationError as error:
             raise _first(error) from None
         _check_stops(request.stops)
@@ -140,7 +147,7 @@ class _Generation(BaseModel):
 class ChatRequest(_Generation):
     """/v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Items[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     """The same as `max_tokens`, and wins: reasoning and answer together."""
     reasoning_effort: Literal["low", "medium", "high"] | None = None
@@ -149,7 +156,7 @@ class ChatRequest(_Generation):
 class CompletionRequest(_Generation):
     """/v1/completions. A prompt is a text or token ids; a list of prompts gives a choice each."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Items[int] | Items[str] | Items[Items[int]]
 
     def prompts(self) -> list[str | list[int]]:
         """Raises ApiError for no or too many prompts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import urllib.error
 import urllib.request
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 
 from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.serve.openai import app
 from puzzle_trtllm.serve.openai.answers import StopWatch
+from puzzle_trtllm.serve.openai.app import CLIENT_GONE, make_app
 from puzzle_trtllm.serve.openai.errors import ApiError
 from puzzle_trtllm.serve.openai.model_card import ModelCard
 from puzzle_trtllm.serve.openai.protocol import ChatRequest, CompletionRequest
@@ -270,6 +273,48 @@ def test_a_client_that_goes_away_cancels_the_generation(front, begun, stream):
         for _ in ask(SimpleNamespace(client=client), stream=stream):
             pass
     wait_until(lambda: front.target.cancelled == 1, what="cancelled", timeout_s=5)
+
+
+def test_a_client_that_goes_away_while_it_sends_is_no_error_of_ours(card):
+    """An exception that leaves the application is a traceback in the log."""
+    sent = []
+    arrives = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive():
+        return next(arrives)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": []}
+    asyncio.run(make_app(card, ScriptedTarget())(scope, receive, send))
+    assert sent[0]["status"] == CLIENT_GONE
+
+
+def test_a_body_that_is_too_long_is_413(front, monkeypatch):
+    monkeypatch.setattr(app, "MAX_BODY_BYTES", 1000)
+    status, error = refused(front.url + "/chat/completions", {"model": "toy", "messages": USER, "user": "x" * 1000})
+    assert (status, error["message"]) == (413, "the request body has more than 1,000 bytes")
+    assert front.target.requests == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        (ChatRequest, {"messages": [1] * 1000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [1] * 1000}]}),
+        (ChatRequest, {"messages": USER, "stop": [1] * 1000}),
+        (ChatRequest, {"messages": USER, **{f"misspelt{index}": 1 for index in range(1000)}}),
+        (CompletionRequest, {"prompt": [1.5, "a"] * 500}),
+        (CompletionRequest, {"prompt": [[1.5] * 1000]}),
+    ],
+)
+def test_of_what_is_wrong_a_thousand_times_the_first_is_told(kind, wrong):
+    """Not all collected: for a body of 1 MB that took a gigabyte, and seconds in which no stream went on."""
+    with pytest.raises(ApiError) as caught:
+        kind.parse({"model": "m", **wrong})
+    collected = caught.value.__context__
+    assert collected is None or collected.error_count() <= 4
 
 
 def test_with_an_api_key_only_those_who_know_it_get_in(card):
