@@ -9,6 +9,8 @@ from puzzle_trtllm.errors import ServeError
 
 _OURS = re.compile(r"cannot start: (.*?)(?:\\n|$)", re.MULTILINE)  # the log writes a newline as backslash and n
 _TRITON = re.compile(r"^[EF]\d{4} [^\]]*\] (.*)")
+_NO_GPU = "CudaDriverHelper"
+"""In an error line of every start on a machine without a GPU."""
 _TAIL_LINES = 12
 
 
@@ -32,6 +34,6 @@ def find_reason(log: str) -> str | None:
         return ours.group(1).strip().strip('"')
     for line in log.splitlines():
         theirs = _TRITON.match(line)
-        if theirs is not None:
+        if theirs is not None and _NO_GPU not in line:
             return theirs.group(1).strip().strip('"')
     return None

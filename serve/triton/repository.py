@@ -4,13 +4,17 @@
     tensorrt_llm/1/model.py      a few lines that hand over to puzzle_trtllm.serve.triton
     tensorrt_llm/1/model.yaml    arguments of `LLM(...)` and `triton_config` (settings.py)
 
-The trap: Triton starts the Python stub through `bash -c` without quoting, so the repository's own path must not hold
-a space. The engine's path may: it only occurs inside model.yaml.
+    tensorrt_llm/1/engine        a link to the engine, where its path is not plain ASCII
+
+The traps: Triton starts the Python stub through `bash -c` without quoting, so the repository's own path must not hold
+a space. The engine's path may: it only occurs inside model.yaml. But the interpreter in some stubs takes its settings
+from nowhere, not even the locale, and knows no file names but those of ASCII; hence the link.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from puzzle_trtllm.serve.triton.contract import MODEL_NAME, render_config
 from puzzle_trtllm.serve.triton.instances import parse_gpu_device_ids
 from puzzle_trtllm.serve.triton.settings import MODEL_YAML, TritonConfig
 
+_ENGINE_LINK = "engine"
 PLUGIN_FOLDER = Path("plugin") / "puzzle_trtllm_plugin"
 
 
@@ -44,15 +49,17 @@ def write_repository(
     and is not to be overwritten.
     """
     out = Path(out).absolute()
-    if any(character in str(out) for character in " \t'\"$&;()"):
-        raise ServeError("Triton starts its Python stub through a shell: no spaces or shell characters", file=out)
+    if not str(out).isascii() or any(character in str(out) for character in " \t'\"$&;()"):
+        raise ServeError("Triton starts its Python stub through a shell: only ASCII, no spaces, no $&;()'\"", file=out)
+    link = out / MODEL_NAME / "1" / _ENGINE_LINK
+    reachable = engine.path if str(engine.path).isascii() else link
     plugin = engine.path / PLUGIN_FOLDER
     triton = TritonConfig(
         decoupled=decoupled,
         cancellation_check_period_ms=cancellation_check_period_ms,
         runtime=engine.manifest.runtime,
         runtime_module=runtime_module,
-        plugin=str(plugin) if plugin.is_dir() else None,
+        plugin=str(reachable / PLUGIN_FOLDER) if plugin.is_dir() else None,
         max_open_requests=max_open_requests,
         vocab_size=engine.architecture.vocab_size,
     )
@@ -62,7 +69,10 @@ def write_repository(
         version.mkdir(parents=True)
         (folder / MODEL_NAME / "config.pbtxt").write_text(config, encoding="utf-8")
         shutil.copyfile(Path(__file__).with_name("model.py"), version / "model.py")
-        (version / MODEL_YAML).write_text(render_model_yaml(engine, triton), encoding="utf-8")
+        if reachable == link:
+            (version / _ENGINE_LINK).symlink_to(engine.path, target_is_directory=True)
+        text = render_model_yaml(reachable / engine.model_path.name, engine.llm_args, triton)
+        (version / MODEL_YAML).write_text(text, encoding="utf-8")
     return out
 
 
@@ -75,9 +85,9 @@ def _config_text(engine: Engine, gpu_device_ids: str | None) -> str:
     return render_config(instance_count=len(instances), gpu_device_ids=text)
 
 
-def render_model_yaml(engine: Engine, triton: TritonConfig) -> str:
+def render_model_yaml(model: Path, llm_args: Mapping[str, Any], triton: TritonConfig) -> str:
     """The text of model.yaml; keys in a fixed order, so that two builds of one engine give one text."""
-    content: dict[str, Any] = {"model": str(engine.model_path), **engine.llm_args}
-    content["model"] = str(engine.model_path)
+    content: dict[str, Any] = {"model": "", **llm_args}
+    content["model"] = str(model)
     content["triton_config"] = triton.model_dump(exclude_none=True)
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -289,6 +289,10 @@ def test_a_wheel_without_a_stub_for_this_python(only_wheel, monkeypatch, tmp_pat
             'I1123 14:42:10 1 a.cc:1] "fine"\nE1123 14:42:11 1 main.cc:2] "failed to start HTTP"\n',
             "failed to start HTTP",
         ),
+        (
+            'E1123 1 server.cc:241] "CudaDriverHelper has not been initialized."\nE1123 1 main.cc:2] "no"\n',
+            "no",
+        ),
         ("nothing that helps\n", None),
     ],
 )

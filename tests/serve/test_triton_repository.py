@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
+from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import ConfigError, PuzzleError, ServeError
 from puzzle_trtllm.serve.triton.contract import render_config
 from puzzle_trtllm.serve.triton.plugin import import_plugin
@@ -62,10 +64,22 @@ def test_an_engines_plugin_is_named(engine, tmp_path: Path) -> None:
     assert plugin == str(engine.path / "plugin" / "puzzle_trtllm_plugin")
 
 
-def test_a_path_that_tritons_shell_would_break_is_refused(engine, tmp_path: Path) -> None:
-    with pytest.raises(ServeError, match="no spaces"):
-        write_repository(engine, tmp_path / "my repository")
-    assert not (tmp_path / "my repository").exists()
+def test_an_engine_whose_path_is_not_ascii_is_reached_over_a_link(engine, tmp_path: Path) -> None:
+    """The interpreter of some stubs knows no other file names, whatever the locale."""
+    shutil.copytree(engine.path, tmp_path / "mü ller" / "engine")
+    (tmp_path / "mü ller" / "engine" / "plugin" / "puzzle_trtllm_plugin").mkdir(parents=True)
+    out = write_repository(Engine.open(tmp_path / "mü ller" / "engine"), tmp_path / "repository")
+    settings = read_model_yaml(out / "tensorrt_llm/1/model.yaml")
+    assert settings.llm_args["model"] == str(out / "tensorrt_llm/1/engine/model")
+    assert settings.triton.plugin == str(out / "tensorrt_llm/1/engine/plugin/puzzle_trtllm_plugin")
+    assert Path(settings.llm_args["model"]).resolve() == tmp_path / "mü ller" / "engine" / "model"
+
+
+@pytest.mark.parametrize("name", ["my repository", "rücklage"])
+def test_a_path_that_tritons_shell_would_break_is_refused(engine, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ServeError, match="only ASCII, no spaces"):
+        write_repository(engine, tmp_path / name)
+    assert not (tmp_path / name).exists()
 
 
 def test_an_existing_repository_is_only_replaced_when_told_so(engine, tmp_path: Path) -> None:
