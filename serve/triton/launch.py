@@ -80,6 +80,7 @@ class TritonServer:
         self._repository_options = repository_options
         self._process: GuardedProcess | None = None
         self._model_folder = Path()
+        self._drained = False
         self.log_file = log_file or Path(tempfile.gettempdir()) / f"puzzle-triton-{uuid.uuid4().hex[:12]}.log"
 
     # --- life -------------------------------------------------------------------------------------------------------
@@ -103,7 +104,8 @@ class TritonServer:
 
     def drain(self) -> None:
         """Have the model refuse new requests and end the open ones; they get the drain time, then UNAVAILABLE."""
-        if self._process is not None:
+        if self._process is not None and not self._drained:
+            self._drained = True
             give_notice(self._model_folder, self._drain_s, self.stub_pids())
 
     def stop(self, *, grace_s: float | None = None) -> None:
@@ -140,7 +142,7 @@ class TritonServer:
         scratch = Path(tempfile.mkdtemp(prefix="puzzle-triton-"))
         try:
             repository = write_repository(self.engine, scratch / "repository", **self._repository_options)
-            self._model_folder = repository / MODEL_NAME / "1"
+            self._model_folder, self._drained = repository / MODEL_NAME / "1", False
             command = [str(install.server), "--model-repository", str(repository), *install.arguments(scratch)]
             return GuardedProcess(
                 [*command, *self._options(shm_prefix), *self._arguments],

@@ -12,8 +12,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 from puzzle_trtllm.engine import Engine
@@ -32,7 +33,7 @@ _RESTART_PAUSE_S = 5.0
 
 
 class _StopAskedError(BaseException):
-    """SIGINT or SIGTERM arrived."""
+    """SIGINT, SIGTERM or SIGHUP arrived."""
 
 
 class Beside(Protocol):
@@ -60,7 +61,7 @@ def serve_engine(
     quiet: bool = False,
     **server_options: Any,
 ) -> int:
-    """Serve until SIGINT or SIGTERM: exit code 0; 1 when the engine or the server dies, unless `restart`.
+    """Serve until SIGINT, SIGTERM or SIGHUP: exit code 0; 1 when the engine or the server dies, unless `restart`.
 
     On a rank of an MPI job that is not the first it is a worker, and returns when the leader has ended (ranks.py). Call
     it from the main thread. `on_ready` is called after every start. `beside` is started with the server, and its death
@@ -159,25 +160,28 @@ def watch(server: TritonServer, beside: Beside | None = None) -> str:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    def stop(number: int, frame: object) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         raise _StopAskedError
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _signals_handled(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+
+def _signals_ignored() -> AbstractContextManager[None]:
+    return _signals_handled(signal.SIG_IGN)
 
 
 @contextmanager
-def _signals_ignored() -> Iterator[None]:
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+def _signals_handled(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def _progress(say: Callable[[str], None]) -> Callable[[float], None]:

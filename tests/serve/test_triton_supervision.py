@@ -100,6 +100,21 @@ def test_a_signal_ends_the_requests_first_then_what_is_beside_the_server(engine,
     assert history == ["start", "front start", "drain", "front stop", "stop"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_terminal_that_closes_stops_it_as_ctrl_c_does(engine, history, number: int) -> None:
+    assert serve_engine(engine, on_ready=lambda server: os.kill(os.getpid(), number), quiet=True) == 0
+    assert history == ["start", "drain", "stop"]
+
+
+def test_under_nohup_it_outlives_the_terminal(engine, history, monkeypatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert serve_engine(engine, on_ready=lambda server: os.kill(os.getpid(), signal.SIGHUP), quiet=True) == 1
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert history == ["start", "keep log", "stop"]
+
+
 def test_a_restart_that_fails_is_tried_again(engine, history, monkeypatch, capfd) -> None:
     monkeypatch.setattr(FakeServer, "starts", [True, False, False, True])
     restarts = []
