@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from puzzle_trtllm.engine import Engine
-from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.errors import PuzzleError
 from puzzle_trtllm.serve.triton.launch import TritonServer
 from puzzle_trtllm.serve.triton.probe import read_metrics, values_of
 from puzzle_trtllm.serve.triton.process import is_alive
@@ -86,7 +86,7 @@ def serve_engine(
                 )
                 try:
                     reason = _serve_once(server, beside, on_ready, say)
-                except ServeError as error:
+                except (PuzzleError, OSError) as error:
                     if not served:
                         raise
                     say(f"not started, next try in {_RESTART_PAUSE_S:.0f} s: {error}")

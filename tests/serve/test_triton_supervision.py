@@ -5,6 +5,7 @@ With a real server: test_triton_lifecycle.py and test_triton_restart.py.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -40,7 +41,7 @@ def history(monkeypatch) -> list[str]:
 class FakeServer:
     """Dies as soon as it is watched; `starts` tells which starts fail."""
 
-    starts: ClassVar[list[bool]] = []
+    starts: ClassVar[list[bool | Exception]] = []
 
     def __init__(self, history: list[str], **options) -> None:
         self.history = history
@@ -49,9 +50,10 @@ class FakeServer:
         self.log_file = Path("log")
 
     def start(self) -> None:
-        if self.starts and not self.starts.pop(0):
+        outcome = self.starts.pop(0) if self.starts else True
+        if outcome is not True:
             self.history.append("start fails")
-            raise ServeError("port 8001 (gRPC) is in use")
+            raise outcome or ServeError("port 8001 (gRPC) is in use")
         self.history.append("start")
 
     def stop(self, *, grace_s: float | None = None) -> None:
@@ -116,7 +118,8 @@ def test_under_nohup_it_outlives_the_terminal(engine, history, monkeypatch) -> N
 
 
 def test_a_restart_that_fails_is_tried_again(engine, history, monkeypatch, capfd) -> None:
-    monkeypatch.setattr(FakeServer, "starts", [True, False, False, True])
+    full = OSError(errno.ENOSPC, "No space left on device", "/tmp/puzzle-triton-x")
+    monkeypatch.setattr(FakeServer, "starts", [True, False, full, True])
     restarts = []
 
     def stop_at_the_second(server) -> None:
