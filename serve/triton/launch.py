@@ -96,9 +96,11 @@ class TritonServer:
             process = self._process = self._launch(install)
             try:
                 self._wait_until_ready()
-            except BaseException:
+            except BaseException as error:
                 self._process = None
                 process.stop(grace_s=2)
+                if not isinstance(error, Exception):  # a signal: nothing that the log has to explain
+                    self._remove_log()
                 raise
         return self
 
@@ -120,12 +122,15 @@ class TritonServer:
             grace_s = _DRAINED_GRACE_S
         process, self._process = self._process, None
         process.stop(grace_s=grace_s)
-        if self._kept_log is None:
-            self.log_file.unlink(missing_ok=True)
+        self._remove_log()
 
     def keep_log(self) -> None:
         """Do not remove the log when stopping."""
         self._kept_log = self.log_file
+
+    def _remove_log(self) -> None:
+        if self._kept_log is None:
+            self.log_file.unlink(missing_ok=True)
 
     def __enter__(self) -> TritonServer:
         return self.start()

@@ -12,9 +12,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 from puzzle_trtllm.engine import Engine
@@ -72,7 +71,7 @@ def serve_engine(
     if engine.manifest.runtime == "tensorrt_llm" and serve_as_worker(engine.path, engine.llm_args, PLUGIN_FOLDER):
         return 0
     served = False
-    with _signals_raise():
+    with _first_signal_raises():
         try:
             while True:
                 server = TritonServer(
@@ -119,10 +118,9 @@ def _serve_once(
         reason = watch(server, beside)
     except _StopAskedError:
         say("stopping")
-        with _signals_ignored():
-            server.drain()
-            _stop(beside)
-            server.stop()
+        server.drain()
+        _stop(beside)
+        server.stop()
         raise
     except BaseException:
         _stop(beside)
@@ -159,29 +157,23 @@ def watch(server: TritonServer, beside: Beside | None = None) -> str:
 
 
 @contextmanager
-def _signals_raise() -> Iterator[None]:
-    def stop(number: int, frame: FrameType | None) -> None:
+def _first_signal_raises() -> Iterator[None]:
+    """Later ones are ignored, so that nothing cuts the stop short; so is SIGHUP where it was before, as under nohup."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+
+    def stop(number: int, frame: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
         raise _StopAskedError
 
-    with _signals_handled(stop):
-        yield
-
-
-def _signals_ignored() -> AbstractContextManager[None]:
-    return _signals_handled(signal.SIG_IGN)
-
-
-@contextmanager
-def _signals_handled(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, handler) for number in numbers}
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _progress(say: Callable[[str], None]) -> Callable[[float], None]:

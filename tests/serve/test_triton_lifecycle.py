@@ -125,15 +125,19 @@ def test_requests_that_outlast_the_stop_are_told_over_grpc_and_http(serving) -> 
     running.assert_all_gone()
 
 
-def test_sigint_while_starting_is_no_failure(serving) -> None:
+def test_sigint_while_starting_is_no_failure(serving, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     running = serving()
     wait_until(lambda: len(children_of(running.process.pid)) == 1, what="the guard's start")
     (guard,) = children_of(running.process.pid)
     wait_until(lambda: len(children_of(guard)) == 1, what="the server's start")
     running.pids = [guard, *children_of(guard)]
-    running.process.send_signal(signal.SIGINT)
+    for _ in range(2):  # a person who is in a hurry
+        running.process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
     assert running.process.wait(timeout=30) == 0
     running.assert_all_gone()
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- what cannot start --------------------------------------------------------------------------------------------
