@@ -7,6 +7,7 @@ another machine or of another number of processes.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 from pathlib import Path
 
@@ -38,8 +39,9 @@ def _serve(options: argparse.Namespace) -> None:
 
     from puzzle_trtllm.serve.client.secret import read_secret
     from puzzle_trtllm.serve.client.triton_client import TritonLlmClient
-    from puzzle_trtllm.serve.openai.app import make_app
+    from puzzle_trtllm.serve.openai.app import check_server, make_app
     from puzzle_trtllm.serve.openai.model_card import ModelCard
+    from puzzle_trtllm.serve.triton.ports import choose_ports
     from puzzle_trtllm.serve.triton.probe import read_metrics, values_of
 
     def is_healthy() -> bool:
@@ -51,6 +53,8 @@ def _serve(options: argparse.Namespace) -> None:
     secret = None if options.secret is None else read_secret(options.secret)
     card = ModelCard.of_engine(Engine.open(options.engine), options.model)
     client = TritonLlmClient(options.grpc_url, secret=secret)
+    choose_ports(options.host, {"OpenAI": options.port})
+    asyncio.run(check_server(client))
     app = make_app(card, client, api_key=secret, is_healthy=is_healthy)
     uvicorn.run(
         app, host=options.host, port=options.port, log_level="warning", access_log=False, timeout_graceful_shutdown=3

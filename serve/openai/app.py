@@ -50,8 +50,6 @@ def make_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with client as target:
-            if not target.gives_token_ids:
-                raise ServeError("the server behind gives no token ids", expected="a server started by `serve`")
             app.state.target = target
             yield
 
@@ -99,6 +97,13 @@ def make_app(
     app.add_api_route("/health", health, methods=["GET"])
     _add_error_handlers(app)
     return app
+
+
+async def check_server(client: AbstractAsyncContextManager[Target]) -> None:
+    """Connect once. Raises ServeError, which a starting application would bury under a traceback."""
+    async with client as target:
+        if not target.gives_token_ids:
+            raise ServeError("the server behind gives no token ids", expected="a server started by `serve`")
 
 
 def _guarded(

@@ -40,6 +40,10 @@ class OpenAiFront:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)
         return f"http://{f'[{host}]' if ':' in host else host}:{self._port}/v1"
 
+    def check(self) -> None:
+        """Raises ServeError for a port in use."""
+        choose_ports(self._host, {"OpenAI": self._wanted_port})
+
     def start(self, server: TritonServer) -> None:
         """Start in front of a ready server; returns when it answers. Raises ServeError when it does not."""
         self._port = choose_ports(self._host, {"OpenAI": self._wanted_port})["OpenAI"]

@@ -42,6 +42,9 @@ class Beside(Protocol):
     After a death it is stopped last, so that it can still tell its clients.
     """
 
+    def check(self) -> None:
+        """Raises ServeError for what is known to go wrong, before the engine is loaded for minutes."""
+
     def start(self, server: TritonServer) -> None: ...
     def failure(self) -> str | None: ...
     def stop(self) -> None: ...
@@ -107,6 +110,8 @@ def _serve_once(
     say: Callable[[str], None],
 ) -> str:
     """Returns the reason why it ended by itself."""
+    if beside is not None:
+        beside.check()
     server.start()
     try:
         say(f"serving {server.engine.path} at grpc {server.grpc_url}, {server.http_url}, {server.metrics_url}")

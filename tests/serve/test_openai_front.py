@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import sys
 import urllib.error
 import urllib.request
 from itertools import pairwise
@@ -17,13 +19,14 @@ from hypothesis import strategies as st
 from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.openai import app
+from puzzle_trtllm.serve.openai.__main__ import main as front_main
 from puzzle_trtllm.serve.openai.answers import StopWatch
-from puzzle_trtllm.serve.openai.app import CLIENT_GONE, make_app
+from puzzle_trtllm.serve.openai.app import CLIENT_GONE, check_server, make_app
 from puzzle_trtllm.serve.openai.errors import ApiError
 from puzzle_trtllm.serve.openai.model_card import ModelCard
 from puzzle_trtllm.serve.openai.protocol import ChatRequest, CompletionRequest
 from tests.serve.openai_front import ScriptedTarget, running_front
-from tests.serve.scripted import wait_until
+from tests.serve.scripted import scripted_engine, wait_until
 
 USER = [{"role": "user", "content": "12+30="}]
 ANSWER = "<|channel|>analysis<|message|>02 04<|end|><|start|>assistant<|channel|>final<|message|>42<|return|>"
@@ -315,6 +318,29 @@ def test_of_what_is_wrong_a_thousand_times_the_first_is_told(kind, wrong):
         kind.parse({"model": "m", **wrong})
     collected = caught.value.__context__
     assert collected is None or collected.error_count() <= 4
+
+
+@pytest.mark.parametrize("nobody_there", [True, False])
+def test_a_front_alone_that_cannot_start_says_so_in_one_line(
+    make_checkpoint, tmp_path, monkeypatch, capfd, nobody_there
+):
+    """uvicorn would show a traceback, and exit with a code of its own."""
+    engine = scripted_engine(tmp_path / "engine", make_checkpoint([(4, None)]))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = 0 if nobody_there else taken.getsockname()[1]
+        command = ["openai", str(engine.path), "--grpc-url", "127.0.0.1:1", "--port", str(port)]
+        monkeypatch.setattr(sys, "argv", command)
+        assert front_main() == 2
+    error = capfd.readouterr().err.strip()
+    expected = "error: 127.0.0.1:1: failed to connect" if nobody_there else f"error: port {port} (OpenAI) is in use"
+    assert error.startswith(expected) and "\n" not in error
+
+
+def test_a_server_without_token_ids_is_no_server_to_stand_before():
+    target = ScriptedTarget()
+    target.gives_token_ids = False
+    with pytest.raises(ServeError, match="gives no token ids"):
+        asyncio.run(check_server(target))
 
 
 def test_with_an_api_key_only_those_who_know_it_get_in(card):

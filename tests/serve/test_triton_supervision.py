@@ -75,8 +75,14 @@ class FakeServer:
 class FakeFront:
     """What runs beside."""
 
+    problem: ServeError | None = None
+
     def __init__(self, history: list[str]) -> None:
         self.history = history
+
+    def check(self) -> None:
+        if self.problem is not None:
+            raise self.problem
 
     def start(self, server) -> None:
         self.history.append("front start")
@@ -86,6 +92,14 @@ class FakeFront:
 
     def stop(self) -> None:
         self.history.append("front stop")
+
+
+def test_what_is_beside_the_server_is_checked_before_the_engine_is_loaded(engine, history) -> None:
+    front = FakeFront(history)
+    front.problem = ServeError("port 9000 (OpenAI) is in use")
+    with pytest.raises(ServeError, match="9000"):
+        serve_engine(engine, beside=front, quiet=True)
+    assert history == []
 
 
 def test_after_a_death_what_is_beside_the_server_stops_last(engine, history) -> None:
