@@ -132,9 +132,7 @@ def test_sigint_while_starting_is_no_failure(serving, monkeypatch, tmp_path: Pat
     (guard,) = children_of(running.process.pid)
     wait_until(lambda: len(children_of(guard)) == 1, what="the server's start")
     running.pids = [guard, *children_of(guard)]
-    for _ in range(2):  # a person who is in a hurry
-        running.process.send_signal(signal.SIGINT)
-        time.sleep(0.1)
+    running.process.send_signal(signal.SIGINT)
     assert running.process.wait(timeout=30) == 0
     running.assert_all_gone()
     assert list(tmp_path.iterdir()) == []

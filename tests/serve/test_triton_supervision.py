@@ -122,6 +122,15 @@ def test_a_terminal_that_closes_stops_it_as_ctrl_c_does(engine, history, number:
     assert history == ["start", "drain", "stop"]
 
 
+def test_a_second_signal_does_not_cut_the_stop_short(engine, history, monkeypatch) -> None:
+    """A person who is in a hurry."""
+    front = FakeFront(history)
+    monkeypatch.setattr(front, "stop", lambda: os.kill(os.getpid(), signal.SIGINT))
+    ready = lambda server: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    assert serve_engine(engine, beside=front, on_ready=ready, quiet=True) == 0
+    assert history == ["start", "front start", "drain", "stop"]
+
+
 def test_under_nohup_it_outlives_the_terminal(engine, history, monkeypatch) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
