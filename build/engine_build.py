@@ -107,7 +107,7 @@ def explain(config_json_or_checkpoint: str | Path, *, config: EngineConfig | str
     arguments themselves. Raises the errors that building would, as far as they show without weights.
     """
     path = Path(config_json_or_checkpoint)
-    path = path if path.is_file() else resolve_folder(config_json_or_checkpoint)
+    path = path if path.is_file() else resolve_folder(config_json_or_checkpoint, weights=False)
     settings, label = _load_config(config)
     return _derive(PuzzleArchitecture.from_path(path), settings, label)
 

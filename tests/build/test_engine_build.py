@@ -324,6 +324,17 @@ class TestExplain:
         (tmp_path / "config.json").write_bytes((child / "config.json").read_bytes())
         assert explain(tmp_path, config="cpu-demo") == explain(child, config="cpu-demo")
 
+    def test_of_a_hub_id_fetches_no_weights(self, child, monkeypatch):
+        wanted = []
+
+        def download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+            wanted.extend(allow_patterns)
+            return str(child)
+
+        monkeypatch.setattr(pytest.importorskip("huggingface_hub"), "snapshot_download", download)
+        assert explain("nvidia/child", config=config()) == explain(child, config=config())
+        assert wanted == ["config.json", "model.safetensors.index.json"]
+
     def test_refuses_what_building_would(self, child):
         with pytest.raises(ConfigError, match="memory_bytes"):
             explain(child / "config.json", config=config(memory_bytes=1))
