@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from puzzle_trtllm.errors import PuzzleError
-from puzzle_trtllm.folders import place_of
+from puzzle_trtllm.folders import check_not_source
 
 HEADER_ALLOWANCE_BYTES = 16 * 2**20
 """For shard headers, the index, config.json and our own records."""
@@ -21,13 +21,6 @@ def check_output_folder(out: Path, *, source: Path, num_bytes: int) -> None:
     """Raise PuzzleError if `out` would replace `source`, or if `num_bytes` and a little more do not fit on its disk."""
     check_not_source(out, source=source)
     check_disk_space(out, num_bytes=num_bytes)
-
-
-def check_not_source(out: Path, *, source: Path) -> None:
-    """Raise PuzzleError if writing `out` would replace `source` or a folder that holds it, or a mount point."""
-    resolved = place_of(out)
-    if resolved == source.resolve() or resolved in source.resolve().parents:
-        raise PuzzleError("the output folder would replace the checkpoint it is made from", file=out)
 
 
 def check_disk_space(out: Path, *, num_bytes: int) -> None:

@@ -31,6 +31,7 @@ from puzzle_trtllm.calibration.memory import should_stream
 from puzzle_trtllm.calibration.tensor_file import write_tensors
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.errors import CalibrationError
+from puzzle_trtllm.folders import check_writable
 from puzzle_trtllm.models.huggingface.loading import load_causal_lm
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ def calibrate_experts(
     if out.exists() and not overwrite:
         raise CalibrationError("exists (--overwrite replaces it)", file=out)
     source = Checkpoint.open(checkpoint)
+    _check_place(out, source)
     kept = _kept_counts(source, architecture)
     job = _Job(
         score=_one_of("score", score, SCORES),
@@ -193,6 +195,14 @@ def _stream(
         return job.observe(choices, layer)
 
     return stream_layers(source, data, visit, out=out, what=WHAT, settings=vars(job), dtype=dtype, quiet=quiet)
+
+
+def _check_place(out: Path, source: Checkpoint) -> None:
+    """Every *.safetensors file in a checkpoint's folder is read as one of its shards."""
+    if out.resolve().parent == source.path.resolve():
+        expected = "a place outside, such as experts.safetensors"
+        raise CalibrationError("would lie among the files of the checkpoint", file=out, expected=expected)
+    check_writable(out)
 
 
 def _one_of(key: str, value: Any, known: Sequence[Any]) -> Any:

@@ -50,7 +50,7 @@ from puzzle_trtllm.calibration.tensor_file import write_tensors
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import rewrite_checkpoint, tensor_of
 from puzzle_trtllm.errors import CalibrationError
-from puzzle_trtllm.folders import atomic_folder, write_atomically
+from puzzle_trtllm.folders import atomic_folder, check_not_source, write_atomically
 from puzzle_trtllm.kv_scales import KV_CALIBRATION_NAME
 from puzzle_trtllm.models.huggingface.loading import load_causal_lm
 
@@ -160,6 +160,7 @@ def calibrate_kv(
 def _calibrate(ranks: Ranks, *, options: KvOptions, num_local_ranks: int) -> KvCalibration:
     _require_device(options.device)
     source = Checkpoint.open(options.checkpoint)
+    check_not_source(options.out, source=source.path)
     if source.kv_scales and not options.overwrite:
         _, entry = next(iter(source.kv_scales.items()))
         raise CalibrationError("already has KV scales (--overwrite replaces them)", file=entry.file, key=entry.name)

@@ -10,10 +10,12 @@ Process ids would not do: they are used again, and two containers that share a d
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +48,13 @@ def place_of(out: Path) -> Path:
         expected = f"a folder in it, such as {Path(out) / 'out'}"
         raise PuzzleError("is a mount point, which cannot be replaced", file=out, expected=expected)
     return place
+
+
+def check_not_source(out: Path, *, source: Path) -> None:
+    """Raise PuzzleError if writing `out` would replace `source` or a folder that holds it, or a mount point."""
+    resolved = place_of(out)
+    if resolved == source.resolve() or resolved in source.resolve().parents:
+        raise PuzzleError("the output folder would replace the checkpoint it is made from", file=out)
 
 
 @contextmanager
@@ -161,6 +170,19 @@ def _remove_unless_locked(folder: Path) -> bool:
         shutil.rmtree(folder, ignore_errors=True)
     os.close(descriptor)
     return not folder.exists()
+
+
+def check_writable(path: str | Path) -> None:
+    """Raises PuzzleError when `path` could not be written; creates nothing. To be asked before hours of work."""
+    file = Path(path).absolute()
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        nearest = next(folder for folder in file.parents if folder.exists())
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise PuzzleError(f"cannot be written: {error.strerror}", file=path) from None
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

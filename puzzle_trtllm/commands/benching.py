@@ -96,10 +96,10 @@ def bench_command(
 
     Output throughput over the steady window, and percentiles of TTFT, ITL and E2E.
     """
+    from puzzle_trtllm.folders import check_writable
     from puzzle_trtllm.scenario import OpenScenario, Scenario, load_any_scenario
     from puzzle_trtllm.serve.bench.runner import run_bench, run_open_loop
     from puzzle_trtllm.serve.bench.sweep import run_sweep
-    from puzzle_trtllm.serve.metrics.result_file import check_writable
 
     limits = {
         "max_ttft_ms": _positive(max_ttft_ms, "--max-ttft-ms"),

@@ -160,8 +160,8 @@ def evaluate_command(
 
     Every problem at every effort through the server, greedily; accuracy and mean tokens per request.
     """
+    from puzzle_trtllm.folders import check_writable
     from puzzle_trtllm.serve.evaluate.runner import UnfinishedEvaluationError, evaluate
-    from puzzle_trtllm.serve.metrics.result_file import check_writable
 
     if out is not None:
         check_writable(out)

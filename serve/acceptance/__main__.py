@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from puzzle_trtllm.errors import PuzzleError
+from puzzle_trtllm.folders import check_writable
 from puzzle_trtllm.serve.acceptance.comparison import compare
 from puzzle_trtllm.serve.acceptance.recording import Recording, record
-from puzzle_trtllm.serve.metrics.result_file import check_writable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,9 +7,6 @@ drops may be the one that made two results incomparable.
 
 from __future__ import annotations
 
-import errno
-import os
-import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from typing_extensions import Self
 
 from puzzle_trtllm.architecture import read_json_object
-from puzzle_trtllm.errors import ArchitectureError, ConfigError, PuzzleError
+from puzzle_trtllm.errors import ArchitectureError, ConfigError
 from puzzle_trtllm.folders import write_atomically
 
 
@@ -53,16 +50,3 @@ class ResultFile(BaseModel):
             problem = error.errors()[0]
             key = ".".join(str(part) for part in problem["loc"])
             raise ConfigError(problem["msg"], file=file, key=key) from None
-
-
-def check_writable(path: str | Path) -> None:
-    """Raises PuzzleError when `path` could not be written; creates nothing. To be asked before hours of measurement."""
-    file = Path(path).absolute()
-    try:
-        if file.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        nearest = next(folder for folder in file.parents if folder.exists())
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise PuzzleError(f"cannot be written: {error.strerror}", file=path) from None

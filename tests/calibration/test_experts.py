@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 import puzzle_trtllm
+from puzzle_trtllm.calibration import experts
 from puzzle_trtllm.calibration.dataset import load_dataset
 from puzzle_trtllm.calibration.expert_choices import observe_choices
 from puzzle_trtllm.calibration.expert_scores import REMOVALS, SCORES, importance, one_shot
@@ -22,7 +24,7 @@ from puzzle_trtllm.calibration.forward import run_dataset
 from puzzle_trtllm.calibration.ranked_choice import elimination_order, importance_from_order
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.cli import app
-from puzzle_trtllm.errors import CalibrationError
+from puzzle_trtllm.errors import CalibrationError, PuzzleError
 from puzzle_trtllm.models.huggingface.loading import load_causal_lm
 
 BLOCKS = [(6, 5), (8, None), (3, 9)]
@@ -212,6 +214,23 @@ def test_an_existing_file_is_kept(folder, tmp_path):
     assert out.read_text() == "mine"
     calibrate_experts(folder, out, overwrite=True)
     assert out.stat().st_size > 100
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("checkpoint/importance.safetensors", "would lie among the files of the checkpoint"),
+        ("a-folder", "cannot be written: Is a directory"),
+        ("a-file/importance.safetensors", "cannot be written: Not a directory"),
+    ],
+)
+def test_a_place_that_will_not_do_is_told_before_the_pass(folder, tmp_path, monkeypatch, place, message):
+    monkeypatch.setattr(experts, "load_chosen", Mock(side_effect=AssertionError("too late")))
+    (tmp_path / "a-folder").mkdir()
+    (tmp_path / "a-file").touch()
+    (tmp_path / "checkpoint").symlink_to(folder)
+    with pytest.raises(PuzzleError, match=message):
+        calibrate_experts(folder, tmp_path / place, overwrite=True)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

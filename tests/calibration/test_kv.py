@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -312,6 +313,15 @@ def test_an_existing_output_folder_is_kept(child, tmp_path):
     with pytest.raises(PuzzleError, match="not empty"):
         calibrate_kv(child, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("place", ["models/child", "models"])
+def test_an_output_that_would_replace_the_checkpoint(make_checkpoint, tmp_path, place):
+    folder = tmp_path / "models" / "child"
+    shutil.copytree(with_data(make_checkpoint(CHILD)), folder)
+    with pytest.raises(PuzzleError, match="would replace the checkpoint it is made from"):
+        calibrate_kv(folder, tmp_path / place, overwrite=True)
+    assert not Checkpoint.open(folder).kv_scales
 
 
 @pytest.mark.parametrize(("value", "found"), [(float("nan"), "NaN"), (float("inf"), "infinity")])
