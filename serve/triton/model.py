@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +26,37 @@ def _settings() -> Any:
     return read_model_yaml(Path(__file__).parent / os.environ.get("LLM_CONFIG_PATH", MODEL_YAML))
 
 
+@contextmanager
+def _saying_why() -> Iterator[None]:
+    """Make of an error the one line that log.py looks for in the server's log."""
+    try:
+        yield
+    except Exception as error:
+        kinds = {kind.__name__ for kind in type(error).__mro__}  # the import of our errors may be what failed
+        reason = str(error) if "PuzzleError" in kinds else f"{type(error).__name__}: {error}"
+        raise pb_utils.TritonModelException(f"cannot start: {reason}") from error
+
+
 class TritonPythonModel:
     """Triton calls these four."""
 
     @staticmethod
     def auto_complete_config(auto_complete_model_config: Any) -> Any:
         """Complete config.pbtxt with what model.yaml says about Triton."""
-        triton = _settings().triton
+        with _saying_why():
+            triton = _settings().triton
         auto_complete_model_config.set_model_transaction_policy({"decoupled": triton.decoupled})
         auto_complete_model_config.set_max_batch_size(triton.max_batch_size)
         return auto_complete_model_config
 
     def initialize(self, args: dict[str, str]) -> None:
         """Start the engine; returns when it can take requests."""
-        from puzzle_trtllm.errors import PuzzleError
-        from puzzle_trtllm.serve.triton.instances import instance_of
-        from puzzle_trtllm.serve.triton.service import Service
+        with _saying_why():
+            settings = _settings()
+            from puzzle_trtllm.serve.triton.instances import instance_of
+            from puzzle_trtllm.serve.triton.service import Service
 
-        try:
-            self._service = Service(_settings(), instance_of(args), Path(__file__).parent)
-        except PuzzleError as error:
-            raise pb_utils.TritonModelException(f"cannot start: {error}") from None
-        except Exception as error:
-            raise pb_utils.TritonModelException(f"cannot start: {type(error).__name__}: {error}") from error
+            self._service = Service(settings, instance_of(args), Path(__file__).parent)
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests; their responses are sent as they come, from other threads."""

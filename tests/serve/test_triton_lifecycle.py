@@ -225,6 +225,13 @@ def test_an_engine_whose_runtime_is_not_installed_says_so(engine, make_checkpoin
     assert "\n" not in str(error.value)
 
 
+def test_a_model_that_cannot_complete_its_config_says_why(engine, monkeypatch, tmp_path: Path) -> None:
+    """Triton asks for that before `initialize`, and would show a traceback."""
+    monkeypatch.setenv("LLM_CONFIG_PATH", "other.yaml")
+    with pytest.raises(ServeError, match=r"other\.yaml: cannot be read: No such file or directory$"):
+        TritonServer(engine, log_file=tmp_path / "log").start()
+
+
 # --- finding a server ---------------------------------------------------------------------------------------------
 
 
