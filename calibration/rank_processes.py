@@ -1,7 +1,8 @@
 """`--ranks N`: one process a rank on this machine, and one clear line when one of them fails.
 
-The first failure ends all: its error is raised here, the others are terminated. They talk through a file in a temporary
-folder (torch.distributed's FileStore), so no port is taken. Each gets an equal part of this process's threads.
+The first failure ends all: its error is raised here, the others are terminated; they end too when this process is
+killed. They talk through a file in a temporary folder (torch.distributed's FileStore), so no port is taken. Each gets
+an equal part of this process's threads.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from puzzle_trtllm.calibration.ranks import LostRankError, joined_ranks
+from puzzle_trtllm.child_processes import end_with_parent, interrupts_blocked
 from puzzle_trtllm.errors import CalibrationError, PuzzleError
 
 SECONDS_TO_CLEAN_UP = 20.0
@@ -39,14 +41,16 @@ def run_ranks(size: int, function: RankFunction, options: Mapping[str, Any]) -> 
     answers: list[Connection] = []
     with tempfile.TemporaryDirectory(prefix="puzzle-ranks-") as folder:
         try:
-            for rank in range(size):
-                answer, end = context.Pipe(duplex=False)
-                arguments = (rank, size, f"file://{Path(folder) / 'store'}", num_threads, end, function, dict(options))
-                process = context.Process(target=_run_rank, args=arguments, name=f"rank {rank}")
-                process.start()
-                end.close()
-                processes.append(process)
-                answers.append(answer)
+            with interrupts_blocked():
+                for rank in range(size):
+                    answer, end = context.Pipe(duplex=False)
+                    store = f"file://{Path(folder) / 'store'}"
+                    arguments = (rank, size, store, num_threads, end, function, dict(options))
+                    process = context.Process(target=_run_rank, args=arguments, name=f"rank {rank}")
+                    process.start()
+                    end.close()
+                    processes.append(process)
+                    answers.append(answer)
             return _first_result(answers, processes)
         finally:
             _end(processes)
@@ -98,7 +102,7 @@ def _run_rank(
     rank: int, size: int, init_method: str, num_threads: int, answer: Connection, function: RankFunction, options: Any
 ) -> None:
     signal.signal(signal.SIGTERM, _leave)  # so that what was half written is removed
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends us
+    end_with_parent()
     torch.set_num_threads(num_threads)
     try:
         with joined_ranks(init_method, rank=rank, size=size) as ranks:

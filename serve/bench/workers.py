@@ -22,7 +22,6 @@ import contextlib
 import math
 import multiprocessing
 import os
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from puzzle_trtllm.child_processes import end_with_parent, interrupts_blocked
 from puzzle_trtllm.errors import BenchError, PuzzleError
 from puzzle_trtllm.serve.bench.load import Answer, IsTruncated, hold_concurrency
 from puzzle_trtllm.serve.bench.open_loop import DEAD_AFTER_REQUESTS, OpenLoopRun, follow_schedule
@@ -133,19 +133,20 @@ def drive_in_workers(
     shares = _split(requests, pattern, workers)
     crew = _Crew(num_requests=len(requests), dead_after=pattern.concurrency or DEAD_AFTER_REQUESTS, progress=progress)
     try:
-        for share, part in shares:
-            job = _Job(
-                url=url,
-                connect=connect,
-                requests=tuple(requests[index] for index in share),
-                pattern=part,
-                is_truncated=is_truncated,
-            )
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, job, counter), daemon=True)
-            process.start()
-            theirs.close()
-            crew.add(process, ours)
+        with interrupts_blocked():
+            for share, part in shares:
+                job = _Job(
+                    url=url,
+                    connect=connect,
+                    requests=tuple(requests[index] for index in share),
+                    pattern=part,
+                    is_truncated=is_truncated,
+                )
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(theirs, job, counter), daemon=True)
+                process.start()
+                theirs.close()
+                crew.add(process, ours)
         results = crew.run()
     finally:
         crew.end()
@@ -257,7 +258,7 @@ class _Crew:
 
 
 def _work(pipe: Connection, job: _Job, counter: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, and it ends us
+    end_with_parent()
     try:
         asyncio.run(_load(pipe, job, counter))
     except PuzzleError as error:

@@ -153,6 +153,24 @@ def test_a_rank_waits_for_another_longer_than_gloo_would(tmp_path, monkeypatch):
         pass
 
 
+def work_for_long(ranks: Ranks) -> None:
+    print("working", flush=True)
+    time.sleep(60)
+    print("still working", flush=True)
+
+
+def test_ranks_end_when_the_command_is_killed():
+    program = (
+        "from puzzle_trtllm.calibration.rank_processes import run_ranks\n"
+        "from tests.calibration.test_ranks import work_for_long\n"
+        "run_ranks(2, work_for_long, {})\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as command:
+        assert [command.stdout.readline() for _ in range(2)] == ["working\n"] * 2
+        command.terminate()
+        assert command.communicate(timeout=30) == ("", None)  # their stdout is its own: all have ended
+
+
 def refuse(ranks: Ranks, place: str) -> None:
     if ranks.rank == 1:
         raise PuzzleError("not like this", file=place, found=1)

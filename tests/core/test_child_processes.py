@@ -1,0 +1,72 @@
+"""Spawned processes: Ctrl-C never reaches them, and they end with a parent that is killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from puzzle_trtllm.child_processes import end_with_parent, interrupts_blocked
+
+TIMEOUT_S = 60
+
+
+def send_blocked_signals(pipe) -> None:
+    pipe.send(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+
+def test_a_child_is_deaf_to_ctrl_c_from_its_first_moment() -> None:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    with interrupts_blocked():
+        child = context.Process(target=send_blocked_signals, args=(theirs,))
+        child.start()
+    assert signal.SIGINT in ours.recv()
+    child.join(TIMEOUT_S)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_ctrl_c_while_children_start_comes_when_all_are_known() -> None:
+    known = []
+    with pytest.raises(KeyboardInterrupt), interrupts_blocked():
+        os.kill(os.getpid(), signal.SIGINT)
+        known.append("child")
+    assert known == ["child"]
+
+
+def write_late(started: str, late: str) -> None:
+    end_with_parent()
+    Path(started).write_text(str(os.getpid()))
+    time.sleep(TIMEOUT_S)
+    Path(late).touch()
+
+
+PARENT = """
+import multiprocessing, sys
+from tests.core.test_child_processes import write_late
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=write_late, args=sys.argv[1:]).start()
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_child_does_not_outlive_a_killed_parent(tmp_path: Path, how: signal.Signals) -> None:
+    script, started = tmp_path / "parent.py", tmp_path / "started"
+    script.write_text(PARENT)
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, str(script), str(started), str(tmp_path / "late")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as parent:
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while not (started.is_file() and started.read_text()) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        parent.send_signal(how)
+        began_s = time.monotonic()
+        parent.communicate(timeout=TIMEOUT_S / 2)  # its stdout is the child's too: the end is that of both
+    assert time.monotonic() - began_s < TIMEOUT_S / 2
