@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -196,7 +196,8 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     except OSError as error:
         raise PuzzleError(f"cannot be written: {error.strerror}", file=path) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # also where its folder is none
+            partial.unlink()
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -223,6 +223,12 @@ def test_a_single_file_is_replaced_in_one_step(tmp_path):
     assert names(tmp_path / "sub") == ["file"]
 
 
+def test_a_single_file_below_a_file_is_one_line(tmp_path):
+    (tmp_path / "sub").touch()
+    with pytest.raises(PuzzleError, match=r"sub/file: cannot be written"):
+        write_atomically(tmp_path / "sub" / "file", "one")
+
+
 def test_links_share_the_bytes_even_through_a_symlink(tmp_path):
     (tmp_path / "blob").write_text("bytes")
     (tmp_path / "link").symlink_to("blob")  # as in the hub's cache
