@@ -22,11 +22,9 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 def print_table(*tables: Any) -> None:
     """Anything that rich can print, on stdout; as wide as the terminal, or 120 columns where there is none."""
-    from rich.console import Console
+    from puzzle_trtllm.terminal import stdout_console
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = stdout_console()
     for table in tables:
         console.print(table)
 

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from puzzle_trtllm.errors import BenchError
 from puzzle_trtllm.folders import write_atomically
 from puzzle_trtllm.serve.report.compare import compare
@@ -20,6 +18,7 @@ from puzzle_trtllm.serve.report.notes import notes_on
 from puzzle_trtllm.serve.report.page import render_page
 from puzzle_trtllm.serve.report.summary import Report
 from puzzle_trtllm.serve.report.table import report_table
+from puzzle_trtllm.terminal import stdout_console
 
 JSON_NAME, PAGE_NAME, MARKDOWN_NAME = "report.json", "report.html", "report.md"
 
@@ -58,7 +57,7 @@ def make_report(
     for name, text in texts.items():
         write_atomically(Path(out) / name, text)
     if not quiet:
-        Console().print(report_table(report))
+        stdout_console().print(report_table(report))
     return document
 
 

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from puzzle_trtllm import terminal
 from puzzle_trtllm.errors import BenchError, ConfigError
 from puzzle_trtllm.scenario import Spread as LengthSpread
 from puzzle_trtllm.serve.metrics.statistics import Spread
@@ -165,6 +166,16 @@ def test_the_page_says_what_was_measured(made):
     assert "window × layers: 32 × 2, 64 × 1, full × 1" in text
 
 
+def test_the_table_cuts_no_name_where_there_is_no_terminal(tmp_path, capsys):
+    places = [f"parent-fp8-on-{place}" for place in ("h100", "h200", "b200", "gb200")]
+    names = {"parent_bf16": places[0], "parent_fp8": places[1], "child": places[2]}
+    engines = [e.model_copy(update={"name": names[e.name]}) for e in family()]
+    engines.append(engines[0].model_copy(update={"name": places[3]}))
+    make_report(engines, out=tmp_path, baselines=[places[0], places[1], places[3]], child=places[2])
+    header = capsys.readouterr().out.splitlines()[2]
+    assert [name for name in places if name not in header] == []
+
+
 def test_names_are_escaped_everywhere(tmp_path):
     engines = [e.model_copy(update={"name": e.name.replace("child", "<b>&child")}) for e in family()]
     html = page_of(engines, tmp_path, child="<b>&child")
@@ -181,7 +192,8 @@ def test_without_an_evaluation_or_a_memory_cap_the_page_leaves_those_parts_out(t
     assert "accuracy" not in " ".join(Page(html).text).split("How each number is defined")[0]
 
 
-def test_the_table_shows_every_engine_in_80_columns(tmp_path, capsys):
+def test_the_table_shows_every_engine_in_80_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "WIDTH_OF_NO_TERMINAL", 80)
     make_report(family(), baselines=BASELINES, child="child", out=tmp_path)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
