@@ -19,6 +19,7 @@ from typing import Any
 from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture
 from puzzle_trtllm.build.derived_values import DerivedValue, Values, to_nested
 from puzzle_trtllm.build.expert_layout import check_expert_layout
+from puzzle_trtllm.build.fixed_values import check_fixed_values
 from puzzle_trtllm.build.gpu_args import (
     CAPACITY_POLICY,
     DEFAULT_TOKENS_PER_BLOCK,
@@ -66,6 +67,8 @@ def derive_llm_args(
     if "model" in config.llm_args:
         raise ConfigError("is passed by the loader of the engine", file=file, key="llm_args.model")
     check_llm_args(config.llm_args, target=config.target, file=f"{file}: llm_args")
+    if config.runtime == "tensorrt_llm":
+        check_fixed_values(architecture)
     values = Values(config.llm_args)
     _parallel(values, config, file)
     _max_seq_len(values, architecture, scenario, file)

@@ -171,6 +171,20 @@ class TestDerived:
             arguments(**config)
         assert "\n" not in str(caught.value)
 
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            ({"swiglu_limit": 5.0}, r"swiglu_limit: .* \(found 5.0, expected 7.0, or runtime: reference\)"),
+            ({"attention_bias": False}, r"attention_bias: .* \(found False, expected True"),
+            ({"rope_scaling": None}, r"rope_scaling.rope_type: .* \(found default, expected yarn"),
+        ],
+    )
+    def test_what_tensorrt_llm_would_compute_otherwise_is_refused(self, tmp_path, change, match):
+        """Its gpt-oss has these built in: it would not notice."""
+        (tmp_path / "config.json").write_text(json.dumps({**json.loads(CHILD.read_text()), **change}))
+        with pytest.raises(ConfigError, match=match):
+            arguments(tmp_path / "config.json", kv_dtype="fp8")
+
 
 class TestCutExperts:
     def test_only_under_cutlass_and_marked_unverified(self):
