@@ -121,6 +121,8 @@ def batch_size(room: Room) -> tuple[int, str]:
     """max_batch_size and why; under attention data parallelism it counts for one rank."""
     held = f"{room.pool_bytes / 2**30:.1f} GiB for the KV cache / {room.sequence_bytes / 2**30:.3f} GiB a sequence"
     held += f" on each {room.gpu.name}"
+    if len(room.shares) > 1:
+        held += ", beside prompts laid out whole in window layers"
     if room.num_sequences > MAX_SEQUENCES:
         return MAX_SEQUENCES, f"more would fit ({held}), but CUDA graphs of larger batches take memory too"
     return room.num_sequences, f"what fits: {held}"
@@ -161,7 +163,6 @@ def _v1_load(a: PuzzleArchitecture, values: Values, scenario: Scenario, max_num_
         windows=tuple(min(window or longest, longest) for window in windows or (b.sliding_window for b in a.blocks)),
         longest=longest,
         held=min(held_tokens(scenario.input_tokens, scenario.output_tokens, policy), longest),
-        prompt=min(scenario.input_tokens, longest),
         chunk=max_num_tokens,
         tokens_per_block=values.get("kv_cache_config.tokens_per_block") or DEFAULT_TOKENS_PER_BLOCK,
         evicts=policy != CAPACITY_POLICY,

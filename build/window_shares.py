@@ -8,8 +8,9 @@ window (kvCacheManager.cpp, the same in all lines):
   tokens without a window, window + max_num_tokens with one. A pool smaller than that for one sequence lets none in: the
   request waits for ever.
 - A prompt is laid out whole, in every pool, when its first chunk begins; what the window has left behind is given back
-  with the token after the last chunk. A pool that cannot hold it ends the step with "Can't allocate new blocks". Chunks
-  are dealt out first come, first served, so two prompts at most are laid out at once.
+  with the token after the last chunk. A pool that cannot hold it ends the engine: "Can't allocate new blocks". Steps
+  are filled first come, first served: the last chunk of one long prompt, short prompts, the first chunk of the next. So
+  two prompts of any length may be laid out at once, and short ones of two steps.
 
 The trap: the shares must add up to exactly 1.0 in floating point, left to right, or the engine stops with an assertion.
 Multiples of 1/4096 are exact in binary and in print, and so are their sums.
@@ -28,7 +29,8 @@ from functools import cached_property, partial
 from puzzle_trtllm.kv_layout import blocks_of_a_sequence
 
 GRID = 4096
-PROMPTS_AT_ONCE = 2
+AT_ONCE = 2
+"""Long prompts, and steps of short ones, that may be laid out at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +43,6 @@ class V1Load:
     """max_seq_len."""
     held: int
     """What a sequence takes where it has no window (`held_tokens`)."""
-    prompt: int
-    """Of the load; one of `longest` may come in any case."""
     chunk: int
     """max_num_tokens."""
     tokens_per_block: int
@@ -68,8 +68,9 @@ class V1Load:
         counted = sequences * self.reserved(window)
         if window >= self.longest:
             return counted
-        prompts = self._blocks(max(self.longest, min(sequences, PROMPTS_AT_ONCE) * self.prompt))
-        return max(counted, prompts + (sequences - 1) * self._kept(window))
+        others = max(0, sequences - AT_ONCE)
+        prompts = self._blocks(min(sequences, AT_ONCE) * self.longest + min(others, 1) * AT_ONCE * self.chunk)
+        return max(counted, prompts + others * self._kept(window))
 
     def sequences(self, layer_blocks: int, shares: Sequence[float] | None = None) -> int:
         """How many fit into so many blocks of one layer, divided by `shares`; without them, as well as can be."""

@@ -166,7 +166,6 @@ def _v1_load(kv: KvGeometry, num_tokens: int, assumptions: Assumptions) -> V1Loa
         windows=tuple(kept for kept, layers in kv.clamped(num_tokens) for _ in range(layers)),
         longest=num_tokens,
         held=num_tokens,
-        prompt=0,
         chunk=assumptions.max_num_tokens,
         tokens_per_block=assumptions.trtllm_tokens_per_block,
     )

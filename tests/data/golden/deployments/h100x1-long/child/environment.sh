@@ -1,2 +1,2 @@
 # env_overrides of llm_args.yaml, for ranks that are started from outside. By puzzle-trtllm build.
-export TRTLLM_WINDOW_SIZE_SHARES=0.094482421875,0.08251953125,0.822998046875
+export TRTLLM_WINDOW_SIZE_SHARES=0.181640625,0.111083984375,0.707275390625

@@ -1,2 +1,2 @@
 # env_overrides of llm_args.yaml, for ranks that are started from outside. By puzzle-trtllm build.
-export TRTLLM_WINDOW_SIZE_SHARES=0.167236328125,0.832763671875
+export TRTLLM_WINDOW_SIZE_SHARES=0.34716796875,0.65283203125
