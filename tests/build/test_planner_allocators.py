@@ -37,8 +37,8 @@ TINY = Assumptions(max_num_tokens=32)
 
 def test_equal_pools_are_decided_by_the_hungriest_window() -> None:
     pool = 2 * 100 * 320  # 100 blocks of one layer for each pool
-    # full: 100 blocks, 10 a sequence: 10; windows: 100 // 3 blocks of three layers for two prompts of 10, two steps of 1
-    # and 3 that each other sequence keeps: 5
+    # full: 100 blocks, 10 a sequence: 10; windows: 100 // 3 blocks of three layers for two prompts of 10, two steps of
+    # 1 and 3 that each other sequence keeps: 5
     assert trtllm_v1_equal(SMALL, pool, 320, TINY).sequences == 5
 
 
