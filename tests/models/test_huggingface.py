@@ -221,6 +221,11 @@ def test_generate_with_a_static_cache_is_right_or_refused(model, tokens, given):
         assert torch.equal(model.generate(tokens, attention_mask=padding, **options, **static), expected)
 
 
+def test_continuous_batching_is_refused(model, tokens):
+    with pytest.raises(ValueError, match="continuous batching cannot hold a window per layer"):
+        model.generate_batch(inputs=[tokens[0].tolist()], progress_bar=False)
+
+
 def test_a_static_cache_shorter_than_the_windows_holds_all(model, tokens):
     cache = StaticCache(config=GptOssConfig(num_hidden_layers=5, sliding_window=1000), max_cache_len=60)
     found = model(tokens, past_key_values=cache, use_cache=True).logits

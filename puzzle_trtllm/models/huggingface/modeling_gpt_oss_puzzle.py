@@ -162,6 +162,10 @@ class GptOssPuzzleForCausalLM(GptOssPuzzlePreTrainedModel, GptOssForCausalLM):  
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: `generate_batch` pages its cache by one window for all layers, and would answer with nothing."""
+        raise ValueError("continuous batching cannot hold a window per layer: use generate")
+
     @staticmethod
     def create_masks_for_generate(
         config: GptOssPuzzleConfig, attention_mask: torch.Tensor | None, past_key_values: Cache | None, **kwargs: Any
