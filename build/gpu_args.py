@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.build.derived_values import Values
 from puzzle_trtllm.build.planner.assumptions import Assumptions
+from puzzle_trtllm.build.planner.kv_cache import KvGeometry
 from puzzle_trtllm.build.planner.layout import Layout
 from puzzle_trtllm.build.planner.memory import plan_memory
+from puzzle_trtllm.build.window_shares import V1Load, held_tokens
 from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.gpus import Gpu, load_gpu
-from puzzle_trtllm.kv_layout import blocks_of_a_sequence
 from puzzle_trtllm.scenario import Scenario
 
 MOE_BACKENDS = (
@@ -32,6 +33,8 @@ MOE_BACKENDS = (
 OTHER_BACKEND = ("CUTLASS", "the only one left for this GPU; unverified with gpt-oss there")
 FREE_FRACTION = {"tp": 0.9, "dep": 0.85}
 """dep: gathered tokens of all ranks need room beside the cache; NVIDIA's own 8-GPU configs say 0.85."""
+CAPACITY_POLICY = "GUARANTEED_NO_EVICT"
+DEFAULT_TOKENS_PER_BLOCK = 32
 MAX_SEQUENCES = 1024
 SMOOTH_STREAMS = 32
 STREAM_INTERVAL = 10
@@ -44,8 +47,10 @@ class Room:
     gpu: Gpu
     pool_bytes: int
     sequence_bytes: int
-    """KV bytes of one sequence on one GPU, in whole blocks."""
+    """KV bytes that one sequence is counted with on one GPU, in whole blocks."""
     num_sequences: int
+    shares: list[float]
+    """Of the pool, by ascending window."""
     num_ranks: int
     """GPUs that sequences are dealt out to: all under dep, else 1."""
 
@@ -71,7 +76,13 @@ def moe_backend(gpu: Gpu) -> tuple[str, str]:
 
 
 def find_room(
-    architecture: PuzzleArchitecture, config: EngineConfig, values: Values, *, max_num_tokens: int, file: str
+    architecture: PuzzleArchitecture,
+    config: EngineConfig,
+    values: Values,
+    scenario: Scenario,
+    *,
+    max_num_tokens: int,
+    file: str,
 ) -> Room:
     """How many sequences of max_seq_len one GPU holds. Raises ConfigError when it holds none."""
     gpu = the_gpu(config, file)
@@ -83,20 +94,26 @@ def find_room(
     pool = memory.kv_pool
     if config.memory_bytes is not None:
         pool = min(pool, max(0, config.memory_bytes - memory.weights.total))
-    sequence = _sequence_bytes(architecture, config, values, layout)
-    if pool < sequence:
+    load = _v1_load(architecture, values, scenario, max_num_tokens)
+    kv = KvGeometry.of(architecture, config.kv_dtype, layout)
+    block_bytes = load.tokens_per_block * kv.bytes_per_token_and_layer
+    shares = load.shares(pool // block_bytes)
+    num_sequences = load.sequences(pool // block_bytes, shares)
+    if num_sequences == 0:
+        needed = sum(layers * load.needed(window, 1) for window, layers in load.layers.items()) * block_bytes
         raise ConfigError(
             f"{size} x {gpu.name} cannot hold one sequence of {values.get('max_seq_len')} tokens",
             file=file,
             key="num_gpus",
             found=f"{pool / 2**30:.1f} GiB for the KV cache beside {memory.weights.total / 2**30:.1f} GiB of weights",
-            expected=f"at least {sequence / 2**30:.2f} GiB: more GPUs, kv_dtype fp8, or shorter sequences",
+            expected=f"at least {needed / 2**30:.2f} GiB: more GPUs, kv_dtype fp8, or shorter sequences",
         )
     return Room(
         gpu=gpu,
         pool_bytes=pool,
-        sequence_bytes=sequence,
-        num_sequences=pool // sequence,
+        sequence_bytes=sum(layers * load.reserved(window) for window, layers in load.layers.items()) * block_bytes,
+        num_sequences=num_sequences,
+        shares=shares,
         num_ranks=layout.sequence_split,
     )
 
@@ -105,6 +122,8 @@ def batch_size(room: Room) -> tuple[int, str]:
     """max_batch_size and why; under attention data parallelism it counts for one rank."""
     held = f"{room.pool_bytes / 2**30:.1f} GiB for the KV cache / {room.sequence_bytes / 2**30:.3f} GiB a sequence"
     held += f" on each {room.gpu.name}"
+    if len(room.shares) > 1:
+        held += ", beside prompts laid out whole in window layers"
     if room.num_sequences > MAX_SEQUENCES:
         return MAX_SEQUENCES, f"more would fit ({held}), but CUDA graphs of larger batches take memory too"
     return room.num_sequences, f"what fits: {held}"
@@ -136,11 +155,16 @@ def graph_sizes(max_batch_size: int) -> list[int]:
     return [*(size for size in sizes if size < max_batch_size), max_batch_size]
 
 
-def _sequence_bytes(a: PuzzleArchitecture, config: EngineConfig, values: Values, layout: Layout) -> int:
-    """KV bytes of one sequence of max_seq_len on one GPU, as TensorRT-LLM's V1 manager counts blocks."""
-    num_tokens: int = values.get("max_seq_len")
-    size: int = values.get("kv_cache_config.tokens_per_block") or 32
-    windows = (block.sliding_window for block in a.blocks)
-    blocks = sum(blocks_of_a_sequence(w, num_tokens, size) for w in windows)
-    whole = a.kv_bytes_per_token_and_layer(config.kv_dtype)
-    return blocks * size * whole * layout.kv_heads_per_gpu(a) // a.num_key_value_heads
+def _v1_load(a: PuzzleArchitecture, values: Values, scenario: Scenario, max_num_tokens: int) -> V1Load:
+    """The scenario's sequences, as TensorRT-LLM's V1 manager will count them."""
+    longest: int = values.get("max_seq_len")
+    policy = values.get("scheduler_config.capacity_scheduler_policy", CAPACITY_POLICY)
+    windows = values.get("kv_cache_config.max_attention_window")
+    return V1Load(
+        windows=tuple(min(window or longest, longest) for window in windows or (b.sliding_window for b in a.blocks)),
+        longest=longest,
+        held=min(held_tokens(scenario.input_tokens, scenario.output_tokens, policy), longest),
+        chunk=max_num_tokens,
+        tokens_per_block=values.get("kv_cache_config.tokens_per_block") or DEFAULT_TOKENS_PER_BLOCK,
+        evicts=policy != CAPACITY_POLICY,
+    )

@@ -19,11 +19,22 @@ from typing import Any
 from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture
 from puzzle_trtllm.build.derived_values import DerivedValue, Values, to_nested
 from puzzle_trtllm.build.expert_layout import check_expert_layout
-from puzzle_trtllm.build.gpu_args import FREE_FRACTION, Room, batch_size, find_room, moe_backend, put_gpu_args, the_gpu
+from puzzle_trtllm.build.fixed_values import check_fixed_values
+from puzzle_trtllm.build.gpu_args import (
+    CAPACITY_POLICY,
+    DEFAULT_TOKENS_PER_BLOCK,
+    FREE_FRACTION,
+    Room,
+    batch_size,
+    find_room,
+    moe_backend,
+    put_gpu_args,
+    the_gpu,
+)
 from puzzle_trtllm.build.parallelism import check_kv_heads, check_parallelism
 from puzzle_trtllm.build.planner.layout import Layout
 from puzzle_trtllm.build.planner.weights import weights_per_gpu
-from puzzle_trtllm.build.window_shares import format_shares, held_tokens, window_shares
+from puzzle_trtllm.build.window_shares import format_shares
 from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.kv_layout import blocks_of_a_sequence
@@ -33,7 +44,6 @@ from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.sharding import count_shard_bytes, shards_of
 
 DEFAULT_MAX_NUM_TOKENS = 8192
-DEFAULT_TOKENS_PER_BLOCK = 32
 MIN_TOKENS_PER_BLOCK = 8
 DTYPE_KEY = "kv_cache_config.dtype"
 _COUNTS = (
@@ -57,6 +67,8 @@ def derive_llm_args(
     if "model" in config.llm_args:
         raise ConfigError("is passed by the loader of the engine", file=file, key="llm_args.model")
     check_llm_args(config.llm_args, target=config.target, file=f"{file}: llm_args")
+    if config.runtime == "tensorrt_llm":
+        check_fixed_values(architecture)
     values = Values(config.llm_args)
     _parallel(values, config, file)
     _max_seq_len(values, architecture, scenario, file)
@@ -64,7 +76,7 @@ def derive_llm_args(
     _check_ranks(values, architecture, config, file)
     _check_decisions(values, config, file)
     if config.runtime == "tensorrt_llm":
-        room = find_room(architecture, config, values, max_num_tokens=_max_num_tokens(values, 0), file=file)
+        room = find_room(architecture, config, values, scenario, max_num_tokens=_max_num_tokens(values, 0), file=file)
         _batch(values, *batch_size(room))
         put_gpu_args(values, scenario, room)
     else:
@@ -72,7 +84,7 @@ def derive_llm_args(
         room = None
     _kv_cache(values, architecture, config)
     if room is not None:
-        _divide_memory(values, config, scenario, room)
+        _divide_memory(values, config, room)
     result = list(values.finish())
     nested = to_nested(result)
     if config.runtime == "tensorrt_llm":
@@ -173,26 +185,21 @@ def _max_num_tokens(values: Values, batch: int) -> int:
     return int(values.get("max_num_tokens") or max(DEFAULT_MAX_NUM_TOKENS, batch))
 
 
-def _divide_memory(values: Values, config: EngineConfig, scenario: Scenario, room: Room) -> None:
+def _divide_memory(values: Values, config: EngineConfig, room: Room) -> None:
     """The KV pool: how much of the GPU, for whom it is reserved, and its division among windows."""
     fraction = FREE_FRACTION[config.parallel]
     reason = f"of what is free once the model is loaded; about {room.pool_bytes / 2**30:.1f} GiB on {room.gpu.name}"
     values.put("kv_cache_config.free_gpu_memory_fraction", fraction, reason)
     reason = "a sequence that starts can end: none is evicted half way"
-    policy = values.put("scheduler_config.capacity_scheduler_policy", "GUARANTEED_NO_EVICT", reason)
+    values.put("scheduler_config.capacity_scheduler_policy", CAPACITY_POLICY, reason)
     windows = values.get("kv_cache_config.max_attention_window") or []
-    num_tokens = min(held_tokens(scenario.input_tokens, scenario.output_tokens, policy), values.get("max_seq_len"))
-    size = values.get("kv_cache_config.tokens_per_block") or DEFAULT_TOKENS_PER_BLOCK
-    shares = window_shares(windows, num_tokens=num_tokens, tokens_per_block=size) if windows else []
-    if len(shares) > 1 and not values.get("kv_cache_config.use_kv_cache_manager_v2"):
-        values.put(
-            "kv_cache_config.use_kv_cache_manager_v2",
-            False,
-            "V2 ignores window shares, and would derive windows from the one sliding_window of config.json",
-        )
+    if len(room.shares) > 1 and not values.get("kv_cache_config.use_kv_cache_manager_v2"):
+        values.put("kv_cache_config.use_kv_cache_manager_v2", False, "V2 ignores window shares")
         distinct = ", ".join(str(window) for window in sorted(set(windows)))
-        reason = f"memory for windows {distinct} as one sequence of {num_tokens} tokens needs it; equal parts otherwise"
-        values.merge("env_overrides", {"TRTLLM_WINDOW_SIZE_SHARES": format_shares(shares)}, reason)
+        reason = (
+            f"memory for windows {distinct} as {room.num_sequences} sequences are counted in it; equal parts otherwise"
+        )
+        values.merge("env_overrides", {"TRTLLM_WINDOW_SIZE_SHARES": format_shares(room.shares)}, reason)
 
 
 def _kv_cache(values: Values, a: PuzzleArchitecture, config: EngineConfig) -> None:

@@ -2,8 +2,9 @@
 
     ideal          no blocks, no padding: pool / sum of min(window, n) over the layers
     trtllm_v1_equal   TensorRT-LLM's V1 manager as it comes: one pool a window, all of EQUAL size; the hungriest window
-                   decides and the other pools stay half empty
-    trtllm_v1_tuned   V1 with TRTLLM_WINDOW_SIZE_SHARES in proportion to what a sequence keeps (`tuned_shares`)
+                   decides and the other pools stay half empty. It counts a window layer with window + max_num_tokens,
+                   and lays prompts out whole (build/window_shares.py)
+    trtllm_v1_tuned   V1 with TRTLLM_WINDOW_SIZE_SHARES in proportion to what sequences need (`tuned_shares`)
     trtllm_v2      V2: one pool for all windows, plus the prompt chunk in flight in window layers; modelled from its
                    description, not checked against a run
     vllm           vLLM's hybrid manager: layers in groups of equal size, so that all blocks are of one size; a window
@@ -24,7 +25,7 @@ from types import MappingProxyType
 
 from puzzle_trtllm.build.planner.assumptions import Assumptions
 from puzzle_trtllm.build.planner.kv_cache import KvGeometry
-from puzzle_trtllm.build.window_shares import window_shares
+from puzzle_trtllm.build.window_shares import V1Load
 from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.kv_layout import blocks_of_a_sequence
 
@@ -62,15 +63,15 @@ def ideal(kv: KvGeometry, pool_bytes: int, num_tokens: int, assumptions: Assumpt
 
 def trtllm_v1_equal(kv: KvGeometry, pool_bytes: int, num_tokens: int, assumptions: Assumptions) -> Capacity:
     """One pool a distinct window, equal parts."""
-    windows = kv.clamped(num_tokens)
-    share = 1 / len(windows)
-    return _capacity(_v1(kv, pool_bytes, num_tokens, assumptions, [share] * len(windows)), num_tokens)
+    load, layer_blocks = _v1_load(kv, num_tokens, assumptions), _layer_blocks(kv, pool_bytes, assumptions)
+    shares = [1 / len(load.layers)] * len(load.layers)
+    return _capacity(load.sequences(layer_blocks, shares), num_tokens)
 
 
 def trtllm_v1_tuned(kv: KvGeometry, pool_bytes: int, num_tokens: int, assumptions: Assumptions) -> Capacity:
     """One pool a distinct window, sized by `tuned_shares`."""
-    shares = list(tuned_shares(kv, num_tokens, assumptions).values())
-    return _capacity(_v1(kv, pool_bytes, num_tokens, assumptions, shares), num_tokens)
+    load, layer_blocks = _v1_load(kv, num_tokens, assumptions), _layer_blocks(kv, pool_bytes, assumptions)
+    return _capacity(load.sequences(layer_blocks, load.shares(layer_blocks)), num_tokens)
 
 
 def trtllm_v2(kv: KvGeometry, pool_bytes: int, num_tokens: int, assumptions: Assumptions) -> Capacity:
@@ -118,13 +119,10 @@ def find_allocator(name: str) -> Allocator:
     return ALLOCATORS[name]
 
 
-def tuned_shares(kv: KvGeometry, num_tokens: int, assumptions: Assumptions) -> dict[int, float]:
+def tuned_shares(kv: KvGeometry, pool_bytes: int, num_tokens: int, assumptions: Assumptions) -> dict[int, float]:
     """Window (ascending): share of the pool, the very ones that `build` writes into TRTLLM_WINDOW_SIZE_SHARES."""
-    windows = [kept for kept, layers in kv.clamped(num_tokens) for _ in range(layers)]
-    size = assumptions.trtllm_tokens_per_block
-    return dict(
-        zip(sorted(set(windows)), window_shares(windows, num_tokens=num_tokens, tokens_per_block=size), strict=True)
-    )
+    load = _v1_load(kv, num_tokens, assumptions)
+    return dict(zip(load.layers, load.shares(_layer_blocks(kv, pool_bytes, assumptions)), strict=True))
 
 
 def vllm_grouping(kv: KvGeometry, *, by: str) -> VllmGrouping:
@@ -163,14 +161,18 @@ def vllm_capacity(
     return _capacity(num_blocks / vllm_blocks_per_sequence(grouping, num_tokens, assumptions), num_tokens)
 
 
-def _v1(kv: KvGeometry, pool_bytes: int, num_tokens: int, assumptions: Assumptions, shares: list[float]) -> float:
-    """The window whose pool runs out first; windows ascending, as the shares are."""
-    size = assumptions.trtllm_tokens_per_block
-    sequences = []
-    for share, (kept, layers) in zip(shares, sorted(kv.clamped(num_tokens)), strict=True):
-        num_blocks = int(pool_bytes * share) // (size * kv.bytes_per_token_and_layer * layers)
-        sequences.append(num_blocks / blocks_of_a_sequence(kept, num_tokens, size))
-    return min(sequences)
+def _v1_load(kv: KvGeometry, num_tokens: int, assumptions: Assumptions) -> V1Load:
+    return V1Load(
+        windows=tuple(kept for kept, layers in kv.clamped(num_tokens) for _ in range(layers)),
+        longest=num_tokens,
+        held=num_tokens,
+        chunk=assumptions.max_num_tokens,
+        tokens_per_block=assumptions.trtllm_tokens_per_block,
+    )
+
+
+def _layer_blocks(kv: KvGeometry, pool_bytes: int, assumptions: Assumptions) -> int:
+    return pool_bytes // (assumptions.trtllm_tokens_per_block * kv.bytes_per_token_and_layer)
 
 
 def _capacity(sequences: float, num_tokens: int) -> Capacity:

@@ -22,7 +22,7 @@ class Assumptions:
     """Named values that no config file and no data sheet states."""
 
     efficiency: float = _assume(
-        0.355,
+        0.397,
         "measured over roofline: geometric mean over half of NVIDIA's published gpt-oss-120b rows (docs/planner.md)",
     )
     memory_rule: Literal["free", "total"] = _assume(

@@ -15,7 +15,7 @@ from puzzle_trtllm.build.planner.throughput import Estimate, Load
 def plan_json(p: Plan) -> dict[str, Any]:
     """Plan as plain values; units in the names."""
     setup, weights, replicas = p.setup, p.memory.weights, p.setup.layout.num_replicas
-    shares = tuned_shares(setup.kv, p.load.sequence_tokens, setup.assumptions)
+    shares = tuned_shares(setup.kv, p.memory.kv_pool, p.load.sequence_tokens, setup.assumptions)
     return {
         "gpu": setup.gpu.name,
         "num_gpus": setup.layout.num_gpus,

@@ -24,6 +24,7 @@ import json
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from puzzle_trtllm.serve.runtimes.api import EngineDeadError
@@ -78,16 +79,27 @@ def num_steps(stats: Any) -> int | None:
 
 
 def num_active(stats: Any) -> int | None:
-    """Requests that the engine is at work on, from the same."""
-    active: int | None = _newest(stats).get("numActiveRequests")
-    return active
+    """Requests that the engine is at work on, from the same.
+
+    Under attention data parallelism `numActiveRequests` is one rank's number; newer lines of TensorRT-LLM give a row a
+    rank for every step, in which only what the rank computed then is its own.
+    """
+    newest = _newest(stats)
+    active: int | None = newest.get("numActiveRequests")
+    if active is None:
+        return None
+    rows = takewhile(lambda row: row.get("iter") == newest.get("iter"), map(_row, reversed(stats)))
+    scheduled: int = sum((row.get("inflightBatchingStats") or {}).get("numScheduledRequests", 0) for row in rows)
+    return max(active, scheduled)
 
 
 def _newest(stats: Any) -> dict[str, Any]:
-    newest: dict[str, Any] = {}
-    if stats:
-        newest = json.loads(stats[-1]) if isinstance(stats[-1], str) else stats[-1]
-    return newest
+    return _row(stats[-1]) if stats else {}
+
+
+def _row(stats: Any) -> dict[str, Any]:
+    row: dict[str, Any] = json.loads(stats) if isinstance(stats, str) else stats
+    return row
 
 
 class MetricsThread:

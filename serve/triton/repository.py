@@ -89,5 +89,8 @@ def render_model_yaml(model: Path, llm_args: Mapping[str, Any], triton: TritonCo
     """The text of model.yaml; keys in a fixed order, so that two builds of one engine give one text."""
     content: dict[str, Any] = {"model": "", **llm_args}
     content["model"] = str(model)
+    if triton.runtime == "tensorrt_llm":
+        # Without it LLM.get_stats tells nothing, and our metrics no queue; an engine config may say false.
+        content.setdefault("enable_iter_perf_stats", True)
     content["triton_config"] = triton.model_dump(exclude_none=True)
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

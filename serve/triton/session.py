@@ -132,7 +132,7 @@ class Session:
         """(waiting, running) of the open requests; `num_active` is what the engine says to be at work on, if it does.
 
         Without it a request that is not streaming waits until its end, because no token of it is seen before. Those
-        that are seen to run count in any case: under attention data parallelism TensorRT-LLM tells one rank's number.
+        that are seen to run count in any case: under attention data parallelism TensorRT-LLM 1.2 tells of one rank.
         """
         requests = list(self._open.values())
         started = sum(1 for request in requests if request.num_tokens)

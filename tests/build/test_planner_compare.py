@@ -135,7 +135,7 @@ def test_compare_writes_the_map_and_json(tmp_path: Path) -> None:
     out = tmp_path / "map.html"
     arguments = ("plan", "--compare", PARENT_FILE, CHILD_FILE, "--gpu", "h100-80gb", "--gpus", "8", *LONG)
     value = last_json(invoke(*arguments, "--parent-kv", "bf16", "--out", out, "--json").stdout)
-    assert [cell["verdict"] for cell in value["cells"]] == ["3.25x"]
+    assert [cell["verdict"] for cell in value["cells"]] == ["3.21x"]
     assert (value["parent_kv_dtype"], value["path"]) == ("bf16", str(out))
     assert out.is_file()
     assert "64K/64K" in invoke(*arguments).stdout

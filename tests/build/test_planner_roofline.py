@@ -155,7 +155,7 @@ def test_what_has_no_room_is_counted_as_its_allocator_counts() -> None:
     )
     with pytest.raises(ConfigError, match=message):
         plan(CHILD, gpu=gpu, num_gpus=1, load=load, allocator="trtllm_v1_equal", batch=10)
-    with pytest.raises(ConfigError, match=r"no room for 3000 .*found 5\d{3} in .*, at most 2048 at once\)"):
+    with pytest.raises(ConfigError, match=r"no room for 3000 .*found 3\d{3} in .*, at most 2048 at once\)"):
         plan(CHILD, gpu=load_gpu("h200-141gb"), num_gpus=1, load=Load(isl=512, osl=256), batch=3000)
 
 

@@ -6,18 +6,24 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GptOssConfig, GptOssForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GptOssConfig, GptOssForCausalLM, StaticCache
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.models.gpt_oss.modeling_gpt_oss import load_balancing_loss_func
 
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.errors import CheckpointError
 from puzzle_trtllm.models.huggingface.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
 from puzzle_trtllm.models.huggingface.loading import experts_EIO, load_causal_lm, load_child, register
-from puzzle_trtllm.models.huggingface.modeling_gpt_oss_puzzle import GptOssPuzzleForCausalLM, puzzle_cache
+from puzzle_trtllm.models.huggingface.modeling_gpt_oss_puzzle import (
+    GptOssPuzzleForCausalLM,
+    balancing_loss,
+    puzzle_cache,
+)
 from puzzle_trtllm.models.huggingface.remote_code import write_remote_code
 
 RELEASED = Path(__file__).parents[1] / "data" / "gpt-oss-puzzle-88b.config.json"
@@ -192,12 +198,38 @@ def test_generate_with_and_without_cache(model, tokens):
     assert torch.equal(cached[0, 60:], alone[0, 35:])
 
 
-def test_a_cache_that_forgets_too_early_is_refused(model, tokens):
-    with pytest.raises(ValueError, match="cache_implementation='static'"):
-        model.generate(tokens, max_new_tokens=2, cache_implementation="static")
-    one_window = DynamicCache(config=GptOssConfig(num_hidden_layers=5, sliding_window=4))
+@pytest.mark.parametrize("make", [DynamicCache, partial(StaticCache, max_cache_len=80)])
+def test_a_cache_that_forgets_too_early_is_refused(model, tokens, make):
+    one_window = make(config=GptOssConfig(num_hidden_layers=5, sliding_window=4))
     with pytest.raises(ValueError, match="keeps 4 tokens in layer 0, whose window is 5"):
         model(tokens, past_key_values=one_window)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_generate_with_a_static_cache_is_right_or_refused(model, tokens, given):
+    """transformers 5.23 gives each layer its window, 4.57 gives all the smallest."""
+    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    padding = torch.ones_like(tokens)
+    padding[0, :25] = 0
+    expected = model.generate(tokens, attention_mask=padding, **options)
+    cache = StaticCache(config=model.config, max_cache_len=90)
+    static = {"past_key_values": cache} if given else {"cache_implementation": "static"}
+    if [layer.max_cache_len for layer in cache.layers] != [5, 90, 3, 17, 1]:
+        with pytest.raises(ValueError, match="past_key_values keeps"):
+            model.generate(tokens, attention_mask=padding, **options, **static)
+    else:
+        assert torch.equal(model.generate(tokens, attention_mask=padding, **options, **static), expected)
+
+
+def test_continuous_batching_is_refused(model, tokens):
+    with pytest.raises(ValueError, match="continuous batching cannot hold a window per layer"):
+        model.generate_batch(inputs=[tokens[0].tolist()], progress_bar=False)
+
+
+def test_a_static_cache_shorter_than_the_windows_holds_all(model, tokens):
+    cache = StaticCache(config=GptOssConfig(num_hidden_layers=5, sliding_window=1000), max_cache_len=60)
+    found = model(tokens, past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(found, model(tokens, use_cache=False).logits, atol=2e-5, rtol=0)
 
 
 def test_transformers_own_cache_is_right_or_refused(model, tokens):
@@ -206,6 +238,35 @@ def test_transformers_own_cache_is_right_or_refused(model, tokens):
     if [getattr(layer, "sliding_window", None) for layer in cache.layers] != [5, None, 3, 17, 1]:
         with pytest.raises(ValueError, match="past_key_values keeps"):
             model(tokens, past_key_values=cache)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_balancing_loss_of_mixed_expert_counts_is_the_mean_over_layers(model, tokens):
+    """Each count here has one layer: the mean of gpt-oss's loss of every layer alone, weighted in with labels."""
+    padding = torch.ones_like(tokens)
+    padding[0, :25] = 0
+    output = model(tokens, attention_mask=padding, labels=tokens, output_router_logits=True)
+    assert [logits.shape[-1] for logits in output.router_logits] == [count for count, _ in CHILD]
+    alone = [
+        load_balancing_loss_func((logits,), logits.shape[-1], model.num_experts_per_tok, padding)
+        for logits in output.router_logits
+    ]
+    torch.testing.assert_close(output.aux_loss, sum(alone) / len(alone))
+    plain = model(tokens, attention_mask=padding, labels=tokens)
+    assert plain.router_logits is None
+    torch.testing.assert_close(output.loss, plain.loss + model.router_aux_loss_coef * output.aux_loss)
+    as_tuple = model(tokens, labels=tokens, output_router_logits=True, return_dict=False)
+    assert isinstance(as_tuple, tuple) and as_tuple[0].ndim == 0
+
+
+def test_equal_layers_have_gpt_oss_balancing_loss(equal_pair, tokens):
+    parent, child = (model(tokens, labels=tokens, output_router_logits=True) for model in equal_pair)
+    assert torch.equal(parent.aux_loss, child.aux_loss) and torch.equal(parent.loss, child.loss)
+    torch.testing.assert_close(
+        balancing_loss(child.router_logits, equal_pair[1].num_experts_per_tok, None), parent.aux_loss
+    )
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------

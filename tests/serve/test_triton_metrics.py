@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from puzzle_trtllm.serve.runtimes.api import EngineDeadError
-from puzzle_trtllm.serve.triton.metrics import KvBlocks, MetricsThread, kv_blocks, num_steps
+from puzzle_trtllm.serve.triton.metrics import KvBlocks, MetricsThread, kv_blocks, num_active, num_steps
 from tests.serve.fake_session import begin, open_service
 from tests.serve.scripted import wait_until
 
@@ -68,14 +68,27 @@ def test_metrics_tell_waiting_from_running_and_count_tokens(service, metrics) ->
     assert {name: Family.values.get(name) for name in expected} == expected
 
 
+def test_ranks_under_attention_data_parallelism_are_added_up() -> None:
+    """Rows as TensorRT-LLM fans them out: `numActiveRequests` is rank 0's in all of them."""
+
+    def row(step: int, rank: int, scheduled: int) -> dict[str, object]:
+        ifb = {"numScheduledRequests": scheduled}
+        return {"iter": step, "attentionDpRank": rank, "numActiveRequests": 3, "inflightBatchingStats": ifb}
+
+    before, now = [row(6, rank, 9) for rank in range(3)], [row(7, 0, 3), row(7, 1, 0), row(7, 2, 4)]
+    assert num_active([*before, *now]) == 7
+    assert num_active([row(7, 0, 1)]) == 3  # two of its requests had no turn in this step
+    assert num_active([{"iter": 7}]) is None and num_active([]) is None
+
+
 @pytest.mark.parametrize(
-    ("num_active", "waiting", "running"),
+    ("active", "waiting", "running"),
     [(None, 2, 0), (0, 2, 0), (1, 1, 1), (2, 0, 2), (5, 0, 2)],  # 5: what ran a step ago
 )
-def test_what_runs_is_what_the_engine_is_at_work_on(service, metrics, num_active, waiting: int, running: int) -> None:
+def test_what_runs_is_what_the_engine_is_at_work_on(service, metrics, active, waiting: int, running: int) -> None:
     """Of requests that are not streaming nothing is seen before their end."""
     begin(service), begin(service)
-    service.llm.stats = [{"iter": 7} if num_active is None else {"iter": 7, "numActiveRequests": num_active}]
+    service.llm.stats = [{"iter": 7} if active is None else {"iter": 7, "numActiveRequests": active}]
     metrics._watch_engine()
     metrics.publish()
     assert (Family.values["puzzle_requests_waiting"], Family.values["puzzle_requests_running"]) == (waiting, running)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from puzzle_trtllm.engine import Engine
+from puzzle_trtllm.build.engine_build import build_engine
+from puzzle_trtllm.engine import Engine, EngineConfig
 from puzzle_trtllm.errors import ConfigError, PuzzleError, ServeError
 from puzzle_trtllm.serve.triton.contract import render_config
 from puzzle_trtllm.serve.triton.plugin import import_plugin
@@ -48,6 +49,18 @@ def test_model_yaml_holds_the_llms_arguments_and_tritons(engine, tmp_path: Path)
             "vocab_size": VOCAB_SIZE,
         },
     }
+
+
+@pytest.mark.parametrize(("given", "written"), [({}, True), ({"enable_iter_perf_stats": False}, False)])
+def test_tensorrt_llm_is_asked_for_the_statistics_that_our_metrics_show(
+    make_checkpoint, tmp_path, given, written
+) -> None:
+    """Its `get_stats` tells nothing without; an engine config that says false has its way."""
+    config = EngineConfig(runtime="tensorrt_llm", gpu="h100-80gb", scenario="cpu-demo", llm_args=given)
+    engine = build_engine(make_checkpoint([(4, None), (2, 16)]), tmp_path / "trtllm", config=config)
+    assert engine.llm_args.get("enable_iter_perf_stats") is given.get("enable_iter_perf_stats")
+    out = write_repository(engine, tmp_path / "repository")
+    assert read_model_yaml(out / "tensorrt_llm/1/model.yaml").llm_args["enable_iter_perf_stats"] is written
 
 
 def test_model_yaml_is_read_back_as_written(engine, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssPreTrainedModel,
     GptOssRMSNorm,
     GptOssRotaryEmbedding,
+    load_balancing_loss_func,
 )
 
 from .configuration_gpt_oss_puzzle import GptOssPuzzleConfig
@@ -99,6 +100,8 @@ class GptOssPuzzleModel(GptOssPuzzlePreTrainedModel, GptOssModel):  # type: igno
             past_key_values = puzzle_cache(self.config)
         if past_key_values is not None:
             _check_cache(self.config, past_key_values)
+        if kwargs.pop("collect_router_logits", False):
+            kwargs["output_router_logits"] = True
         masks = attention_mask
         if not isinstance(attention_mask, dict):
             masks = window_masks(self.config, inputs_embeds, attention_mask, past_key_values)
@@ -125,15 +128,62 @@ class GptOssPuzzleForCausalLM(GptOssPuzzlePreTrainedModel, GptOssForCausalLM):  
         self.num_experts_per_tok = config.num_experts_per_tok
         self.post_init()
 
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        *args: Any,
+        labels: torch.Tensor | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As GptOssForCausalLM; the load-balancing loss is `balancing_loss`."""
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        counts = {block["num_local_experts"] for block in self.config.block_configs}
+        given = {"labels": labels, **kwargs}
+        if not output_router_logits or len(counts) == 1:
+            given["output_router_logits"] = output_router_logits
+            return super().forward(input_ids, attention_mask, *args, **given)
+        as_tuple = given.pop("return_dict", None) is False
+        # Told not to, gpt-oss computes no balancing loss, which it could not over layers of several sizes.
+        given.update(output_router_logits=False, collect_router_logits=True)
+        output = super().forward(input_ids, attention_mask, *args, **given)
+        output.aux_loss = balancing_loss(output.router_logits, self.num_experts_per_tok, attention_mask)
+        if output.loss is not None:
+            output.loss = output.loss + self.router_aux_loss_coef * output.aux_loss.to(output.loss.device)
+        return output.to_tuple() if as_tuple else output
+
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         """Give `generate` the cache of this architecture. ValueError for kinds that do not know windows by layer."""
-        wanted = getattr(generation_config, "cache_implementation", None)
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        elif wanted in (None, "dynamic"):
+        given = model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False
+        if not given and getattr(generation_config, "cache_implementation", None) in (None, "dynamic"):
             model_kwargs["past_key_values"] = puzzle_cache(self.config)
         else:
-            raise ValueError(f"cache_implementation={wanted!r} cannot hold a window per layer: use the dynamic cache")
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: `generate_batch` pages its cache by one window for all layers, and would answer with nothing."""
+        raise ValueError("continuous batching cannot hold a window per layer: use generate")
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: GptOssPuzzleConfig, attention_mask: torch.Tensor | None, past_key_values: Cache | None, **kwargs: Any
+    ) -> Masks:
+        """What `generate` makes ahead of `forward` where the cache has a fixed size."""
+        embeds = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else kwargs["input_embeds"]
+        return window_masks(config, embeds, attention_mask, past_key_values)
+
+
+def balancing_loss(router_logits: Any, top_k: int, attention_mask: Any) -> torch.Tensor:
+    """gpt-oss's load-balancing loss over the layers of each expert count, and its mean over all layers."""
+    by_count: dict[int, list[torch.Tensor]] = {}
+    for logits in router_logits:
+        by_count.setdefault(logits.shape[-1], []).append(logits)
+    mask = None if isinstance(attention_mask, dict) else attention_mask
+    losses = [len(layers) * load_balancing_loss_func(tuple(layers), n, top_k, mask) for n, layers in by_count.items()]
+    total: torch.Tensor = sum(losses) / len(router_logits)
+    return total
 
 
 def puzzle_cache(config: GptOssPuzzleConfig) -> DynamicCache:
@@ -194,9 +244,12 @@ def _for_this_transformers(make: Any, arguments: dict[str, Any], cache: Cache | 
 
 def _check_cache(config: GptOssPuzzleConfig, cache: Cache) -> None:
     """Refuse a cache that forgets what a layer must still see (one built for a single window, say)."""
+    sizes = [layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len")]  # of a fixed-size cache
     for layer_idx, (window, layer) in enumerate(zip(config.windows, cache.layers, strict=False)):
-        kept = getattr(layer, "sliding_window", None)
-        if kept is not None and (window is None or kept < window):
+        kept, needed = getattr(layer, "sliding_window", None), window
+        if kept is None and sizes and getattr(layer, "is_sliding", False):
+            kept, needed = layer.max_cache_len, min(window or max(sizes), max(sizes))
+        if kept is not None and (needed is None or kept < needed):
             raise ValueError(
                 f"past_key_values keeps {kept} tokens in layer {layer_idx}, whose window is {window or 'unlimited'}: "
                 "build it with puzzle_cache(config)"

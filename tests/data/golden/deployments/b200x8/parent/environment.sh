@@ -1,2 +1,2 @@
 # env_overrides of llm_args.yaml, for ranks that are started from outside. By puzzle-trtllm build.
-export TRTLLM_WINDOW_SIZE_SHARES=0.001220703125,0.998779296875
+export TRTLLM_WINDOW_SIZE_SHARES=0.06005859375,0.93994140625

@@ -10,7 +10,7 @@ exec trtllm-bench --model openai/gpt-oss-120b --model_path "$ENGINE/model" \
   --custom_module_dirs "$ENGINE/plugin/puzzle_trtllm_plugin" \
   --extra_llm_api_options "$ENGINE/llm_args.yaml" \
   --tp 1 \
-  --max_batch_size 20 --max_num_tokens 8192 \
+  --max_batch_size 15 --max_num_tokens 8192 \
   --dataset "$ENGINE/launch/bench-dataset.jsonl" \
   --concurrency 16 --streaming \
   "$@"

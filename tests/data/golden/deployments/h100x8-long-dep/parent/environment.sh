@@ -1,2 +1,2 @@
 # env_overrides of llm_args.yaml, for ranks that are started from outside. By puzzle-trtllm build.
-export TRTLLM_WINDOW_SIZE_SHARES=0.001220703125,0.998779296875
+export TRTLLM_WINDOW_SIZE_SHARES=0.089111328125,0.910888671875

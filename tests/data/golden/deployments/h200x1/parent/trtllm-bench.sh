@@ -9,7 +9,7 @@ exec trtllm-bench --model openai/gpt-oss-120b --model_path "$ENGINE/model" \
   --backend pytorch \
   --extra_llm_api_options "$ENGINE/llm_args.yaml" \
   --tp 1 \
-  --max_batch_size 30 --max_num_tokens 8192 \
+  --max_batch_size 28 --max_num_tokens 8192 \
   --dataset "$ENGINE/launch/bench-dataset.jsonl" \
   --concurrency 16 --streaming \
   "$@"
