@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ def test_requests_that_outlast_the_stop_are_told_over_grpc_and_http(serving) -> 
     body = json.dumps({"text_input": "hello ", "sampling_param_max_tokens": 100_000, "streaming": True}).encode()
     with urllib.request.urlopen(f"{running.ready['http_url']}/v2/models/tensorrt_llm/generate_stream", body) as stream:
         stream.readline()
-        stop = lambda: running.process.send_signal(signal.SIGTERM)  # noqa: E731
+        stop = partial(running.process.send_signal, signal.SIGTERM)
         error = asyncio.run(stream_until_it_breaks(running.ready["url"], stop))
         events = [json.loads(line.removeprefix(b"data: ")) for line in stream if line.strip()]
     assert (error.status, "the server is stopping" in str(error)) == ("UNAVAILABLE", True)

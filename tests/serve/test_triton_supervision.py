@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -94,6 +95,11 @@ class FakeFront:
         self.history.append("front stop")
 
 
+def sends(number: int) -> Callable[[object], None]:
+    """For `on_ready`: this process is sent a signal."""
+    return lambda server: os.kill(os.getpid(), number)
+
+
 def test_what_is_beside_the_server_is_checked_before_the_engine_is_loaded(engine, history) -> None:
     front = FakeFront(history)
     front.problem = ServeError("port 9000 (OpenAI) is in use")
@@ -111,14 +117,13 @@ def test_after_a_death_what_is_beside_the_server_stops_last(engine, history) -> 
 def test_a_signal_ends_the_requests_first_then_what_is_beside_the_server(engine, history) -> None:
     """A front that were stopped first would cut off its clients in the middle."""
     front = FakeFront(history)
-    ready = lambda server: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
-    assert serve_engine(engine, beside=front, on_ready=ready, quiet=True) == 0
+    assert serve_engine(engine, beside=front, on_ready=sends(signal.SIGTERM), quiet=True) == 0
     assert history == ["start", "front start", "drain", "front stop", "stop"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_terminal_that_closes_stops_it_as_ctrl_c_does(engine, history, number: int) -> None:
-    assert serve_engine(engine, on_ready=lambda server: os.kill(os.getpid(), number), quiet=True) == 0
+    assert serve_engine(engine, on_ready=sends(number), quiet=True) == 0
     assert history == ["start", "drain", "stop"]
 
 
@@ -126,15 +131,27 @@ def test_a_second_signal_does_not_cut_the_stop_short(engine, history, monkeypatc
     """A person who is in a hurry."""
     front = FakeFront(history)
     monkeypatch.setattr(front, "stop", lambda: os.kill(os.getpid(), signal.SIGINT))
-    ready = lambda server: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
-    assert serve_engine(engine, beside=front, on_ready=ready, quiet=True) == 0
+    assert serve_engine(engine, beside=front, on_ready=sends(signal.SIGTERM), quiet=True) == 0
     assert history == ["start", "front start", "drain", "stop"]
+
+
+def test_a_second_signal_does_not_cut_short_what_a_start_has_to_undo(engine, history, monkeypatch) -> None:
+    def start(server: FakeServer) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            history.append("start undone")
+
+    monkeypatch.setattr(FakeServer, "start", start)
+    assert serve_engine(engine, quiet=True) == 0
+    assert history == ["start undone"]
 
 
 def test_under_nohup_it_outlives_the_terminal(engine, history, monkeypatch) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert serve_engine(engine, on_ready=lambda server: os.kill(os.getpid(), signal.SIGHUP), quiet=True) == 1
+        assert serve_engine(engine, on_ready=sends(signal.SIGHUP), quiet=True) == 1
     finally:
         signal.signal(signal.SIGHUP, before)
     assert history == ["start", "keep log", "stop"]
