@@ -48,11 +48,15 @@ def generate_command(
     url: UrlOption = DEFAULT_URL,
     tokenizer: TokenizerOption = None,
     effort: Annotated[str | None, typer.Option("--effort", help="low, medium or high; with --tokenizer.")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 256,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="To generate, at most.")] = 256,
     temperature: Annotated[float | None, typer.Option(help="Alone it is still greedy: add --top-k or --top-p.")] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0)] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Sample from the so many likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Sample from the likeliest tokens that have this share together.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Equal seeds draw equal tokens. Default: a new one each time.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop string; may be given several times.")] = None,
     ca_cert: CaCertOption = None,
     client_cert: ClientCertOption = None,
@@ -142,7 +146,7 @@ def evaluate_command(
     effort: Annotated[
         list[str] | None, typer.Option("--effort", metavar="EFFORT ...", help="Default: all three.")
     ] = None,
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1)] = 16,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Problems in flight.")] = 16,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="For reasoning and answer.")] = 4096,
     grader: Annotated[str, typer.Option("--grader", help="exact, numeric or regex.")] = "numeric",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many problems.")] = None,
@@ -158,7 +162,8 @@ def evaluate_command(
 ) -> None:
     """Measure accuracy at each reasoning effort.
 
-    Every problem at every effort through the server, greedily; accuracy and mean tokens per request.
+    Every problem at every effort through the server, greedily; accuracy and mean tokens per request. Interrupted, the
+    same command with the same --out goes on at the first effort that is missing there.
     """
     from puzzle_trtllm.folders import check_writable
     from puzzle_trtllm.serve.evaluate.runner import UnfinishedEvaluationError, evaluate
@@ -182,6 +187,7 @@ def evaluate_command(
             answer_key=answer_key,
             engine=engine,
             name=name,
+            out=out,
             connect=connector(ca_cert, client_cert, client_key, secret),
         )
     except UnfinishedEvaluationError as error:

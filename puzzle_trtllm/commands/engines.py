@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -167,7 +168,8 @@ def serve_command(
 
     tls = tls_of_files(grpc_cert, grpc_key, grpc_root_cert)
     restriction = restriction_of_options(restricted, secret)
-    front = _openai_front(openai_port, openai_model, host, secret, has_tls=tls is not None)
+    taken = {"--grpc-port": grpc_port, "--http-port": http_port, "--metrics-port": metrics_port}
+    front = _openai_front(openai_port, openai_model, host, secret, taken=taken, has_tls=tls is not None)
 
     def on_ready(server: TritonServer) -> None:
         urls = {"grpc_url": server.grpc_url, "http_url": server.http_url, "metrics_url": server.metrics_url}
@@ -200,12 +202,21 @@ def serve_command(
 
 
 def _openai_front(
-    port: int | None, model: str | None, host: str, secret: Path | None, *, has_tls: bool
+    port: int | None,
+    model: str | None,
+    host: str,
+    secret: Path | None,
+    *,
+    taken: Mapping[str, int],
+    has_tls: bool,
 ) -> OpenAiFront | None:
     if port is None:
         if model is not None:
             raise PuzzleError("needs --openai-port", key="--openai-model")
         return None
+    for option, other in taken.items():
+        if port == other != 0:
+            raise PuzzleError(f"the same as {option}", key="--openai-port", found=port, expected="a port of its own")
     if has_tls:
         message = "not with --grpc-cert: it would speak plain HTTP, and has no certificate to show to Triton"
         raise PuzzleError(message, key="--openai-port", expected="a TLS proxy in front of it, or no --grpc-cert")

@@ -25,7 +25,7 @@ def report_command(
         typer.Option("--baseline", metavar="NAME=FILE[,FILE...] ...", help="What to compare with, headlines first."),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for report.json, .md and .html.")] = Path("runs/report"),
-    title: Annotated[str, typer.Option("--title")] = "A Puzzle child against its parent",
+    title: Annotated[str, typer.Option("--title", help="Of the page.")] = "A Puzzle child against its parent",
     as_json: JsonOption = False,
 ) -> None:
     """Compare a child with its baselines.

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
+from puzzle_trtllm.chat import REASONING_EFFORTS
 from puzzle_trtllm.serve.bench.result import TokenCounts
 from puzzle_trtllm.serve.metrics.provenance import Provenance
 from puzzle_trtllm.serve.metrics.records import RequestCounts, RequestStatus
@@ -68,6 +69,12 @@ class EvaluationResult(ResultFile):
     """tokenizer: a stock server tells no counts, so its text is encoded again; None in older files."""
     efforts: dict[str, EffortResult]
     provenance: Provenance
+
+    def with_effort(self, effort: str, measured: EffortResult, token_counts: TokenCounts) -> EvaluationResult:
+        """This evaluation and one more effort, all in the order from low to high."""
+        efforts = {**self.efforts, effort: measured}
+        ordered = {name: efforts[name] for name in REASONING_EFFORTS if name in efforts}
+        return self.model_copy(update={"efforts": ordered, "token_counts": token_counts})
 
     def __rich__(self) -> Table:
         counted = "tokens counted by the tokenizer: this server tells no counts"

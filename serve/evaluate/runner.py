@@ -3,6 +3,8 @@
 The client renders the chat template (Triton's model knows none) and sends token ids, so that special tokens mean what
 they meant in training. Token ids come back too and are decoded here with special tokens kept: only then are channels
 unambiguous. A stock server gets and gives text, whose tokens are counted by encoding it again (token_counts.py).
+
+An effort is saved as soon as it is measured; the same evaluation started again measures only what is missing.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ from puzzle_trtllm.serve.metrics.provenance import Provenance
 from puzzle_trtllm.serve.metrics.records import RequestCounts
 from puzzle_trtllm.serve.metrics.statistics import wilson_interval
 
+SAME_EVALUATION = ("name", "url", "problems_fingerprint", "grader", "max_tokens", "concurrency")
+"""What two evaluations have in common whose efforts may stand in one file."""
+
 
 class UnfinishedEvaluationError(BenchError):
     """An effort failed after others were finished."""
@@ -52,6 +57,7 @@ def evaluate(
     answer_key: str = "answer",
     engine: str | Path | None = None,
     name: str | None = None,
+    out: str | Path | None = None,
     connect: Connect = connect_triton,
     quiet: bool = False,
 ) -> EvaluationResult:
@@ -61,10 +67,11 @@ def evaluate(
     max_tokens: room for reasoning and answer; an answer that needs more is truncated.
     limit: only the first so many problems. prompt_key, answer_key: what the problem set calls them.
     engine: the engine folder behind the URL, for provenance.
+    out: the result's file, written after every effort; efforts that it holds already are not measured again.
 
     Raises ConfigError for a bad problem set, grader or effort, CheckpointError for a bad tokenizer folder, BenchError
-    when an effort has no successful request (UnfinishedEvaluationError with the efforts before it, if there are any),
-    ServeError when nobody answers.
+    for an `out` that holds another evaluation, or when an effort has no successful request (UnfinishedEvaluationError
+    with the efforts before it, if there are any), ServeError when nobody answers.
     """
     grade = find_grader(grader)
     problem_set = load_problems(problems, limit=limit, prompt_key=prompt_key, answer_key=answer_key)
@@ -72,20 +79,6 @@ def evaluate(
         grade("", problem.answer)  # a problem this grader cannot grade is an error now, not after an hour
     _check_efforts(efforts)
     tokenizer = ChatTokenizer.from_folder(tokenizer_folder)
-    provenance = Provenance.collect(engine=engine)
-    run = _all_efforts(
-        url,
-        problem_set,
-        tokenizer,
-        efforts=efforts,
-        grade=grade,
-        concurrency=concurrency,
-        max_tokens=max_tokens,
-        name=name or url,
-        connect=connect,
-        quiet=quiet,
-    )
-    results, token_counts, failure = asyncio.run(run)
     result = EvaluationResult(
         name=name or url,
         url=url,
@@ -94,13 +87,34 @@ def evaluate(
         grader=grader,
         max_tokens=max_tokens,
         concurrency=concurrency,
-        token_counts=token_counts,
-        efforts=results,
-        provenance=provenance,
+        efforts={},
+        provenance=Provenance.collect(engine=engine),
     )
-    if failure is not None:
-        raise UnfinishedEvaluationError(str(failure), finished=result) if results else failure
+    if out is not None and Path(out).exists():
+        result = _go_on_from(Path(out), result)
+    missing = [effort for effort in efforts if effort not in result.efforts]
+    if missing:
+        run = _measure_efforts(result, missing, problem_set, tokenizer, grade, out=out, connect=connect, quiet=quiet)
+        result, failure = asyncio.run(run)
+        if failure is not None:
+            raise UnfinishedEvaluationError(str(failure), finished=result) if result.efforts else failure
     return result
+
+
+def _go_on_from(file: Path, result: EvaluationResult) -> EvaluationResult:
+    """`result` with what its file holds. Raises BenchError when that is not the same evaluation."""
+    earlier = EvaluationResult.load(file)
+    differences = {key: (getattr(earlier, key), getattr(result, key)) for key in SAME_EVALUATION}
+    then, now = earlier.provenance.engine, result.provenance.engine
+    if then is None or now is None:
+        differences["engine"] = ((then and then.path) or "none", (now and now.path) or "none")
+    elif then.manifest != now.manifest:
+        differences["engine"] = (f"{then.path}, built otherwise", now.path)
+    for key, (found, expected) in differences.items():
+        if found != expected:
+            message = "holds another evaluation; remove it or write elsewhere"
+            raise BenchError(message, file=file, key=key, found=found, expected=expected)
+    return result.model_copy(update={"efforts": earlier.efforts, "token_counts": earlier.token_counts})
 
 
 def _check_efforts(efforts: Sequence[str]) -> None:
@@ -115,39 +129,47 @@ def _check_efforts(efforts: Sequence[str]) -> None:
             raise ConfigError("a reasoning effort named twice", key="effort", found=effort)
 
 
-async def _all_efforts(
-    url: str,
+async def _measure_efforts(
+    result: EvaluationResult,
+    efforts: Sequence[str],
     problem_set: ProblemSet,
     tokenizer: ChatTokenizer,
-    *,
-    efforts: Sequence[str],
     grade: Grader,
-    concurrency: int,
-    max_tokens: int,
-    name: str,
+    *,
+    out: str | Path | None,
     connect: Connect,
     quiet: bool,
-) -> tuple[dict[str, EffortResult], TokenCounts, PuzzleError | None]:
-    """One effort after the other, so that each has a rate of its own; who counted, and what ended them early."""
-    results: dict[str, EffortResult] = {}
-    async with connect(url) as target:
+) -> tuple[EvaluationResult, PuzzleError | None]:
+    """`result` with `efforts`, one after the other, so that each has a rate of its own; and what ended them early."""
+    async with connect(result.url) as target:
         token_counts: TokenCounts = "server" if target.gives_token_ids else "tokenizer"
+        if result.token_counts not in (None, token_counts):
+            problem = "efforts already measured have their tokens counted in another way"
+            raise BenchError(problem, key="token_counts", found=result.token_counts, expected=token_counts)
         for effort in efforts:
             try:
                 requests = [
-                    _request(problem, tokenizer, effort, max_tokens=max_tokens, as_ids=target.gives_token_ids)
+                    _request(problem, tokenizer, effort, max_tokens=result.max_tokens, as_ids=target.gives_token_ids)
                     for problem in problem_set.problems
                 ]
-                with LoadProgress(f"{name} at {effort} effort", num_requests=len(requests), quiet=quiet) as progress:
+                title = f"{result.name} at {effort} effort"
+                with LoadProgress(title, num_requests=len(requests), quiet=quiet) as progress:
                     answers = await hold_concurrency(
-                        target.stream, requests, concurrency=concurrency, is_truncated=_ran_out, observer=progress
+                        target.stream,
+                        requests,
+                        concurrency=result.concurrency,
+                        is_truncated=_ran_out,
+                        observer=progress,
                     )
                 if token_counts == "tokenizer":
                     answers = count_by_tokenizer(answers, tokenizer)
-                results[effort] = grade_effort(answers, problem_set.problems, tokenizer, grade, effort=effort)
+                graded = grade_effort(answers, problem_set.problems, tokenizer, grade, effort=effort)
+                result = result.with_effort(effort, graded, token_counts)
+                if out is not None:
+                    result.save(out)
             except PuzzleError as error:
-                return results, token_counts, error
-    return results, token_counts, None
+                return result, error
+    return result, None
 
 
 def _request(

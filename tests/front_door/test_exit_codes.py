@@ -241,6 +241,11 @@ def test_numbers_are_shown_even_if_their_file_cannot_be_written(
     assert capsys.readouterr().out == '{"measured": 1}\n'
 
 
+def test_two_servers_at_one_port_are_told_before_the_engine_is_loaded(tmp_path: Path) -> None:
+    ports = ("--http-port", "8123", "--openai-port", "8123")
+    assert_user_error(invoke("serve", tmp_path, *ports), "--openai-port: the same as --http-port (found 8123")
+
+
 def test_options_that_need_another() -> None:
     assert_user_error(invoke("generate", "hello", "--effort", "low"), "--effort", "--tokenizer")
     assert_user_error(invoke("evaluate", "--problems", "x.jsonl"), "--tokenizer", "--engine")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import platform
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 
@@ -306,6 +308,28 @@ def test_what_cannot_be_compiled_is_told_in_one_line_and_leaves_nothing(tmp_path
         compiler.load_library((*compiler.FLAGS, "--no-such-flag"), cache=tmp_path)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_compiler_that_takes_too_long_ends_with_all_it_has_started(tmp_path, monkeypatch):
+    driver, started = tmp_path / "g++", tmp_path / "started"
+    driver.write_text(f"#!/bin/sh\n[ $1 = --version ] && exit\nsleep 1000 & echo $! > {started}\nwait\n")
+    driver.chmod(0o755)
+    monkeypatch.setattr(compiler, "COMPILERS", (str(driver),))
+    monkeypatch.setattr(compiler, "TIMEOUT_SECONDS", 0.5)
+    with pytest.raises(compiler.CompileError, match=r"timed out after 0\.5 seconds"):
+        compiler.load_library(cache=tmp_path / "cache")
+    deadline = time.monotonic() + 5
+    while _is_alive(int(started.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def _is_alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_without_a_compiler_torch_takes_over_with_one_line_in_the_log(monkeypatch, caplog):

@@ -7,7 +7,9 @@ import re
 
 import pytest
 
+from puzzle_trtllm.build.engine_build import build_engine
 from puzzle_trtllm.chat import ChatTokenizer
+from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import BenchError, ConfigError, ServeError
 from puzzle_trtllm.serve.evaluate.result import EvaluationResult
 from puzzle_trtllm.serve.evaluate.runner import UnfinishedEvaluationError, evaluate
@@ -130,6 +132,76 @@ def test_an_evaluation_survives_its_file(problems, tokenizer, tmp_path):
     result = run(FakeClient(Model(tokenizer), finish_reason="stop"), problems, tokenizer, limit=2)
     assert len(result.efforts["low"].answers) == 2
     assert EvaluationResult.load(result.save(tmp_path / "evaluation.json")) == result
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(problems, tokenizer, tmp_path):
+    out, model = tmp_path / "evaluation.json", Model(tokenizer)
+
+    def until_somebody_presses_ctrl_c(index, request):
+        if index == len(PROBLEMS) + 1:
+            raise KeyboardInterrupt
+        return model(index, request)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(FakeClient(until_somebody_presses_ctrl_c, finish_reason="stop"), problems, tokenizer, out=out)
+    saved = EvaluationResult.load(out)
+    assert list(saved.efforts) == ["low"]
+    second = FakeClient(model, finish_reason="stop")
+    result = run(second, problems, tokenizer, out=out)
+    assert result == EvaluationResult.load(out)
+    assert list(result.efforts) == ["low", "high"] and result.efforts["low"] == saved.efforts["low"]
+    assert len(second.requests) == len(PROBLEMS)
+    assert all("effort: high" in tokenizer.decode(request.input_ids) for request in second.requests)
+
+
+def test_efforts_measured_later_stand_beside_the_earlier_ones_in_their_order(problems, tokenizer, tmp_path):
+    out = tmp_path / "evaluation.json"
+    client = FakeClient(Model(tokenizer), finish_reason="stop")
+    run(client, problems, tokenizer, efforts=("high",), out=out)
+    assert list(run(client, problems, tokenizer, efforts=("low",), out=out).efforts) == ["low", "high"]
+    num_asked = len(client.requests)
+    assert list(run(client, problems, tokenizer, out=out).efforts) == ["low", "high"]
+    assert len(client.requests) == num_asked == 2 * len(PROBLEMS)
+
+
+def test_a_file_of_another_evaluation_is_refused_and_kept(problems, tokenizer, tmp_path):
+    out = tmp_path / "evaluation.json"
+    client = FakeClient(Model(tokenizer), finish_reason="stop")
+    earlier = run(client, problems, tokenizer, efforts=("low",), out=out)
+    num_asked = len(client.requests)
+    for change, message in (
+        ({"max_tokens": 100}, r"max_tokens: holds another evaluation.*\(found 200, expected 100\)"),
+        ({"concurrency": 4}, r"concurrency: holds another evaluation"),
+        ({"grader": "regex"}, r"grader: holds another evaluation.*\(found numeric, expected regex\)"),
+        ({"limit": 2}, r"problems_fingerprint: holds another evaluation"),
+        ({"name": "b"}, r"name: holds another evaluation"),
+    ):
+        with pytest.raises(BenchError, match=r"evaluation\.json: " + message):
+            run(client, problems, tokenizer, out=out, **change)
+    assert len(client.requests) == num_asked and EvaluationResult.load(out) == earlier
+
+
+def test_an_engine_that_was_built_otherwise_since_is_another_evaluation(problems, tokenizer, tmp_path, make_checkpoint):
+    client, out = FakeClient(Model(tokenizer), finish_reason="stop"), tmp_path / "evaluation.json"
+    config = EngineConfig(runtime="reference", kv_dtype="bf16")
+    engine = build_engine(make_checkpoint([(4, None)]), tmp_path / "e", config=config)
+    run(client, problems, tokenizer, efforts=("low",), engine=engine.path, out=out)
+    assert len(run(client, problems, tokenizer, engine=engine.path, out=out).efforts) == 2
+    with pytest.raises(BenchError, match=r"engine: holds another evaluation.*\(found \S*/e, expected none\)"):
+        run(client, problems, tokenizer, efforts=("medium",), out=out)
+    again = config.model_copy(update={"kv_dtype": "fp8"})
+    build_engine(make_checkpoint([(4, None)]), engine.path, config=again, overwrite=True)
+    with pytest.raises(BenchError, match=r"engine: holds another evaluation.*\(found \S*/e, built otherwise, expected"):
+        run(client, problems, tokenizer, efforts=("medium",), engine=engine.path, out=out)
+
+
+def test_a_server_that_counts_otherwise_does_not_go_on(problems, tokenizer, tmp_path):
+    out = tmp_path / "evaluation.json"
+    run(FakeClient(Model(tokenizer), finish_reason="stop"), problems, tokenizer, efforts=("low",), out=out)
+    stock = FakeClient(lambda *_: [[1]], gives_token_ids=False, finish_reason="stop")
+    with pytest.raises(BenchError, match=r"token_counts: .*\(found server, expected tokenizer\)"):
+        run(stock, problems, tokenizer, out=out)
+    assert stock.requests == []
 
 
 def test_bad_input_is_refused_before_anything_is_sent(problems, tokenizer, tmp_path):

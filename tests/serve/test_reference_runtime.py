@@ -68,6 +68,15 @@ def test_a_full_batch_of_mixed_lengths_gives_each_request_what_it_gets_alone(llm
     assert together == alone
 
 
+def test_each_prompt_of_a_list_may_have_parameters_of_its_own(llm):
+    prompts, lengths = [prompt(1), prompt(2)], [3, 7]
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in lengths]
+    results = llm.generate(prompts, params)
+    assert [len(r.outputs[0].token_ids) for r in results] == lengths
+    with pytest.raises(ValueError, match="1 sampling_params for 2 prompts"):
+        llm.generate(prompts, params[:1])
+
+
 def test_reuse_on_and_off_generate_the_same_and_say_what_was_reused(llm, child):
     """Prompts that begin alike, in waves, greedy and sampled; the second wave finds the first one's blocks."""
     shared = prompt(20, 60)

@@ -63,15 +63,25 @@ class LLM:
     # -- generation --------------------------------------------------------------------------------------------------
 
     def generate(
-        self, inputs: Prompt | Sequence[Prompt], sampling_params: SamplingParams | None = None, use_tqdm: bool = False
+        self,
+        inputs: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = False,
     ) -> Any:
-        """Generate for one prompt (text or token ids; gives one output) or a list of them (a list), and wait."""
+        """Generate for one prompt (text or token ids; gives one output) or a list of them (a list), and wait.
+
+        A list of prompts may come with a list of as many sampling_params.
+        """
         prompts: Any = inputs
         several = isinstance(prompts, list) and not (prompts and isinstance(prompts[0], Integral))
+        prompts = prompts if several else [prompts]
+        own = sampling_params if isinstance(sampling_params, Sequence) else [sampling_params] * len(prompts)
+        if len(own) != len(prompts):
+            raise ValueError(f"{len(own)} sampling_params for {len(prompts)} prompts")
         requests: list[ReferenceRequestOutput] = []
         try:
-            for prompt in prompts if several else [prompts]:
-                requests.append(self.generate_async(prompt, sampling_params))
+            for prompt, params in zip(prompts, own, strict=True):
+                requests.append(self.generate_async(prompt, params))
             results = [request.result() for request in requests]
         except BaseException:
             for request in requests:

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -64,8 +65,19 @@ def _compile(compiler: str, flags: Sequence[str], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch, target.name)
         command = [compiler, *flags, "-o", str(made), str(SOURCE)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
-        if done.returncode != 0:
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        code, words = _run_to_end(command)
+        if code != 0:
+            lines = words.strip().splitlines() or [f"exit code {code}"]
             raise CompileError(f"{compiler}: {next((line for line in lines if 'error' in line), lines[0])}")
         made.replace(target)
+
+
+def _run_to_end(command: Sequence[str]) -> tuple[int, str]:
+    """(exit code, stderr). Raises TimeoutExpired; then, as after Ctrl-C, nothing goes on that the compiler started."""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as driver:
+        try:
+            _, words = driver.communicate(timeout=TIMEOUT_SECONDS)
+        except BaseException:
+            os.killpg(driver.pid, signal.SIGKILL)  # not yet waited for, so the group is there
+            raise
+    return driver.returncode, words
