@@ -132,6 +132,10 @@ def serve_command(
         str | None,
         typer.Option("--gpu-device-ids", help='Several instances, each on its own GPUs: "0,1;2,3" makes two.'),
     ] = None,
+    engine_cores: Annotated[
+        str | None,
+        typer.Option("--engine-cores", help="CPU cores for the engine alone, as 1 or 4-7; the server has the others."),
+    ] = None,
     grpc_cert: Annotated[
         Path | None,
         typer.Option("--grpc-cert", help="gRPC speaks TLS with this certificate (PEM); HTTP only on loopback."),
@@ -163,6 +167,7 @@ def serve_command(
 
     With --json the URLs and the process id are printed once the model is ready.
     """
+    from puzzle_trtllm.cores import parse_cores
     from puzzle_trtllm.serve.triton.security import restriction_of_options, tls_of_files
     from puzzle_trtllm.serve.triton.server import serve_engine
 
@@ -193,6 +198,7 @@ def serve_command(
         restart=restart,
         startup_timeout_s=startup_timeout_s,
         gpu_device_ids=gpu_device_ids,
+        engine_cores=None if engine_cores is None else parse_cores(engine_cores, key="--engine-cores"),
         tls=tls,
         restriction=restriction,
         on_ready=on_ready,

@@ -8,6 +8,7 @@ import time
 import uuid
 from pathlib import Path
 
+from puzzle_trtllm.cores import run_on
 from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.triton.launch import TritonServer, python_path
 from puzzle_trtllm.serve.triton.ports import choose_ports
@@ -53,14 +54,15 @@ class OpenAiFront:
         command += ["--host", self._host, "--port", str(self._port)]
         command += ["--model", self._model] if self._model else []
         command += ["--secret", str(self._secret_file.resolve())] if self._secret_file else []
-        self._process = GuardedProcess(
-            command,
-            environment=python_path({}),
-            log_file=self._log_file,
-            grace_s=_GRACE_S,
-            shm_prefix=f"puzzle_openai_{uuid.uuid4().hex[:12]}_",
-            scratch=scratch,
-        )
+        with run_on(server.cores):
+            self._process = GuardedProcess(
+                command,
+                environment=python_path({}),
+                log_file=self._log_file,
+                grace_s=_GRACE_S,
+                shm_prefix=f"puzzle_openai_{uuid.uuid4().hex[:12]}_",
+                scratch=scratch,
+            )
         began_s = time.monotonic()
         while http_status(f"{self.url.removesuffix('/v1')}/health") != 200:
             failure = self.failure()

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 import puzzle_trtllm
+from puzzle_trtllm.cores import other_cores, run_on
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.triton.contract import MODEL_NAME
@@ -42,7 +43,8 @@ class TritonServer:
 
     Under `tls` gRPC speaks TLS, and HTTP, which cannot, listens on loopback only.
     `repository_options` go to `write_repository`. Without `log_file` the log lies in the temporary folder; it is
-    removed after a clean stop and kept after a failure.
+    removed after a clean stop and kept after a failure. `engine_cores` are the engine's alone (reference runtime): the
+    server runs on the others, so that its threads never stand in the way of an engine that leaves a core free.
     """
 
     def __init__(
@@ -60,11 +62,22 @@ class TritonServer:
         arguments: Sequence[str] = (),
         tls: GrpcTls | None = None,
         restriction: Restriction | None = None,
+        engine_cores: Sequence[int] | None = None,
         on_wait: Callable[[float], None] | None = None,
         **repository_options: Any,
     ) -> None:
-        """Nothing is started before `start` (or `with`). `on_wait` is called with the seconds waited so far."""
+        """Nothing is started before `start` (or `with`). `on_wait` is called with the seconds waited so far.
+
+        Raises PuzzleError for `engine_cores` that are not there, or leave none to the server.
+        """
         self.engine = engine if isinstance(engine, Engine) else Engine.open(engine)
+        self.cores: set[int] | None = None
+        """Those of the server and of what runs beside it; None: all."""
+        if engine_cores is not None:
+            if self.engine.manifest.runtime != "reference":
+                raise ServeError("only the reference runtime computes on CPU cores", key="engine_cores")
+            self.cores = other_cores(engine_cores, key="engine_cores")
+        self._engine_cores = engine_cores
         self.host = host
         self._wanted = {"HTTP": http_port, "gRPC": grpc_port, "metrics": metrics_port}
         self._ports: dict[str, int] = {}
@@ -146,17 +159,20 @@ class TritonServer:
         shm_prefix = f"puzzle_{uuid.uuid4().hex[:12]}_"
         scratch = Path(tempfile.mkdtemp(prefix="puzzle-triton-"))
         try:
-            repository = write_repository(self.engine, scratch / "repository", **self._repository_options)
+            repository = write_repository(
+                self.engine, scratch / "repository", engine_cores=self._engine_cores, **self._repository_options
+            )
             self._model_folder, self._drained = repository / MODEL_NAME / "1", False
             command = [str(install.server), "--model-repository", str(repository), *install.arguments(scratch)]
-            return GuardedProcess(
-                [*command, *self._options(shm_prefix), *self._arguments],
-                environment={**install.environment, **self._environment, **python_path(self._environment)},
-                log_file=self.log_file,
-                grace_s=self._drain_s + 5,
-                shm_prefix=shm_prefix,
-                scratch=scratch,
-            )
+            with run_on(self.cores):
+                return GuardedProcess(
+                    [*command, *self._options(shm_prefix), *self._arguments],
+                    environment={**install.environment, **self._environment, **python_path(self._environment)},
+                    log_file=self.log_file,
+                    grace_s=self._drain_s + 5,
+                    shm_prefix=shm_prefix,
+                    scratch=scratch,
+                )
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise

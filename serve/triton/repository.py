@@ -14,7 +14,7 @@ from nowhere, not even the locale, and knows no file names but those of ASCII; h
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,13 @@ def write_repository(
     max_open_requests: int = 1024,
     gpu_device_ids: str | None = None,
     runtime_module: str | None = None,
+    engine_cores: Sequence[int] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write the model repository of `engine` to the folder `out` and return it.
 
     gpu_device_ids: "0,1;2,3" makes two instances, each on its own GPUs; each takes `max_open_requests`.
+    engine_cores: those that the reference runtime computes on, instead of all that the server may use.
     Raises ConfigError for wrong GPU ids, ServeError for a path that Triton cannot use and PuzzleError when `out` exists
     and is not to be overwritten.
     """
@@ -71,7 +73,8 @@ def write_repository(
         shutil.copyfile(Path(__file__).with_name("model.py"), version / "model.py")
         if reachable == link:
             (version / _ENGINE_LINK).symlink_to(engine.path, target_is_directory=True)
-        text = render_model_yaml(reachable / engine.model_path.name, engine.llm_args, triton)
+        llm_args = engine.llm_args if engine_cores is None else {**engine.llm_args, "cores": [*engine_cores]}
+        text = render_model_yaml(reachable / engine.model_path.name, llm_args, triton)
         (version / MODEL_YAML).write_text(text, encoding="utf-8")
     return out
 

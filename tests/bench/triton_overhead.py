@@ -14,8 +14,8 @@ one JSON line.
 Lengths vary from half to one and a half of `--output`, as real ones do. With all of one length (the second command)
 requests end together, and the next wave arrives together: in process at one instant, so that nothing hides what Triton
 costs a request then. Wall time includes a run's start and end; the machine's cores are shared by client, server, stub
-and engine, as in the demo. With `--apart` (the third) the engine behind Triton has the last core, and server and stub
-the others.
+and engine, as in the demo. With `--apart` (the third) the engine behind Triton has the last core to itself, as `serve
+--engine-cores` gives it; the client, and all that is in process, stays where it likes.
 
 A shared host's clock may change by half between two runs: many short rounds tell more than a few long ones. What
 Triton costs is also counted in what no clock changes, the steps that the engine makes for the load (more of them when a
@@ -35,7 +35,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -178,15 +178,6 @@ def processes_of(server: TritonServer) -> dict[str, psutil.Process]:
     return {"client": psutil.Process(), **{name: psutil.Process(pid) for name, pid in pids.items()}}
 
 
-def keep_apart(processes: dict[str, psutil.Process]) -> None:
-    """The engine on the last core, server and stub on the others; the client stays where it likes."""
-    *others, last = sorted(os.sched_getaffinity(0))
-    for name, cores in (("engine", [last]), ("server", others), ("stub", others)):
-        for thread in processes[name].threads():
-            with suppress(ProcessLookupError):
-                os.sched_setaffinity(thread.id, cores)
-
-
 def count_steps_behind(server: TritonServer) -> int:
     """What the server's metrics say."""
     metrics = read_metrics(server.metrics_url)
@@ -194,7 +185,9 @@ def count_steps_behind(server: TritonServer) -> int:
     return int(metrics["puzzle_engine_steps_total"])
 
 
-def start_ways(stack: ExitStack, checkpoint: Path, folder: Path, streaming: str) -> dict[str, Run]:
+def start_ways(
+    stack: ExitStack, checkpoint: Path, folder: Path, streaming: str, engine_cores: list[int] | None
+) -> dict[str, Run]:
     """One engine in process and one behind Triton; `streaming` is its interval, or `none`."""
     config = load_engine_config("cpu-demo").model_copy(update={"memory_bytes": None, "kv_dtype": "bf16"})
     llm_args = {
@@ -205,7 +198,7 @@ def start_ways(stack: ExitStack, checkpoint: Path, folder: Path, streaming: str)
     build_engine(checkpoint, folder, config=config.model_copy(update={"llm_args": llm_args}))
     engine = Engine.open(folder)
     llm = stack.enter_context(create_llm(engine))
-    server = stack.enter_context(TritonServer(engine))
+    server = stack.enter_context(TritonServer(engine, engine_cores=engine_cores))
     label = "no streaming" if streaming == "none" else f"interval {streaming}"
     return {
         f"in process, {label}": Run(
@@ -233,18 +226,16 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=84, help="mean tokens an answer")
     parser.add_argument("--output-spread", type=float, default=0.5, help="lengths vary by this share of the mean")
     parser.add_argument("--streaming", nargs="+", choices=WAYS, default=WAYS, help="which stream_intervals")
-    parser.add_argument("--apart", action="store_true", help="server and stub off the engine's core")
+    parser.add_argument("--apart", action="store_true", help="server and stub off the engine's core, the last one")
     parser.add_argument("--checkpoint", type=Path, default=ABACUS)
     options = parser.parse_args()
     scenario = load_scenario("cpu-demo")
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         runs: dict[str, Run] = {}
+        cores = [max(os.sched_getaffinity(0))] if options.apart else None
         for streaming in options.streaming:
-            runs |= start_ways(stack, options.checkpoint, scratch / streaming, streaming)
-        for run in runs.values():
-            if options.apart and "stub" in run.processes:
-                keep_apart(run.processes)
+            runs |= start_ways(stack, options.checkpoint, scratch / streaming, streaming, cores)
         engine = Engine.open(scratch / options.streaming[0])
         longest = scenario.input_tokens + int(options.output * (1 + options.output_spread))
         if longest > engine.llm_args["max_seq_len"]:  # the engine would cut the answers, and they would hardly vary

@@ -246,6 +246,13 @@ def test_two_servers_at_one_port_are_told_before_the_engine_is_loaded(tmp_path: 
     assert_user_error(invoke("serve", tmp_path, *ports), "--openai-port: the same as --http-port (found 8123")
 
 
+def test_engine_cores_that_cannot_be_had_are_told_before_the_engine_is_loaded(engine: Path) -> None:
+    for cores, words in (("x", "not a list of cores (found 'x'"), ("0-4095", "no such cores here")):
+        assert_user_error(invoke("serve", engine, *FREE_PORTS, "--engine-cores", cores), words)
+    ours = ",".join(map(str, os.sched_getaffinity(0)))
+    assert_user_error(invoke("serve", engine, *FREE_PORTS, "--engine-cores", ours), "leaves no core to the server")
+
+
 def test_options_that_need_another() -> None:
     assert_user_error(invoke("generate", "hello", "--effort", "low"), "--effort", "--tokenizer")
     assert_user_error(invoke("evaluate", "--problems", "x.jsonl"), "--tokenizer", "--engine")

@@ -77,6 +77,17 @@ def test_each_prompt_of_a_list_may_have_parameters_of_its_own(llm):
         llm.generate(prompts, params[:1])
 
 
+def test_the_engine_computes_on_the_cores_that_it_is_given(child):
+    last = max(os.sched_getaffinity(0))
+    with LLM(child, **ARGS, cores=[last]) as engine:
+        assert os.sched_getaffinity(engine.engine_pid) == {last}
+        assert engine.facts["num_threads"] == 1
+        assert engine.generate(prompt(1), SamplingParams(max_tokens=3)).outputs[0].token_ids
+    for wrong in ([], [1 << 16], "01"):
+        with pytest.raises(EngineError, match="cores: no such cores"):
+            LLM(child, **ARGS, cores=wrong)
+
+
 def test_reuse_on_and_off_generate_the_same_and_say_what_was_reused(llm, child):
     """Prompts that begin alike, in waves, greedy and sampled; the second wave finds the first one's blocks."""
     shared = prompt(20, 60)

@@ -198,3 +198,15 @@ def test_at_last_the_engine_is_killed_and_the_stub_answers_for_it(server) -> Non
         generate("x", url=server.grpc_url)
     assert error.value.status == "UNAVAILABLE"
     wait_until(lambda: metric(server, "puzzle_engine_up") == 0, what="the metric says so")
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a server needs a core beside the engine's")
+def test_the_engine_has_its_cores_alone_and_the_server_the_others(engine, expected) -> None:
+    *others, last = sorted(os.sched_getaffinity(0))
+    with TritonServer(engine, engine_cores=[last]) as server:
+        (stub,) = server.stub_pids()
+        (process,) = children_of(stub)
+        assert [os.sched_getaffinity(pid) for pid in (server.pid, stub, process)] == [{*others}, {*others}, {last}]
+        results = run(generate_all(server, streaming=True))
+    assert [(result.text, result.token_ids) for result in results] == expected["greedy"]
+    assert sorted(os.sched_getaffinity(0)) == [*others, last]

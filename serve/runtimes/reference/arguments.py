@@ -6,7 +6,8 @@ or speed alone and are named once in the log, so that nobody believes they had a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
@@ -39,6 +40,8 @@ class EngineArguments:
     None: none."""
     kernels: str = "auto"
     """auto | native | triton | torch; of the reference runtime alone, to force one of its implementations"""
+    cores: Sequence[int] | None = None
+    """Those that the engine computes on, instead of those of its front; of the reference runtime alone"""
     kv_cache_config: KvCacheConfig = field(default_factory=KvCacheConfig)
     """Its bytes are those of one rank, as with TensorRT-LLM."""
     parallelism: Parallelism = ONE_RANK
@@ -53,6 +56,9 @@ class EngineArguments:
         for key, value in counts.items():
             if not (isinstance(value, int) and value >= 1):
                 raise EngineError("out of range", key=key, found=value, expected="an integer, at least 1")
+        existing = range(os.cpu_count() or 1)
+        if self.cores is not None and not (self.cores and all(core in existing for core in self.cores)):
+            raise EngineError("no such cores", key="cores", found=self.cores, expected=f"some of 0..{existing[-1]}")
         share = kv.free_gpu_memory_fraction
         if not (isinstance(share, (int, float)) and 0 < share <= 1):
             key = "kv_cache_config.free_gpu_memory_fraction"

@@ -53,7 +53,7 @@ class LLM:
         self._dead: str | None = None
         self._closing = False
         self._messages: SimpleQueue[bytes | None] = SimpleQueue()
-        self._processes = EngineProcesses(self.args.parallelism.tensor)
+        self._processes = EngineProcesses(self.args.parallelism.tensor, self.args.cores)
         ready = self._load()
         self.facts, self._stats = ready.facts, ready.stats
         self._reader = threading.Thread(target=self._read_reports, name="reference-engine-reader", daemon=True)

@@ -16,11 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from puzzle_trtllm.cores import run_on
 from puzzle_trtllm.errors import EngineError
 from puzzle_trtllm.serve.runtimes.api import EngineDeadError
 
@@ -37,7 +39,8 @@ since the last answer, so that a front which was stopped itself accuses nobody w
 class EngineProcesses:
     """`size` ranks, the first of which talks to the front; under torchrun only that one, as the others are there."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, cores: Sequence[int] | None = None) -> None:
+        """`cores`: what they may compute on, all of them alike; None: what this process may use."""
         self._folder = tempfile.TemporaryDirectory(prefix="puzzle-ranks-") if size > 1 else None
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[Connection] = []
@@ -48,7 +51,7 @@ class EngineProcesses:
         command = [_python_executable(), "-m", "puzzle_trtllm.serve.runtimes.reference.engine_process"]
         for place in self._places(size):
             ours, theirs = Pipe()
-            with theirs:
+            with theirs, run_on(cores):
                 self._processes.append(
                     subprocess.Popen(
                         [*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=_environment() | place
