@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import time
@@ -331,6 +332,40 @@ def test_an_engine_that_cannot_even_be_killed_does_not_hold_up_the_end(child, mo
     os.kill(llm.engine_pid, signal.SIGKILL)
 
 
+def test_an_engine_that_is_stopped_for_long_is_given_up(child):
+    with LLM(child, **ARGS) as llm:
+        request = llm.generate_async(prompt(1), SamplingParams(max_tokens=230, ignore_eos=True))
+        stopped = time.monotonic()
+        os.kill(llm.engine_pid, signal.SIGSTOP)
+        with pytest.raises(EngineDeadError, match=rf"process {llm.engine_pid}\) was stopped and does not go on"):
+            request.result(timeout=30)
+        assert 6 < time.monotonic() - stopped < 12
+        assert not llm._check_health()
+        _wait_for_end(llm.engine_pid)
+
+
+def test_an_engine_that_is_stopped_for_a_moment_goes_on(child):
+    with LLM(child, **ARGS) as llm:
+        request = llm.generate_async(prompt(1), SamplingParams(max_tokens=230, ignore_eos=True))
+        for _ in range(2):
+            os.kill(llm.engine_pid, signal.SIGSTOP)
+            time.sleep(2.5)
+            os.kill(llm.engine_pid, signal.SIGCONT)
+        assert len(request.result(timeout=30).outputs[0].token_ids) == 230
+
+
+def test_an_llm_that_is_dropped_takes_its_engine_along_but_not_under_a_request(child):
+    llm = LLM(child, **ARGS)
+    pid = llm.engine_pid
+    request = llm.generate_async(prompt(1), SamplingParams(max_tokens=230, ignore_eos=True))
+    del llm
+    gc.collect()
+    assert len(request.result(timeout=30).outputs[0].token_ids) == 230
+    del request
+    gc.collect()
+    _wait_for_end(pid)
+
+
 def test_an_engine_that_fails_outside_a_step_says_why(child):
     llm = LLM(child, **ARGS)
     request = llm.generate_async(prompt(1), SamplingParams(max_tokens=230, ignore_eos=True))
@@ -358,6 +393,13 @@ def test_the_engine_does_not_outlive_its_front(child):
     while time.monotonic() < deadline and _alive(pid):
         time.sleep(0.05)
     assert not _alive(pid)
+
+
+def _wait_for_end(pid: int) -> None:
+    deadline = time.monotonic() + 10
+    while _alive(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def _alive(pid: int) -> bool:

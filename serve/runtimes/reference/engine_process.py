@@ -7,8 +7,7 @@ messages between steps without waiting; when idle it blocks. Reports go out once
 grow with the number of readers.
 
 Of several ranks, which find their place in the environment as torchrun gives it, the first one does so. The others run
-the same steps on the messages that it shares, report to nobody, and take its choice of tokens. A thread of theirs
-answers what comes through the socket, so that the front can tell a long step from a process that hangs.
+the same steps on the messages that it shares, report to nobody, and take its choice of tokens.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _INT_MAX = -1, -3, 2**31 - 1
 """malloc.h of glibc."""
 
 _LAST_WORDS_SECONDS = 1.0
-"""How long a rank that fails leaves it to the front to notice which one was lost; and a leader without a front, to
-itself to end in order."""
+"""How long a rank that fails leaves it to the front to notice which one was lost; and one without a front, to itself
+to end in order."""
 
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
@@ -54,13 +53,13 @@ def main(fd: int) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
     # Ctrl-C reaches the whole process group; who stops the engine is its front.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    front, leads = Connection(fd), os.environ["RANK"] == "0"
-    threading.Thread(target=_wait_for_end if leads else _answer, args=(front,), daemon=True).start()
+    front = Connection(fd)
+    threading.Thread(target=_wait_for_end, args=(front,), daemon=True).start()
     try:
-        if leads:
+        if os.environ["RANK"] == "0":
             _lead(front)
         else:
-            follow(on_loaded=lambda: front.send(None))
+            follow()
     except Exception as error:
         reason = str(error)
         if not isinstance(error, PuzzleError):
@@ -73,12 +72,11 @@ def main(fd: int) -> int:
     return 0
 
 
-def follow(on_loaded: Callable[[], None] = lambda: None) -> None:
+def follow() -> None:
     """Load what the leader loads, then run the engine as it does, on the messages that it shares, until the end."""
     _keep_freed_memory()
     ranks = _join_ranks()
     engine = load_engine(ranks.share(), ranks)
-    on_loaded()
     run(engine, receive=lambda _: ranks.share(), send=lambda _: None)
 
 
@@ -157,15 +155,6 @@ def _wait_for_end(front: Connection) -> None:
     poll.register(front, select.POLLRDHUP)
     poll.poll()
     time.sleep(_LAST_WORDS_SECONDS)
-    os._exit(1)
-
-
-def _answer(front: Connection) -> None:
-    """Answer the front's questions, and exit once it is gone."""
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            front.recv()
-            front.send(None)
     os._exit(1)
 
 

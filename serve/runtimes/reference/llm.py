@@ -15,6 +15,7 @@ import pickle
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from numbers import Integral
@@ -56,9 +57,12 @@ class LLM:
         self._processes = EngineProcesses(self.args.parallelism.tensor, self.args.cores)
         ready = self._load()
         self.facts, self._stats = ready.facts, ready.stats
-        self._reader = threading.Thread(target=self._read_reports, name="reference-engine-reader", daemon=True)
+        # Neither thread holds this object, so that one that is dropped without `shutdown` takes its engine along.
+        weakref.finalize(self, self._messages.put, None)
+        writer = threading.Thread(target=_write_messages, args=(self._messages, self._processes), daemon=True)
+        self._reader = threading.Thread(target=_read_reports, args=(weakref.ref(self), self._processes), daemon=True)
+        writer.start()
         self._reader.start()
-        threading.Thread(target=self._write_messages, name="reference-engine-writer", daemon=True).start()
 
     # -- generation --------------------------------------------------------------------------------------------------
 
@@ -159,19 +163,11 @@ class LLM:
             raise EngineError(str(error)) from None
         return ready
 
-    def _read_reports(self) -> None:
-        try:
-            while True:
-                self._take(self._processes.receive())
-        except EngineDeadError as error:
-            reason = str(error)
-        except Exception as error:  # a report that cannot be read is as good as none
-            reason = f"the engine's report cannot be read: {error}"
+    def _end(self, reason: str) -> None:
         self._dead = "the engine was shut down" if self._closing else f"the engine process died ({reason})"
         requests = list(self._open.values())
         self._open.clear()
         _wake(waiter for request in requests for waiter in request.put(EngineDeadError(self._dead)))
-        self._processes.stop(_STOP_SECONDS if self._closing else 0.0)
 
     def _take(self, report: StepReport) -> None:
         self._stats = report.stats
@@ -189,12 +185,6 @@ class LLM:
 
     def _send(self, message: Submit | Abort) -> None:
         self._messages.put(pickle.dumps(message))
-
-    def _write_messages(self) -> None:
-        """A thread of its own: the engine takes messages between steps, and callers must not wait for that."""
-        while (message := self._messages.get()) is not None:
-            self._processes.send(message)
-        self._processes.send(pickle.dumps(None))
 
     def _read_prompt(self, inputs: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(inputs, Mapping):
@@ -235,6 +225,30 @@ class LLM:
             with_logprob=params.logprobs is not None,
             report_every=1 if params.stop_strings else self.args.stream_interval if streaming else 0,
         )
+
+
+def _read_reports(front: weakref.ref[LLM], processes: EngineProcesses) -> None:
+    try:
+        while True:
+            report = processes.receive()
+            if llm := front():
+                llm._take(report)
+            del llm
+    except EngineDeadError as error:
+        reason = str(error)
+    except Exception as error:  # a report that cannot be read is as good as none
+        reason = f"the engine's report cannot be read: {error}"
+    llm = front()
+    if llm is not None:
+        llm._end(reason)
+    processes.stop(_STOP_SECONDS if llm is None or llm._closing else 0.0)
+
+
+def _write_messages(messages: SimpleQueue[bytes | None], processes: EngineProcesses) -> None:
+    """A thread of its own: the engine takes messages between steps, and callers must not wait for that."""
+    while (message := messages.get()) is not None:
+        processes.send(message)
+    processes.send(pickle.dumps(None))
 
 
 def _read_end_ids(model: Path) -> frozenset[int]:

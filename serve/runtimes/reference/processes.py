@@ -2,8 +2,7 @@
 
 A link (a socket pair) to each says that the other end lives: it closes when a process dies, however it dies. So no rank
 outlives the front, and the front notices at once when one is gone, while the others may be waiting for it inside a
-collective. A follower that is there but hangs is found by asking: a thread of its own answers while it computes,
-however long a step takes, but not when the process is stopped.
+collective. One that is stopped (SIGSTOP) keeps its link open; the system tells its parent, the front, about it.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ MEETING = "PUZZLE_TRTLLM_MEETING"
 """Environment variable: where the ranks that the front has started meet. All else they are told in torchrun's words."""
 
 _EXIT_CODE_SECONDS = 5.0
-_ASK_SECONDS = 1.0
-_MAX_UNANSWERED = 8
-"""A follower that leaves so many questions in a row unanswered hangs. They are counted instead of measuring the time
-since the last answer, so that a front which was stopped itself accuses nobody when it goes on."""
+_LOOK_SECONDS = 1.0
+_MAX_LOOKS = 8
+"""A process found stopped so many times in a row is given up. They are counted instead of measuring time, so that a
+front which was stopped itself accuses nobody when it goes on."""
 
 
 class EngineProcesses:
@@ -44,9 +43,9 @@ class EngineProcesses:
         self._folder = tempfile.TemporaryDirectory(prefix="puzzle-ranks-") if size > 1 else None
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[Connection] = []
-        self._unanswered: dict[int, int] = {}
-        """Of each follower, from its first word on: while importing and loading it may be busy without a pause."""
-        self._ask_at = 0.0
+        self._stopped = [0] * size
+        """How many looks in a row found each of them stopped."""
+        self._look_at = 0.0
         self._poll = select.poll()
         command = [_python_executable(), "-m", "puzzle_trtllm.serve.runtimes.reference.engine_process"]
         for place in self._places(size):
@@ -71,18 +70,15 @@ class EngineProcesses:
             self._links[0].send_bytes(pickled)
 
     def receive(self) -> Any:
-        """What the first rank says next. Raises EngineDeadError with the reason when any of them is gone or hangs."""
+        """What the first rank says next. Raises EngineDeadError with the reason when any of them is gone or stopped."""
         while True:
-            changed = {file for file, _ in self._poll.poll(_ASK_SECONDS * 1000)}
+            changed = {file for file, _ in self._poll.poll(_LOOK_SECONDS * 1000)}
             for rank, link in reversed([*enumerate(self._links)]):  # the first one last: it may always have something
                 if link.fileno() in changed:
-                    message = self._hear(rank)
-                    if rank == 0:
-                        return message
-                    self._unanswered[rank] = 0
-            if time.monotonic() >= self._ask_at:
-                self._ask_at = time.monotonic() + _ASK_SECONDS
-                self._ask()
+                    return self._hear(rank)
+            if time.monotonic() >= self._look_at:
+                self._look_at = time.monotonic() + _LOOK_SECONDS
+                self._look()
 
     def stop(self, grace_s: float) -> None:
         """Give them time to end by themselves, then end what is left."""
@@ -118,24 +114,30 @@ class EngineProcesses:
             raise EngineDeadError(f"rank {rank}: {message}") if rank else message
         return message
 
-    def _ask(self) -> None:
-        """Ask the followers whether they are there."""
-        for rank in self._unanswered:
-            if self._unanswered[rank] == _MAX_UNANSWERED:
-                raise EngineDeadError(f"rank {rank} (process {self._processes[rank].pid}) hangs: it does not answer")
-            self._unanswered[rank] += 1
-            with contextlib.suppress(OSError):
-                self._links[rank].send(None)
+    def _look(self) -> None:
+        """Give up on one that has been stopped for long."""
+        for rank, process in enumerate(self._processes):
+            self._stopped[rank] = self._stopped[rank] + 1 if _is_stopped(process.pid) else 0
+            if self._stopped[rank] == _MAX_LOOKS:
+                raise EngineDeadError(f"{self._name(rank)} was stopped and does not go on")
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} of the engine (process {self._processes[rank].pid})"
 
     def _describe_end(self, rank: int) -> str:
         """How one went that said nothing."""
-        process = self._processes[rank]
-        who = f"rank {rank} of the engine (process {process.pid})"
+        process, who = self._processes[rank], self._name(rank)
         try:
             code = process.wait(_EXIT_CODE_SECONDS)
         except subprocess.TimeoutExpired:
             return f"{who} closed its link"
         return f"{who} was killed by {signal.Signals(-code).name}" if code < 0 else f"{who} ended with exit code {code}"
+
+
+def _is_stopped(pid: int) -> bool:
+    with contextlib.suppress(ChildProcessError):  # it has ended, which its link tells
+        return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+    return False
 
 
 def _python_executable() -> str:
