@@ -64,6 +64,6 @@ def check_length(load: Load, engine: str | Path | None) -> None:
 def prompt_tokenizer(*, engine: str | Path | None, tokenizer_folder: str | Path | None) -> ChatTokenizer:
     """The given tokenizer, or the engine's own. Raises BenchError when there is neither."""
     if tokenizer_folder is None and engine is None:
-        raise BenchError("prompts need a tokenizer", expected="an engine folder or a tokenizer folder")
+        raise BenchError("missing: prompts need a tokenizer", key="--tokenizer", expected="it or --engine")
     folder = Path(tokenizer_folder) if tokenizer_folder is not None else Engine.open(str(engine)).model_path
     return ChatTokenizer.from_folder(folder)
