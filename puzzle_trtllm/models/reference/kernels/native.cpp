@@ -1,8 +1,8 @@
 // CPU kernels of the reference runtime: everything that a step does between two calls of Python.
 //
 // Compiled on the machine that runs them (see compiler.py) and called through ctypes: plain C functions over pointers
-// that Python has checked. Vectors are GCC's 16-lane float type, which every target lowers to what it has; the two hot
-// instructions of AVX-512 (bfloat16 dot product, 16-bit permutation) have portable twins below.
+// that Python has checked. Vectors are GCC's 16-lane float type, which every target lowers to what it has; the hot
+// instructions of AVX-512 (bfloat16 dot product, 16-bit permutation, lanes of another width) have portable twins below.
 //
 // Sums run in float32 in an order that depends on the row alone, never on what else is in the batch (MXFP4 experts in
 // bfloat16 have two orders, one for few rows and one for many).
@@ -50,16 +50,29 @@ inline Floats fill(float value) { return Floats{} + value; }
 inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
+// Lanes of another width. In one step between bytes and words GCC 12 takes the lanes apart.
+#if defined(__AVX512F__)
+inline Words widen(Halves16 v) { return Words(_mm512_cvtepu16_epi32(__m256i(v))); }
+inline Words widen(Bytes16 v) { return Words(_mm512_cvtepu8_epi32(__m128i(v))); }
+inline Halves16 to_halves(Words v) { return Halves16(_mm512_cvtepi32_epi16(__m512i(v))); }
+inline Bytes16 to_bytes(Words v) { return Bytes16(_mm512_cvtepi32_epi8(__m512i(v))); }
+#else
+inline Words widen(Halves16 v) { return __builtin_convertvector(v, Words); }
+inline Words widen(Bytes16 v) { return widen(__builtin_convertvector(v, Halves16)); }
+inline Halves16 to_halves(Words v) { return __builtin_convertvector(v, Halves16); }
+inline Bytes16 to_bytes(Words v) { return __builtin_convertvector(to_halves(v), Bytes16); }
+#endif
+
 // -- reading and writing 16 values of any dtype ----------------------------------------------------------------------
 
 inline Floats read16(const float* from) { return load<Floats>(from); }
 inline Floats read16(const BFloat16* from) {
-  return bits<Floats>(__builtin_convertvector(load<Halves16>(from), Words) << 16);
+  return bits<Floats>(widen(load<Halves16>(from)) << 16);
 }
 inline Floats read16(const E4M3* from) {
   // Sign and exponent move into place, 2^(127 - 7) makes up for the biases; right for subnormals too.
-  const Ints code = __builtin_convertvector(bits<int8_t __attribute__((vector_size(16)))>(load<Bytes16>(from)), Ints);
-  return bits<Floats>((code << 20) & int32_t(0x87F00000)) * 0x1p120f;
+  const Ints code = bits<Ints>(widen(load<Bytes16>(from)) << 24) >> 4;
+  return bits<Floats>(code & int32_t(0x87F00000)) * 0x1p120f;
 }
 inline void write16(float* to, Floats value) { save(to, value); }
 inline Words round_bfloat16(Floats value) {  // in the high half words: to nearest, ties to even; finite values
@@ -67,14 +80,14 @@ inline Words round_bfloat16(Floats value) {  // in the high half words: to neare
   return word + 0x7FFF + ((word >> 16) & 1);
 }
 inline void write16(BFloat16* to, Floats value) {
-  save(to, __builtin_convertvector(round_bfloat16(value) >> 16, Halves16));
+  save(to, to_halves(round_bfloat16(value) >> 16));
 }
 inline void write16(E4M3* to, Floats value) {  // to nearest, ties to even; saturates at +-448
   const Words sign = bits<Words>(value) >> 31 << 7;
   const Floats size = smaller(bits<Floats>(bits<Words>(value) & 0x7FFFFFFF), fill(448.0f));
   const Words word = bits<Words>(size), normal = ((word + 0x7FFFF + ((word >> 20) & 1)) >> 20) - (120 << 3);
   const Words subnormal = bits<Words>(size * 512.0f + 12582912.0f) - 0x4B400000;
-  save(to, __builtin_convertvector(sign | (size < 0x1p-6f ? subnormal : normal), Bytes16));
+  save(to, to_bytes(sign | (size < 0x1p-6f ? subnormal : normal)));
 }
 // As values of dtype T: what write16 and read16 would give.
 template <class T> inline Floats rounded(Floats value) {
@@ -376,7 +389,7 @@ inline Floats decode_singles(Words codes) {
 #endif
 }
 inline Floats decode_scales(const uint8_t* from) {  // E8M0: 2^(byte - 127)
-  return bits<Floats>(__builtin_convertvector(load<Bytes16>(from), Words) << 23);
+  return bits<Floats>(widen(load<Bytes16>(from)) << 23);
 }
 
 constexpr int64_t EXPAND_ROWS = 24;  // rows from which MXFP4 tiles are expanded once instead of for every 8 rows
@@ -575,7 +588,7 @@ template <class Q> struct KeyTiles {
  private:
   static constexpr int64_t PAIR = std::is_same_v<Q, float> ? 1 : 2;  // columns that lie side by side in a tile
 
-  static Words wide(const Q* from) { return __builtin_convertvector(load<Halves16>(from), Words); }
+  static Words wide(const Q* from) { return widen(load<Halves16>(from)); }
   void place(const char* from, int64_t row) {
     if (from) read_rows(&rows[row * width], width, from, 1, dim);
     else std::fill_n(&rows[row * width], width, Q{});
