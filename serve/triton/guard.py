@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import resource
 import select
@@ -38,6 +39,7 @@ _MAX_FILES = 1 << 16
 """A container's hard limit may be a billion, and some programs close all files that could be open."""
 _LOG_LIMIT = 64 << 20
 _LOG_BEGINNING = 1 << 20
+_LOG_AGE_S = 86_400
 
 
 def main(arguments: list[str]) -> int:
@@ -46,6 +48,7 @@ def main(arguments: list[str]) -> int:
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     _allow_many_files()
+    _keep_from_cleaners(folder)
     stops: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stops.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -72,7 +75,7 @@ def _wait(server: int, grace_s: float, stops: list[int]) -> int:
     """Wait for the server's end, asking for it when the starter is gone; returns its exit code."""
     deadline_s = None
     while True:
-        _cut_log(sys.stderr.fileno())
+        _tend_log(sys.stderr.fileno())
         status = _reap(server)
         if status is not None:
             return status
@@ -92,9 +95,20 @@ def _allow_many_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _MAX_FILES)), hard))
 
 
-def _cut_log(log: int) -> None:
-    if os.fstat(log).st_size > _LOG_LIMIT:
-        os.ftruncate(log, _LOG_BEGINNING)
+def _keep_from_cleaners(folder: Path) -> None:
+    """systemd-tmpfiles takes from /tmp what is ten days old, but nothing in a folder that is locked."""
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def _tend_log(log: int) -> None:
+    """Cut a long one; a server that has nothing to say keeps its log, too, from who takes old files away."""
+    found = os.fstat(log)
+    with contextlib.suppress(OSError):  # a log that is not ours, as /dev/null
+        if found.st_size > _LOG_LIMIT:
+            os.ftruncate(log, _LOG_BEGINNING)
+        if time.time() - found.st_mtime > _LOG_AGE_S:
+            os.utime(log)
 
 
 def _stdin_closed() -> bool:

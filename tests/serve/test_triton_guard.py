@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
@@ -149,6 +150,20 @@ def test_a_log_that_gets_long_keeps_its_beginning_and_what_came_last(tmp_path: P
     )
     log = log_of(code, tmp_path)
     assert log.startswith("first words\nxxx") and log.endswith("xlast words\n") and len(log) < 2 << 20
+
+
+def test_a_server_that_runs_for_weeks_keeps_its_files(tmp_path: Path) -> None:
+    """systemd-tmpfiles takes what is old from /tmp, except from folders that it cannot lock."""
+    started = Started(tmp_path)
+    try:
+        folder = os.open(started.scratch, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(folder)
+        os.utime(started.log, (0, 0))
+        wait_until(lambda: started.log.stat().st_mtime > 0, what="the log looks new")
+    finally:
+        started.process.stop()
 
 
 def test_a_command_that_does_not_exist(tmp_path: Path) -> None:
