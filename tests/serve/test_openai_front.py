@@ -6,8 +6,10 @@ import asyncio
 import json
 import socket
 import sys
+import threading
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -375,3 +377,29 @@ def refused(url, body):
 def test_health(front):
     with post(front.url.removesuffix("/v1") + "/health", None) as response:
         assert response.status == 200
+
+
+def test_few_long_prompts_become_tokens_at_once_and_no_short_one_waits_for_them(card, monkeypatch):
+    """Each takes memory for every token; the limit is there for all cores to be used, not all memory."""
+    gate, begun, of_completion = threading.Event(), [], ModelCard.of_completion
+
+    def slow(self, request, prompt, request_id):
+        if len(prompt) > 1_000:
+            begun.append(prompt)
+            assert gate.wait(20)
+        return of_completion(self, request, prompt, request_id)
+
+    monkeypatch.setattr(ModelCard, "of_completion", slow)
+    target = ScriptedTarget()
+    target.steps = [[5]]
+    with running_front(card, target) as url, ThreadPoolExecutor(6) as clients:
+        client = openai.OpenAI(base_url=url, api_key="-", max_retries=0)
+        asked = [
+            clients.submit(client.completions.create, model="toy", prompt="1+" * 40_000, timeout=30) for _ in range(6)
+        ]
+        wait_until(lambda: len(begun) == 2, what="the first two")
+        assert client.completions.create(model="toy", prompt="1+1=").usage.completion_tokens == 1
+        assert len(begun) == 2
+        gate.set()
+        errors = [each.exception() for each in asked]
+    assert len(begun) == 6 and all("room for 256" in str(error) for error in errors)
