@@ -10,7 +10,7 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any, TypeVar
@@ -64,15 +64,20 @@ def make_app(
 
     long_prompts = ThreadPoolExecutor(LONG_TEXTS_AT_ONCE)
 
-    async def in_thread(size: int, read: Callable[..., T], *arguments: Any) -> T:
-        threads = long_prompts if size > _LONG_BODY else None
-        return await asyncio.get_running_loop().run_in_executor(threads, read, *arguments)
+    async def in_thread(request: Request, size: int, read: Callable[..., T], *arguments: Any) -> T:
+        loop = asyncio.get_running_loop()
+        if size <= _LONG_BODY:
+            return await loop.run_in_executor(None, read, *arguments)
+        made = await _unless_gone(request, loop.run_in_executor(long_prompts, read, *arguments))
+        if made is None:
+            raise ClientDisconnect
+        return made
 
     async def chat_completions(request: Request) -> Response:
         content = await _body(request)
         body = _parsed(content, card, ChatRequest)
         reply = Reply.begin(model=card.name, chat=True)
-        generation = await in_thread(len(content), card.of_chat, body, reply.id)
+        generation = await in_thread(request, len(content), card.of_chat, body, reply.id)
         stops = body.stops if card.has_channels else ()
         answer = AnswerStream(card, app.state.target, generation, channels=card.has_channels, stops=stops)
         return await _respond(request, reply, [answer], body)
@@ -83,7 +88,7 @@ def make_app(
         reply = Reply.begin(model=card.name, chat=False)
         prompts = body.prompts()
         read = card.of_completion
-        generations = [await in_thread(len(content), read, body, prompt, reply.id) for prompt in prompts]
+        generations = [await in_thread(request, len(content), read, body, prompt, reply.id) for prompt in prompts]
         answers = [AnswerStream(card, app.state.target, each, channels=False) for each in generations]
         return await _respond(request, reply, answers, body)
 
@@ -265,7 +270,7 @@ async def _whole(answer: AnswerStream) -> tuple[Part, str]:
     return whole, answer.finish_reason
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T | None:
     """The result of `work`; None, and `work` cancelled, when the client goes first."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_gone(request))
