@@ -13,6 +13,7 @@ from puzzle_trtllm.errors import ServeError
 
 _OURS = re.compile(r"^(UNAVAILABLE|INVALID_ARGUMENT|CANCELLED|INTERNAL): (.*)$", re.DOTALL)
 _TRITONS = (
+    (re.compile(r"unknown model: .* has no available versions"), "UNAVAILABLE"),  # it is loading, or unloaded
     (re.compile(r"unknown model", re.IGNORECASE), "NOT_FOUND"),
     (re.compile(r"not ready|not healthy|unavailable|stopp|shut", re.IGNORECASE), "UNAVAILABLE"),
     (
@@ -35,4 +36,6 @@ def error_of_words(words: str, *, url: str) -> ServeError:
 
 def error_of_status(error: Any, *, url: str) -> ServeError:
     """A grpc.aio.AioRpcError: the connection or the call itself failed."""
+    if error.code().name == "CANCELLED":  # not by us, who would see no status: a server that stops cuts its calls off
+        return ServeError("the server cut off the call", file=url, status="UNAVAILABLE")
     return ServeError(str(error.details() or "no details"), file=url, status=error.code().name)

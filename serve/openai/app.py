@@ -10,7 +10,8 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from puzzle_trtllm.serve.openai.errors import ApiError, error_of_server
 from puzzle_trtllm.serve.openai.model_card import ModelCard
 from puzzle_trtllm.serve.openai.protocol import ChatRequest, CompletionRequest
 from puzzle_trtllm.serve.openai.replies import Reply
+from puzzle_trtllm.serve.triton.session import LONG_TEXTS_AT_ONCE
 
 T = TypeVar("T")
 IsHealthy = Callable[[], bool]
@@ -33,6 +35,8 @@ CLIENT_GONE = 499
 """nginx's status for a client that did not wait; nobody reads it."""
 MAX_BODY_BYTES = 16 << 20
 """Of a request: several times the token ids of a million. All streams stand still while it becomes JSON."""
+_LONG_BODY = 64 << 10
+"""Bytes from which a request's prompts become tokens a few at a time, for the memory that this takes."""
 
 
 def make_app(
@@ -58,19 +62,33 @@ def make_app(
     model = {"id": card.name, "object": "model", "created": created, "owned_by": "puzzle-trtllm"}
     model["max_model_len"] = card.max_seq_len
 
+    long_prompts = ThreadPoolExecutor(LONG_TEXTS_AT_ONCE)
+
+    async def in_thread(request: Request, size: int, read: Callable[..., T], *arguments: Any) -> T:
+        loop = asyncio.get_running_loop()
+        if size <= _LONG_BODY:
+            return await loop.run_in_executor(None, read, *arguments)
+        made = await _unless_gone(request, loop.run_in_executor(long_prompts, read, *arguments))
+        if made is None:
+            raise ClientDisconnect
+        return made
+
     async def chat_completions(request: Request) -> Response:
-        body = await _parsed(request, card, ChatRequest)
+        content = await _body(request)
+        body = _parsed(content, card, ChatRequest)
         reply = Reply.begin(model=card.name, chat=True)
-        generation = await asyncio.to_thread(card.of_chat, body, reply.id)
+        generation = await in_thread(request, len(content), card.of_chat, body, reply.id)
         stops = body.stops if card.has_channels else ()
         answer = AnswerStream(card, app.state.target, generation, channels=card.has_channels, stops=stops)
         return await _respond(request, reply, [answer], body)
 
     async def completions(request: Request) -> Response:
-        body = await _parsed(request, card, CompletionRequest)
+        content = await _body(request)
+        body = _parsed(content, card, CompletionRequest)
         reply = Reply.begin(model=card.name, chat=False)
         prompts = body.prompts()
-        generations = [await asyncio.to_thread(card.of_completion, body, prompt, reply.id) for prompt in prompts]
+        read = card.of_completion
+        generations = [await in_thread(request, len(content), read, body, prompt, reply.id) for prompt in prompts]
         answers = [AnswerStream(card, app.state.target, each, channels=False) for each in generations]
         return await _respond(request, reply, answers, body)
 
@@ -151,8 +169,8 @@ def _add_error_handlers(app: FastAPI) -> None:
 R = TypeVar("R", ChatRequest, CompletionRequest)
 
 
-async def _parsed(request: Request, card: ModelCard, kind: type[R]) -> R:
-    parsed = kind.parse(_json_of(await _body(request)))
+def _parsed(content: bytes, card: ModelCard, kind: type[R]) -> R:
+    parsed = kind.parse(_json_of(content))
     card.require(parsed.model)
     return parsed
 
@@ -252,7 +270,7 @@ async def _whole(answer: AnswerStream) -> tuple[Part, str]:
     return whole, answer.finish_reason
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T | None:
     """The result of `work`; None, and `work` cancelled, when the client goes first."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_gone(request))

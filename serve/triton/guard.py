@@ -7,16 +7,23 @@ that pipe, and the kernel closes it even if the starter was killed with -9. Shou
 server gets SIGKILL (PR_SET_PDEATHSIG); its files are left, and its stubs, which may wait for it for ever. (PDEATHSIG in
 the starter would not do: it fires when the *thread* that forked ends.)
 
-stdout gets the server's pid in one line; the server's own output goes to stderr, a log file. The exit code is the
-server's, 128 + signal if it was killed. Afterwards FOLDER and the shared memory /dev/shm/SHM_PREFIX* are removed, which
-a killed server leaves behind. Standard library only, so that it starts in 20 ms and needs no environment.
+stdout gets the server's pid in one line; the server's own output goes to stderr, a log file opened for appending. The
+exit code is the server's, 128 + signal if it was killed. Afterwards FOLDER and the shared memory /dev/shm/SHM_PREFIX*
+are removed, which a killed server leaves behind. Standard library only, so that it starts in 20 ms and needs no
+environment.
+
+The server may open as many files as the hard limit allows: an open connection is one, and a shell's soft limit of 1024
+is fewer than it takes requests. At the limit, libevent and asyncio write megabytes a second about connections that they
+cannot accept, so the log is cut when it gets long: its beginning stays, and what came last.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
+import resource
 import select
 import shutil
 import signal
@@ -28,6 +35,11 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.05
+_MAX_FILES = 1 << 16
+"""A container's hard limit may be a billion, and some programs close all files that could be open."""
+_LOG_LIMIT = 64 << 20
+_LOG_BEGINNING = 1 << 20
+_LOG_AGE_S = 86_400
 
 
 def main(arguments: list[str]) -> int:
@@ -35,6 +47,8 @@ def main(arguments: list[str]) -> int:
     grace_s, shm_prefix, folder = float(arguments[0]), arguments[1], Path(arguments[2])
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    _allow_many_files()
+    _keep_from_cleaners(folder)
     stops: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stops.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -61,6 +75,7 @@ def _wait(server: int, grace_s: float, stops: list[int]) -> int:
     """Wait for the server's end, asking for it when the starter is gone; returns its exit code."""
     deadline_s = None
     while True:
+        _tend_log(sys.stderr.fileno())
         status = _reap(server)
         if status is not None:
             return status
@@ -73,6 +88,27 @@ def _wait(server: int, grace_s: float, stops: list[int]) -> int:
         if stops or time.monotonic() > deadline_s:
             os.kill(server, signal.SIGKILL)
         time.sleep(_POLL_S)
+
+
+def _allow_many_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _MAX_FILES)), hard))
+
+
+def _keep_from_cleaners(folder: Path) -> None:
+    """systemd-tmpfiles takes from /tmp what is ten days old, but nothing in a folder that is locked."""
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def _tend_log(log: int) -> None:
+    """Cut a long one; a server that has nothing to say keeps its log, too, from who takes old files away."""
+    found = os.fstat(log)
+    with contextlib.suppress(OSError):  # a log that is not ours, as /dev/null
+        if found.st_size > _LOG_LIMIT:
+            os.ftruncate(log, _LOG_BEGINNING)
+        if time.time() - found.st_mtime > _LOG_AGE_S:
+            os.utime(log)
 
 
 def _stdin_closed() -> bool:

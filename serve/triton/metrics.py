@@ -41,7 +41,7 @@ _GAUGES = {
 }
 _COUNTERS = {
     "puzzle_prompt_tokens_total": "prompt tokens of requests that got a token",
-    "puzzle_output_tokens_total": "tokens generated",
+    "puzzle_output_tokens_total": "tokens generated, of cancelled requests those that they were answered with",
     "puzzle_responses_total": "responses sent",
     "puzzle_engine_steps_total": "forward passes of the engine",
     "puzzle_kv_blocks_reused_total": "blocks of prompts found in the KV cache",

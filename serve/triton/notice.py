@@ -2,12 +2,14 @@
 
 tritonserver, on SIGTERM, waits some seconds for its HTTP connections and gRPC streams, then cuts them off, and
 `finalize` comes only when no request is open: a longer one would end without a word, over HTTP in the middle of its
-stream. So who stops the server tells the model first, by a file in its folder: `stopping`, with the seconds that open
-requests get. Each instance answers with a file `ended-PID` when it has none left.
+stream. So who stops the server tells the model first, by a link in its folder: `stopping`, to the seconds that open
+requests get. Each instance answers with an empty file `ended-PID` when it has none left. A full disk still has room for
+both, and a link is there as a whole or not at all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -23,11 +25,10 @@ _MARGIN_S = 2.0
 
 def give_notice(folder: Path, drain_s: float, pids: Collection[int]) -> None:
     """Have the instances `pids` of the model in `folder` end their requests; returns when they have."""
-    part = folder / f".{_NOTICE}"
     try:
-        part.write_text(str(drain_s), encoding="utf-8")
-        part.rename(folder / _NOTICE)
-    except OSError:  # a full disk: the server is stopped all the same
+        with contextlib.suppress(FileExistsError):  # it was told before
+            (folder / _NOTICE).symlink_to(str(drain_s))
+    except OSError:  # a folder that is gone: the server is stopped all the same
         return
     deadline_s = time.monotonic() + drain_s + _MARGIN_S
     while any(is_alive(pid) and not _answer(folder, pid).exists() for pid in pids) and time.monotonic() < deadline_s:
@@ -51,8 +52,8 @@ class NoticeThread:
 
     def _run(self) -> None:
         while not self._stopping.wait(_POLL_S):
-            if self._notice.exists():
-                self._drain(float(self._notice.read_text(encoding="utf-8")))
+            if self._notice.is_symlink():
+                self._drain(float(str(self._notice.readlink())))
                 self._answer.touch()
                 return
 

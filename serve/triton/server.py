@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,8 @@ __all__ = ["TritonServer", "serve_engine", "watch"]
 _POLL_S = 0.5
 _RESTART_PAUSE_S = 5.0
 """After a start that failed, before the next."""
+_KEPT_LOGS = 10
+"""Of servers that died or did not start: with `restart` there may be one every few seconds, for days."""
 
 
 class _StopAskedError(BaseException):
@@ -67,13 +70,14 @@ def serve_engine(
 
     On a rank of an MPI job that is not the first it is a worker, and returns when the leader has ended (ranks.py). Call
     it from the main thread. `on_ready` is called after every start. `beside` is started with the server, and its death
-    ends the server too. Raises ServeError when one of them does not start the first time; a restart is tried again.
+    ends the server too. Raises ServeError when one of them does not start the first time; a restart is tried again. The
+    logs of the last ten servers that died or did not start are kept.
     """
     say = _silent if quiet else _say
     engine = engine if isinstance(engine, Engine) else Engine.open(engine)
     if engine.manifest.runtime == "tensorrt_llm" and serve_as_worker(engine.path, engine.llm_args, PLUGIN_FOLDER):
         return 0
-    served = False
+    served, logs = False, deque[Path]()
     with _first_signal_raises():
         try:
             while True:
@@ -86,6 +90,7 @@ def serve_engine(
                     on_wait=_progress(say),
                     **server_options,
                 )
+                _remember(server.log_file, logs)
                 try:
                     reason = _serve_once(server, beside, on_ready, say)
                 except (PuzzleError, OSError) as error:
@@ -135,6 +140,14 @@ def _serve_once(
     server.stop(grace_s=1)
     _stop(beside)
     return reason
+
+
+def _remember(log: Path, logs: deque[Path]) -> None:
+    """The log of the next server; the oldest of too many is removed (all are one file where the caller named it)."""
+    if log not in logs:
+        logs.append(log)
+    if len(logs) > _KEPT_LOGS + 1:
+        logs.popleft().unlink(missing_ok=True)
 
 
 def _stop(beside: Beside | None) -> None:

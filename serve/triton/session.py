@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,9 @@ _SWEEP_SHARE = 0.05
 
 _LONG_TEXT = 4096
 """Characters from which a prompt becomes tokens in a thread; a character takes about 1 us, a thread some 100."""
+
+LONG_TEXTS_AT_ONCE = 2
+"""Becoming tokens: each takes some 200 bytes a token meanwhile, and memory for one a core may not be there."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -91,6 +95,7 @@ class Session:
         self._draining = threading.Event()
         self._stopping = threading.Event()
         self._loop = asyncio.new_event_loop()
+        self._long_texts = ThreadPoolExecutor(LONG_TEXTS_AT_ONCE, thread_name_prefix="puzzle-read")
         self.totals = Totals()
         self._threads = [
             threading.Thread(target=self._run_loop, name="puzzle-loop", daemon=True),
@@ -155,6 +160,7 @@ class Session:
         self._loop.call_soon_threadsafe(self._loop.call_later, 0.05, self._loop.stop)  # cancelled tasks run once more
         for thread in self._threads:
             thread.join(timeout=5)
+        self._long_texts.shutdown(wait=False, cancel_futures=True)
 
     # --- the loop's thread ------------------------------------------------------------------------------------------
 
@@ -192,7 +198,7 @@ class Session:
         """Token ids of a long text, where the runtime says how; all else is the runtime's to read, as is an error."""
         tokenizer = getattr(self._llm, "tokenizer", None)
         if isinstance(prompt, str) and len(prompt) > _LONG_TEXT and tokenizer is not None:
-            return list(await asyncio.to_thread(tokenizer.encode, prompt))
+            return list(await self._loop.run_in_executor(self._long_texts, tokenizer.encode, prompt))
         return prompt
 
     def _step(self, request: OpenRequest, output: Any) -> None:

@@ -158,6 +158,18 @@ def test_errors_carry_their_status(ending, status: str) -> None:
     assert error.value.status == status
 
 
+def test_a_call_that_the_server_cuts_off_was_not_cancelled_by_anybody() -> None:
+    """So Triton ends what is open when it stops; a load that was measured meanwhile has failed requests."""
+
+    async def scenario():
+        async with stock_server("a", grpc.StatusCode.CANCELLED) as (_, url), TritonLlmClient(url) as client:
+            await client.generate(GenerationRequest(prompt="x"))
+
+    with pytest.raises(ServeError, match="the server cut off the call") as error:
+        run(scenario())
+    assert error.value.status == "UNAVAILABLE"
+
+
 @pytest.mark.parametrize(
     ("words", "status", "text"),
     [
@@ -173,6 +185,8 @@ def test_errors_carry_their_status(ending, status: str) -> None:
             "incomplete string data",
         ),
         ("Request for unknown model: 'x' is not found", "NOT_FOUND", "unknown model"),
+        # While a server stops, or has not loaded the model yet:
+        ("Request for unknown model: 'tensorrt_llm' has no available versions", "UNAVAILABLE", "no available versions"),
         ("Stub process 'tensorrt_llm_0_0' is not healthy.", "UNAVAILABLE", "not healthy"),
         ("Error generating request: boom", "UNKNOWN", "boom"),
     ],

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,7 +80,8 @@ def are_gone(pids: list[int]) -> bool:
     return wait_until(lambda: not any(is_alive(pid) for pid in pids))
 
 
-def test_two_ranks_generate_what_one_generates_and_leave_no_process(child, expected):
+def test_two_ranks_generate_what_one_generates_and_leave_no_process(child, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with LLM(child, tensor_parallel_size=2, moe_expert_parallel_size=2, **ARGS) as llm:
         assert generate(llm) == expected
         ranks, pids = llm.facts["ranks"], pids_of(llm)
@@ -89,6 +91,7 @@ def test_two_ranks_generate_what_one_generates_and_leave_no_process(child, expec
         assert [rank["kv_heads"] for rank in ranks] == [4, 4]
         free = llm.get_stats()[0]["kvCacheStats"]
         assert free["freeNumBlocks"] == free["maxNumBlocks"]
+        assert list(tmp_path.iterdir()) == [], "what a front that is killed would leave"
     assert are_gone(pids)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -114,6 +116,54 @@ def test_only_the_command_gets_the_environment_and_its_output_goes_to_the_log(tm
     assert process.wait(timeout_s=20) == 0
     process.stop()
     assert sorted((tmp_path / "log").read_text().split("\n")) == ["", "error", "seen a b=c"]
+
+
+def log_of(code: str, folder: Path) -> str:
+    """What the log holds of a Python program that has ended by itself."""
+    (folder / "scratch").mkdir()
+    process = GuardedProcess(
+        [sys.executable, "-c", code], environment={}, log_file=folder / "log", grace_s=1,
+        shm_prefix="puzzle_test_none_", scratch=folder / "scratch",
+    )  # fmt: skip
+    assert process.wait(timeout_s=20) == 0
+    process.stop()
+    return (folder / "log").read_text()
+
+
+def test_a_server_may_open_as_many_files_as_the_hard_limit_allows(tmp_path: Path) -> None:
+    """Every open connection is a file, and 1024 is what a shell allows before anybody asks."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, before[1]))
+    try:
+        seen = log_of("import resource; print(*resource.getrlimit(resource.RLIMIT_NOFILE))", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert seen.split() == [str(min(before[1], 1 << 16)), str(before[1])]
+
+
+def test_a_log_that_gets_long_keeps_its_beginning_and_what_came_last(tmp_path: Path) -> None:
+    """Connections that cannot be accepted are worth ten megabytes a second to libevent."""
+    code = (
+        "import time; print('first words', flush=True)\n"
+        "for _ in range(65): print('x' * (1 << 20), flush=True)\n"
+        "time.sleep(1); print('last words')"
+    )
+    log = log_of(code, tmp_path)
+    assert log.startswith("first words\nxxx") and log.endswith("xlast words\n") and len(log) < 2 << 20
+
+
+def test_a_server_that_runs_for_weeks_keeps_its_files(tmp_path: Path) -> None:
+    """systemd-tmpfiles takes what is old from /tmp, except from folders that it cannot lock."""
+    started = Started(tmp_path)
+    try:
+        folder = os.open(started.scratch, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(folder)
+        os.utime(started.log, (0, 0))
+        wait_until(lambda: started.log.stat().st_mtime > 0, what="the log looks new")
+    finally:
+        started.process.stop()
 
 
 def test_a_command_that_does_not_exist(tmp_path: Path) -> None:

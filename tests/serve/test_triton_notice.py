@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -49,6 +50,17 @@ def test_every_instance_is_waited_for(tmp_path: Path, drained: list[float]) -> N
 def test_an_instance_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(notice, "_MARGIN_S", 0.1)
     give_notice(tmp_path, 0.1, [os.getpid()])
+
+
+def test_a_full_disk_is_no_obstacle(tmp_path: Path, drained: list[float]) -> None:
+    """Files can be made there, but no byte written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        give_notice(tmp_path, 2.5, [os.getpid()])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert drained == [2.5]
 
 
 def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:

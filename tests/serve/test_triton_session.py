@@ -88,6 +88,32 @@ def test_a_long_text_becomes_tokens_while_other_streams_go_on(service) -> None:
     assert [each.prompt for each in service.llm.results] == ["hi", [ord(character) for character in text]]
 
 
+def test_few_long_texts_become_tokens_at_once(service) -> None:
+    """Of clients that send one and leave, too: the thread goes on, and holds the memory, when nobody waits for it."""
+    gate, begun = threading.Event(), []
+
+    def encode(text: str) -> list[int]:
+        begun.append(text)
+        assert gate.wait(10)
+        return [1, 2]
+
+    service.llm.tokenizer = SimpleNamespace(encode=encode)
+    for _ in range(3):
+        senders = [Sender(), Sender()]
+        for sender in senders:
+            accept(service, sender, text="ab" * 10_000)
+        wait_until(lambda: service.session.queue_lengths() == (2, 0), what="both are open")
+        for sender in senders:
+            sender.cancelled = True
+            wait_until(lambda sender=sender: sender.final, what="the cancel")
+    accept(service, Sender(), text="stays" * 1_000)
+    wait_until(lambda: service.session.queue_lengths() == (1, 0), what="the last is open")
+    assert len(begun) == 2
+    gate.set()
+    wait_until(lambda: len(service.llm.results) == 1, what="submission of the one that stayed")
+    assert len(begun) == 3 and begun[-1].startswith("stays")
+
+
 def test_two_streams_keep_their_own_order(service) -> None:
     streams = [begin(service, streaming=True, stream_delta=True) for _ in range(2)]
     for index in range(100):

@@ -42,13 +42,13 @@ def history(monkeypatch) -> list[str]:
 class FakeServer:
     """Dies as soon as it is watched; `starts` tells which starts fail."""
 
-    starts: ClassVar[list[bool | Exception]] = []
+    starts: ClassVar[list[bool | BaseException]] = []
+    log_file = Path("log")
 
     def __init__(self, history: list[str], **options) -> None:
         self.history = history
         self.engine = SimpleNamespace(path=Path("engine"))
         self.grpc_url = self.http_url = self.metrics_url = ""
-        self.log_file = Path("log")
 
     def start(self) -> None:
         outcome = self.starts.pop(0) if self.starts else True
@@ -170,6 +170,41 @@ def test_a_restart_that_fails_is_tried_again(engine, history, monkeypatch, capfd
     assert serve_engine(engine, restart=True, on_ready=stop_at_the_second) == 0
     assert [event for event in history if "start" in event] == ["start", "start fails", "start fails", "start"]
     assert "not started, next try in 0 s: port 8001 (gRPC) is in use" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("outcome", [True, False], ids=["dies", "does not start"])
+def test_an_engine_that_restarts_for_ever_does_not_fill_the_disk(
+    engine, history, monkeypatch, tmp_path: Path, outcome: bool
+) -> None:
+    started: list[Path] = []
+
+    def start(server: FakeServer) -> None:
+        server.log_file.write_text("why it ended")
+        if len(started) == 31:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if not outcome and len(started) > 1:
+            raise ServeError("no GPU")
+
+    def next_server(*_: object, **options: object) -> FakeServer:
+        server = FakeServer(history, **options)
+        server.log_file = tmp_path / f"{len(started)}.log"
+        started.append(server.log_file)
+        return server
+
+    monkeypatch.setattr(FakeServer, "start", start)
+    monkeypatch.setattr(supervision, "TritonServer", next_server)
+    assert serve_engine(engine, restart=True, quiet=True) == 0
+    assert sorted(tmp_path.iterdir()) == sorted(started[-11:])  # the last was alive
+
+
+def test_a_log_that_the_caller_names_stays_however_often_the_engine_restarts(engine, history, monkeypatch, tmp_path):
+    log = tmp_path / "log"
+    log.write_text("mine")
+    monkeypatch.setattr(FakeServer, "log_file", log)
+    monkeypatch.setattr(FakeServer, "starts", [True] * 30 + [KeyboardInterrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        serve_engine(engine, restart=True, quiet=True)
+    assert log.read_text() == "mine"
 
 
 def test_a_first_start_that_fails_is_an_error_also_with_restart(engine, history, monkeypatch) -> None:

@@ -40,7 +40,8 @@ class EngineProcesses:
 
     def __init__(self, size: int, cores: Sequence[int] | None = None) -> None:
         """`cores`: what they may compute on, all of them alike; None: what this process may use."""
-        self._folder = tempfile.TemporaryDirectory(prefix="puzzle-ranks-") if size > 1 else None
+        # Without a name, so that nothing is left of it however this process ends.
+        self._meeting = tempfile.TemporaryFile() if size > 1 else None  # noqa: SIM115 (as long as they live)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[Connection] = []
         self._stopped = [0] * size
@@ -86,8 +87,8 @@ class EngineProcesses:
         for process in self._processes:
             process.kill()
         self._wait(_EXIT_CODE_SECONDS)  # no longer: one in uninterruptible sleep goes when it wakes up
-        if self._folder is not None:
-            self._folder.cleanup()
+        if self._meeting is not None:
+            self._meeting.close()
 
     def _wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -100,8 +101,8 @@ class EngineProcesses:
         if size > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
             return [{}]
         sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-        if self._folder is not None:
-            sizes |= {MEETING: f"file://{self._folder.name}/meeting"}
+        if self._meeting is not None:
+            sizes |= {MEETING: f"file:///proc/{os.getpid()}/fd/{self._meeting.fileno()}"}
             sizes |= {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
         return [{**sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
