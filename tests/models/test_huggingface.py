@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -72,10 +73,26 @@ def test_equal_layers_give_gpt_oss_bit_for_bit(equal_pair, tokens):
 def test_equal_layers_generate_the_same(equal_pair, tokens):
     padding = torch.ones_like(tokens)
     padding[1, :20] = 0
-    options = {"attention_mask": padding, "max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    options.update(attention_mask=padding, output_logits=True, return_dict_in_generate=True)
     parent, child = (model.generate(tokens, **options) for model in equal_pair)
-    assert parent.shape == (2, 90)
-    assert torch.equal(parent, child)
+    assert parent.sequences.shape == (2, 90)
+    assert torch.equal(parent.sequences, child.sequences)
+    assert torch.equal(torch.stack(parent.logits), torch.stack(child.logits))
+
+
+def test_forward_names_what_gpt_oss_names():
+    """`generate` and Trainer read the signature: what it does not name, they neither make nor keep."""
+    theirs, ours = (set(inspect.signature(c.forward).parameters) for c in (GptOssForCausalLM, GptOssPuzzleForCausalLM))
+    assert theirs - ours <= {"cache_position"}  # which transformers 4 alone has
+
+
+def test_generate_computes_no_logits_of_the_prompt_but_the_last(model, tokens):
+    lengths = []
+    hook = model.lm_head.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+    model.generate(tokens, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    hook.remove()
+    assert set(lengths) == {1}
 
 
 @pytest.mark.parametrize("attribute", ["_experts_implementation", "_attn_implementation"])
@@ -195,6 +212,15 @@ def test_generate_with_and_without_cache(model, tokens):
     # left padding moves a sequence, it does not change what follows it
     alone = model.generate(tokens[:1, 25:], **options)
     assert torch.equal(cached[0, 60:], alone[0, 35:])
+
+
+@pytest.mark.parametrize("draft", ["child", "prompt"])
+def test_assisted_generation_is_greedy_generation(model, tokens, draft):
+    """Both caches go back beyond the windows when drafted tokens are refused."""
+    options = {"max_new_tokens": 40, "do_sample": False}
+    drafting = {"assistant_model": model} if draft == "child" else {"prompt_lookup_num_tokens": 4}
+    prompt = torch.cat([tokens[:1], tokens[:1, :20]], dim=1)
+    assert torch.equal(model.generate(prompt, **options, **drafting), model.generate(prompt, **options))
 
 
 @pytest.mark.parametrize("make", [DynamicCache, partial(StaticCache, max_cache_len=80)])
