@@ -257,12 +257,21 @@ def test_a_static_cache_shorter_than_the_windows_holds_all(model, tokens):
     torch.testing.assert_close(found, model(tokens, use_cache=False).logits, atol=2e-5, rtol=0)
 
 
-def test_transformers_own_cache_is_right_or_refused(model, tokens):
-    """A user's DynamicCache(config=...): transformers 5.23 gives each layer its window, 5.17 gives all the smallest."""
+@pytest.mark.parametrize("blocks", [CHILD, CHILD[:4]], ids=["window of one", "no window of one"])
+def test_transformers_own_cache_is_right_or_refused(make_checkpoint, tokens, blocks):
+    """A user's DynamicCache(config=...): transformers 5.23 gives each layer its window, 5.17 gives all the smallest.
+
+    A window of one token is kept wrong in every version.
+    """
+    model = load_causal_lm(make_checkpoint(blocks))
+    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
     cache = DynamicCache(config=model.config)
-    if [getattr(layer, "sliding_window", None) for layer in cache.layers] != [5, None, 3, 17, 1]:
+    if [getattr(layer, "sliding_window", None) for layer in cache.layers] != [5, None, 3, 17]:
         with pytest.raises(ValueError, match="past_key_values keeps"):
-            model(tokens, past_key_values=cache)
+            model.generate(tokens, past_key_values=cache, **options)
+    else:
+        found = model.generate(tokens, past_key_values=cache, **options)
+        assert torch.equal(found, model.generate(tokens, use_cache=False, **options))
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

@@ -206,17 +206,20 @@ def balancing_loss(router_logits: Any, top_k: int, attention_mask: Any) -> torch
 
 
 def puzzle_cache(config: GptOssPuzzleConfig) -> DynamicCache:
-    """An empty KV cache that keeps, for each layer, what its window still needs.
-
-    A window of one token keeps two: transformers' layer stores the last w - 1 keys, and its slice `[-0:]` would keep
-    all of them while announcing none.
-    """
+    """An empty KV cache that keeps, for each layer, what its window still needs."""
     cache = DynamicCache()
     cache.layers = [
-        DynamicLayer() if window is None else DynamicSlidingWindowLayer(sliding_window=max(window, 2))
+        DynamicLayer() if window is None else DynamicSlidingWindowLayer(sliding_window=_kept(window))
         for window in config.windows
     ]
     return cache
+
+
+def _kept(window: int) -> int:
+    """What a growing layer is told to keep. A window of one token keeps two: transformers' layer stores the last w - 1
+    keys, and its slice `[-0:]` would keep all of them while announcing none.
+    """
+    return max(window, 2)
 
 
 def window_masks(
@@ -265,7 +268,7 @@ def _check_cache(config: GptOssPuzzleConfig, cache: Cache) -> None:
     """Refuse a cache that forgets what a layer must still see (one built for a single window, say)."""
     sizes = [layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len")]  # of a fixed-size cache
     for layer_idx, (window, layer) in enumerate(zip(config.windows, cache.layers, strict=False)):
-        kept, needed = getattr(layer, "sliding_window", None), window
+        kept, needed = getattr(layer, "sliding_window", None), window and _kept(window)
         if kept is None and sizes and getattr(layer, "is_sliding", False):
             kept, needed = layer.max_cache_len, min(window or max(sizes), max(sizes))
         if kept is not None and (needed is None or kept < needed):
