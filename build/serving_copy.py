@@ -26,9 +26,9 @@ from puzzle_trtllm.errors import ArchitectureError, CheckpointError
 from puzzle_trtllm.families import GPT_OSS, GPT_OSS_PUZZLE, Family
 from puzzle_trtllm.tensors import is_expert_tensor, kv_scale_of
 
-_NOT_FOR_SERVING = ("auto_map", "per_layer_config", "num_experts")
-"""Remote code is not shipped here, per_layer_config would compete with block_configs, and num_experts triggers a legacy
-remapping in TensorRT-LLM."""
+_NOT_FOR_SERVING = ("auto_map", "per_layer_config", "num_experts", "rope_parameters")
+"""Remote code is not shipped here, per_layer_config would compete with block_configs, num_experts triggers a legacy
+remapping in TensorRT-LLM, which reads no rope_parameters."""
 
 
 def serving_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -38,6 +38,8 @@ def serving_config(checkpoint: Checkpoint) -> dict[str, Any]:
     family = serving_family(a)
     names = {"model_type": family.serving_model_type, "architectures": [family.causal_lm]}
     config = {**a.child_config(config), **names}
+    if not config.get("rope_scaling"):
+        config.update(a.rope.to_json())
     config["sliding_window"] = config["sliding_window"] or checkpoint.config.get("sliding_window")
     if family is GPT_OSS:
         del config["block_configs"]

@@ -342,3 +342,18 @@ class TestExplain:
     def test_of_nothing(self, tmp_path):
         with pytest.raises(CheckpointError, match="no such checkpoint folder"):
             explain(tmp_path / "nowhere.json", config=config())
+
+
+@pytest.mark.parametrize("blocks", [PLAIN, MIXED])
+def test_the_serving_copy_says_in_the_older_spelling_what_tensorrt_llm_reads(make_checkpoint, tmp_path, blocks):
+    """Its config class has defaults for what it does not find: another model, in silence."""
+    folder = make_checkpoint(blocks)
+    given = json.loads((folder / "config.json").read_text())
+    older = {key: given[key] for key in ("rope_scaling", "rope_theta", "num_experts_per_tok")}
+    newer = {**given, "rope_parameters": {**given["rope_scaling"], "rope_theta": given["rope_theta"]}}
+    for key in older:
+        del newer[key]
+    (folder / "config.json").write_text(json.dumps(newer))
+    build_engine(folder, tmp_path / "engine", config=config(kv_dtype="bf16"))
+    written = json.loads((tmp_path / "engine" / "model" / "config.json").read_text())
+    assert {key: written.get(key) for key in older} == older and "rope_parameters" not in written

@@ -264,7 +264,7 @@ def test_transformers_own_cache_is_right_or_refused(make_checkpoint, tokens, blo
     A window of one token is kept wrong in every version.
     """
     model = load_causal_lm(make_checkpoint(blocks))
-    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     cache = DynamicCache(config=model.config)
     if [getattr(layer, "sliding_window", None) for layer in cache.layers] != [5, None, 3, 17]:
         with pytest.raises(ValueError, match="past_key_values keeps"):
@@ -322,6 +322,31 @@ def test_our_loader_equals_from_pretrained(make_checkpoint, tokens, blocks, dtyp
         assert value.dtype == dtype
         assert torch.equal(value, state[name].to(dtype)), name
     assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+
+
+@pytest.mark.parametrize("blocks", [CHILD, EQUAL], ids=["child", "gpt_oss"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": "absent"},
+        {"rope_scaling": None},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}, "max_position_embeddings": 512},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 500.0}},
+        {"num_experts_per_tok": "absent", "experts_per_token": 1},
+        {"swiglu_limit": 7},
+    ],
+    ids=["no rope", "null rope", "no original context", "two ropes", "older top-k", "integer limit"],
+)
+def test_the_model_is_the_one_that_the_other_runtimes_read(make_checkpoint, blocks, changes):
+    """Where transformers' defaults differ between its versions, or from what the architecture reads."""
+    folder = make_checkpoint(blocks)
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    config = {key: value for key, value in config.items() if value != "absent"}
+    (folder / "config.json").write_text(json.dumps(config))
+    a, model = Checkpoint.open(folder).architecture, load_causal_lm(folder)
+    assert torch.equal(model.model.rotary_emb.inv_freq, torch.from_numpy(a.rope.inverse_frequencies(a.head_dim)))
+    assert model.model.rotary_emb.attention_scaling == pytest.approx(a.rope.attention_scaling, abs=0)
+    assert model.model.layers[0].mlp.router.top_k == a.experts_per_token
 
 
 def test_experts_equal_transformers_dequantization(child):
