@@ -392,6 +392,17 @@ def test_load_child_uses_the_auto_classes(child):
     assert isinstance(AutoConfig.from_pretrained(child), GptOssPuzzleConfig)
 
 
+@pytest.mark.parametrize("experts_format", ["mxfp4", "bf16"])
+@torch.no_grad()
+def test_a_saved_child_is_the_child_again(make_checkpoint, tokens, tmp_path, experts_format):
+    """As after fine-tuning: with dequantized experts, and still a checkpoint for every stage."""
+    model = load_child(make_checkpoint(CHILD, experts_format=experts_format))
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    Checkpoint.open(tmp_path).validate()
+    for again in (load_child(tmp_path), load_causal_lm(tmp_path, dtype=torch.bfloat16)):
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
 LOAD_REMOTE = """
 import importlib.abc, sys
 class Absent(importlib.abc.MetaPathFinder):

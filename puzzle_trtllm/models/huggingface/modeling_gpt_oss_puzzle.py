@@ -56,6 +56,13 @@ class GptOssPuzzlePreTrainedModel(GptOssPreTrainedModel):  # type: ignore[misc]
     _no_split_modules = ["GptOssPuzzleDecoderLayer"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"self_attn\.([qkv]_proj\.)?[qkv]_scale$"]  # noqa: RUF012 - for FP8 KV caches
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As PreTrainedModel. Experts that were dequantized stay so: transformers 5 would save them under the names of
+        packed ones (gpt-oss's too), not find them again, and go on with random ones.
+        """
+        self._weight_conversions = None
+        return super().save_pretrained(*args, **kwargs)
+
     # transformers reads a model's source file to learn what can be set; the code that answers is in gpt-oss's.
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
