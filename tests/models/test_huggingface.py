@@ -26,6 +26,7 @@ from puzzle_trtllm.models.huggingface.modeling_gpt_oss_puzzle import (
     puzzle_cache,
 )
 from puzzle_trtllm.models.huggingface.remote_code import write_remote_code
+from tests.toys import write_overrides_by_layer
 
 CHILD = [(6, 5), (4, None), (2, 3), (5, 17), (3, 1)]
 EQUAL = [(4, 6), (4, None), (4, 6), (4, None)]
@@ -347,6 +348,15 @@ def test_the_model_is_the_one_that_the_other_runtimes_read(make_checkpoint, bloc
     assert torch.equal(model.model.rotary_emb.inv_freq, torch.from_numpy(a.rope.inverse_frequencies(a.head_dim)))
     assert model.model.rotary_emb.attention_scaling == pytest.approx(a.rope.attention_scaling, abs=0)
     assert model.model.layers[0].mlp.router.top_k == a.experts_per_token
+
+
+@torch.no_grad()
+def test_overrides_by_layer_are_the_same_model(make_checkpoint, tokens):
+    """Which transformers itself cannot load as gpt-oss."""
+    folder = make_checkpoint(CHILD)
+    expected = load_causal_lm(folder)(tokens).logits
+    write_overrides_by_layer(folder)
+    assert torch.equal(load_causal_lm(folder)(tokens).logits, expected)
 
 
 def test_experts_equal_transformers_dequantization(child):

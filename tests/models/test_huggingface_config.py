@@ -100,3 +100,5 @@ def test_contradicting_layer_counts_are_refused():
         GptOssPuzzleConfig(block_configs=[{"num_local_experts": 4, "sliding_window": 8}], num_hidden_layers=2)
     with pytest.raises(ValueError, match="integer num_local_experts"):
         GptOssPuzzleConfig(block_configs=[{"sliding_window": 8}])
+    with pytest.raises(ValueError, match="block_configs, found per_layer_config alone"):
+        GptOssPuzzleConfig(per_layer_config={"0": {"sliding_window": 8}})

@@ -28,7 +28,9 @@ class GptOssPuzzleConfig(GptOssConfig):  # type: ignore[misc]
 
     def __init__(self, block_configs: Sequence[Mapping[str, Any]] | None = None, **kwargs: Any) -> None:
         """Raises ValueError when `block_configs` disagrees with `num_hidden_layers` or lacks an expert count."""
-        kwargs.pop("per_layer_config", None)  # block_configs is the one source; see the property below
+        overrides = kwargs.pop("per_layer_config", None)  # block_configs is the one source; see the property below
+        if overrides and block_configs is None:
+            raise ValueError("the layers of a gpt_oss_puzzle model are its block_configs, found per_layer_config alone")
         blocks = None if block_configs is None else [_flat_block(block) for block in block_configs]
         if blocks is not None:
             kwargs.update(_summary(blocks, kwargs.get("num_hidden_layers", len(blocks))))
