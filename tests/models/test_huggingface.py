@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GptOssConfig, GptOssForCausalLM, StaticCache
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.models.gpt_oss.modeling_gpt_oss import load_balancing_loss_func
@@ -218,6 +219,8 @@ def test_generate_with_and_without_cache(model, tokens):
 @pytest.mark.parametrize("draft", ["child", "prompt"])
 def test_assisted_generation_is_greedy_generation(model, tokens, draft):
     """Both caches go back beyond the windows when drafted tokens are refused."""
+    if draft == "child" and transformers.__version__.startswith("5.17."):
+        pytest.skip("its masks do not fit a drafting cache that is full, gpt-oss's neither")
     options = {"max_new_tokens": 40, "do_sample": False}
     drafting = {"assistant_model": model} if draft == "child" else {"prompt_lookup_num_tokens": 4}
     prompt = torch.cat([tokens[:1], tokens[:1, :20]], dim=1)
