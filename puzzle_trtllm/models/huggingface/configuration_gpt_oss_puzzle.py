@@ -34,6 +34,8 @@ class GptOssPuzzleConfig(GptOssConfig):  # type: ignore[misc]
         blocks = None if block_configs is None else [_flat_block(block) for block in block_configs]
         if blocks is not None:
             kwargs.update(_summary(blocks, kwargs.get("num_hidden_layers", len(blocks))))
+        if "experts_per_token" in kwargs:  # an older name, which gpt-oss's own config does not read
+            kwargs.setdefault("num_experts_per_tok", kwargs["experts_per_token"])
         if (kwargs.get("quantization_config") or {}).get("quant_method") == "mxfp4":
             # transformers' MXFP4 kernels give every layer the same number of experts: always dequantize
             kwargs["quantization_config"] = {**kwargs["quantization_config"], "dequantize": True}
