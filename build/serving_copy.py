@@ -24,11 +24,12 @@ from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import PlannedTensor, Progress, copy_companions, rewrite_checkpoint
 from puzzle_trtllm.errors import ArchitectureError, CheckpointError
 from puzzle_trtllm.families import GPT_OSS, GPT_OSS_PUZZLE, Family
+from puzzle_trtllm.rope import RopeConfig
 from puzzle_trtllm.tensors import is_expert_tensor, kv_scale_of
 
-_NOT_FOR_SERVING = ("auto_map", "per_layer_config", "num_experts")
-"""Remote code is not shipped here, per_layer_config would compete with block_configs, and num_experts triggers a legacy
-remapping in TensorRT-LLM."""
+_NOT_FOR_SERVING = ("auto_map", "per_layer_config", "num_experts", "rope_parameters")
+"""Remote code is not shipped here, per_layer_config would compete with block_configs, num_experts triggers a legacy
+remapping in TensorRT-LLM, which reads no rope_parameters."""
 
 
 def serving_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -38,10 +39,19 @@ def serving_config(checkpoint: Checkpoint) -> dict[str, Any]:
     family = serving_family(a)
     names = {"model_type": family.serving_model_type, "architectures": [family.causal_lm]}
     config = {**a.child_config(config), **names}
+    config = _with_whole_rope(config, a.rope)
     config["sliding_window"] = config["sliding_window"] or checkpoint.config.get("sliding_window")
     if family is GPT_OSS:
         del config["block_configs"]
     return config
+
+
+def _with_whole_rope(config: Mapping[str, Any], rope: RopeConfig) -> dict[str, Any]:
+    """Every rotary value where older readers look, as we read it: for what they do not find they have their own."""
+    whole = rope.to_json()
+    block = config.get("rope_scaling") or {}
+    missing = {key: value for key, value in whole["rope_scaling"].items() if key not in block}
+    return {**config, **whole, "rope_scaling": {**block, **missing}}
 
 
 def serving_family(a: PuzzleArchitecture) -> Family:

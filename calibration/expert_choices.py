@@ -29,9 +29,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from puzzle_trtllm.architecture import SWIGLU_ALPHA
 from puzzle_trtllm.calibration.forward import require_finite
 
-SWIGLU_ALPHA = 1.702
 _TOKENS_AT_ONCE = 256
 """For the inner products: their float32 copies of outputs stay small."""
 

@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm, GptOssRotaryEmbedding
 
 from puzzle_trtllm.checkpoint import Checkpoint
-from puzzle_trtllm.models.huggingface.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
 from puzzle_trtllm.models.huggingface.loading import experts_EIO, model_config
 from puzzle_trtllm.models.huggingface.modeling_gpt_oss_puzzle import GptOssPuzzleForCausalLM
 from puzzle_trtllm.tensors import kv_scale_of
@@ -33,9 +31,8 @@ def load_layer(source: Checkpoint, layer: int, *, dtype: torch.dtype, device: to
     config = model_config(replace(source, config=_one_layer_config(source, layer)))
     config.dtype = dtype
     config._attn_implementation = "eager"
-    model_class = GptOssPuzzleForCausalLM if isinstance(config, GptOssPuzzleConfig) else GptOssForCausalLM
     with torch.device("meta"):
-        model = model_class(config)
+        model: Any = GptOssPuzzleForCausalLM(config)  # a parent's too: with equal layers it is gpt-oss
     model.model.rotary_emb = GptOssRotaryEmbedding(config=config)  # computed, not loaded; the one on meta has no values
     model.model.embed_tokens = model.model.norm = model.lm_head = nn.Identity()
     parameters = dict(_parameters(source, f"model.layers.{layer}.", dtype))
@@ -61,13 +58,8 @@ def output_head(
 
 
 def _one_layer_config(source: Checkpoint, layer: int) -> dict[str, Any]:
-    window = source.architecture.blocks[layer].sliding_window
-    config = dict(source.config)
-    config["num_hidden_layers"] = 1
-    config["layer_types"] = ["full_attention" if window is None else "sliding_attention"]
-    if config.get("block_configs"):
-        config["block_configs"] = [config["block_configs"][layer]]
-    return config
+    block = source.architecture.blocks[layer]
+    return {**source.config, "num_hidden_layers": 1, "block_configs": [block.to_json()]}
 
 
 def _parameters(source: Checkpoint, prefix: str, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

@@ -35,6 +35,9 @@ KvDtype = Literal["bf16", "fp8"]
 
 KV_BYTES_PER_VALUE: Mapping[KvDtype, int] = {"bf16": 2, "fp8": 1}
 
+SWIGLU_ALPHA = 1.702
+"""Factor in the sigmoid of the experts' gate."""
+
 _LAYER_TYPES = ("sliding_attention", "full_attention")
 """Hugging Face's names; layers alternate in this order where a config says nothing."""
 
@@ -81,6 +84,11 @@ class PuzzleArchitecture:
         """Read a Hugging Face config. `source` names the file in errors."""
         family_of(config, source)
         quantization = section(config, "quantization_config", source)
+        alpha = positive_number(config, "swiglu_alpha", source, default=SWIGLU_ALPHA)
+        if alpha != SWIGLU_ALPHA:
+            raise ArchitectureError(
+                "is built into every runtime", file=source, key="swiglu_alpha", found=alpha, expected=SWIGLU_ALPHA
+            )
         try:
             return cls(
                 blocks=read_block_configs(config, source),
@@ -125,6 +133,7 @@ class PuzzleArchitecture:
             model_type=GPT_OSS_PUZZLE.model_type,
             block_configs=[block.to_json() for block in self.blocks],
             layer_types=self.layer_types,
+            num_experts_per_tok=self.experts_per_token,
             num_hidden_layers=self.num_layers,
             num_local_experts=max(block.num_local_experts for block in self.blocks),
             sliding_window=min((w for w in self.windows if w is not None), default=None),

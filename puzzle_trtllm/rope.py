@@ -4,7 +4,8 @@ YaRN divides the low frequencies by `factor`, keeps the high ones and blends in 
 multiplying cos and sin with `attention_scaling` = 0.1 ln(factor) + 1. gpt-oss sets `truncate: false`: the borders of
 the blend are not rounded to whole dimensions. Configs in the wild write the block as `rope_scaling` with `rope_theta`
 beside it (transformers 4) or as `rope_parameters` with the theta inside (transformers 5), with integer or float
-factors; this reads them all.
+factors; this reads them all. As in transformers, `rope_scaling` wins where both are given, and a config that has
+neither key means the released model's YaRN; null is no YaRN.
 """
 
 from __future__ import annotations
@@ -22,6 +23,17 @@ from puzzle_trtllm.config_values import boolean, positive_integer, positive_numb
 from puzzle_trtllm.errors import ArchitectureError
 
 _KNOWN_TYPES = ("yarn", "default")
+_SPELLINGS = ("rope_scaling", "rope_parameters")
+_RELEASED = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 4096,
+    "truncate": False,
+}
+_NOT_COMPUTED = ("attention_factor", "mscale", "mscale_all_dim", "partial_rotary_factor")
+"""What transformers also knows, and no runtime here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +50,14 @@ class RopeConfig:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, source: str | Path) -> RopeConfig:
-        key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-        block, prefix = section(config, key, source), f"{key}."
+        key = next((key for key in _SPELLINGS if config.get(key)), "rope_scaling")
+        is_given, prefix = any(key in config for key in _SPELLINGS), f"{key}."
+        block = section(config, key, source) if is_given else _RELEASED
+        for name in _NOT_COMPUTED:
+            if block.get(name) is not None:
+                raise ArchitectureError(
+                    "is not supported", file=source, key=f"{prefix}{name}", found=block[name], expected="no such key"
+                )
         rope_type = block.get("rope_type", block.get("type", "default"))
         if rope_type not in _KNOWN_TYPES:
             raise ArchitectureError(
@@ -51,7 +69,9 @@ class RopeConfig:
             if "rope_theta" in block
             else positive_number(config, "rope_theta", source, default=150000.0),
             rope_type=rope_type,
-            factor=positive_number(block, "factor", source, default=1.0, prefix=prefix),
+            factor=positive_number(
+                block, "factor", source, default=None if rope_type == "yarn" else 1.0, prefix=prefix
+            ),
             beta_fast=positive_number(block, "beta_fast", source, default=32.0, prefix=prefix),
             beta_slow=positive_number(block, "beta_slow", source, default=1.0, prefix=prefix),
             original_max_position_embeddings=positive_integer(block, name, source, prefix=prefix)
@@ -59,6 +79,11 @@ class RopeConfig:
             else positive_integer(config, "initial_context_length", source, default=4096),
             truncate=boolean(block, "truncate", source, default=True, prefix=prefix),
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of config.json in the older spelling, which every reader knows."""
+        names = _RELEASED if self.rope_type == "yarn" else ("rope_type",)
+        return {"rope_scaling": {name: getattr(self, name) for name in names}, "rope_theta": self.theta}
 
     @property
     def attention_scaling(self) -> float:

@@ -150,6 +150,14 @@ def write_toy_checkpoint(
     return folder
 
 
+def write_overrides_by_layer(folder: Path) -> None:
+    """Say the same blocks as recent transformers keeps them: `per_layer_config`, under gpt-oss's own name."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    blocks = config.pop("block_configs")
+    config.update(model_type="gpt_oss", per_layer_config={str(i): block for i, block in enumerate(blocks)})
+    _write_json(folder / "config.json", config)
+
+
 def change_values(checkpoint: Checkpoint, name: str, values: Mapping[int, float]) -> None:
     """Set elements (flat index: value) of a BF16 tensor in its file."""
     entry = checkpoint.entry(name)

@@ -342,3 +342,26 @@ class TestExplain:
     def test_of_nothing(self, tmp_path):
         with pytest.raises(CheckpointError, match="no such checkpoint folder"):
             explain(tmp_path / "nowhere.json", config=config())
+
+
+@pytest.mark.parametrize("blocks", [PLAIN, MIXED])
+@pytest.mark.parametrize("form", ["newer", "theta inside", "short"])
+def test_the_serving_copy_says_all_that_is_rotary_in_the_older_spelling(make_checkpoint, tmp_path, blocks, form):
+    """TensorRT-LLM's config class has defaults for what it does not find: another model, in silence."""
+    folder = make_checkpoint(blocks)
+    given = json.loads((folder / "config.json").read_text())
+    expected = {key: given[key] for key in ("rope_scaling", "rope_theta", "num_experts_per_tok")}
+    del given["num_experts_per_tok"]
+    if form == "newer":
+        given["rope_parameters"] = {**given.pop("rope_scaling"), "rope_theta": given.pop("rope_theta")}
+    elif form == "theta inside":
+        given["rope_scaling"] = {**given["rope_scaling"], "rope_theta": given["rope_theta"]}
+        given["rope_theta"] = 10000.0
+    else:
+        short = ("rope_type", "factor", "truncate")
+        given["rope_scaling"] = {key: given["rope_scaling"][key] for key in short}
+    (folder / "config.json").write_text(json.dumps(given))
+    build_engine(folder, tmp_path / "engine", config=config(kv_dtype="bf16"))
+    written = json.loads((tmp_path / "engine" / "model" / "config.json").read_text())
+    written["rope_scaling"].pop("rope_theta", None)
+    assert {key: written.get(key) for key in expected} == expected and "rope_parameters" not in written

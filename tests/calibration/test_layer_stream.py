@@ -22,6 +22,7 @@ from puzzle_trtllm.calibration.one_layer import embed, load_layer
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.errors import CalibrationError, PuzzleError
 from puzzle_trtllm.models.huggingface.loading import load_causal_lm
+from tests.toys import write_overrides_by_layer
 
 CHILD = [(6, 5), (4, None), (3, 17), (4, 5)]
 PARENT = [(4, 6), (4, None), (4, 6)]
@@ -42,6 +43,13 @@ def folder(request, make_checkpoint) -> Path:
 
 
 @pytest.fixture(scope="module")
+def overridden(make_checkpoint) -> Path:
+    folder = make_checkpoint(CHILD, seed=2)
+    write_overrides_by_layer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def child(make_checkpoint) -> Path:
     return with_data(make_checkpoint(CHILD, seed=2))
 
@@ -59,9 +67,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@torch.no_grad()
 def test_layers_one_by_one_are_the_model(folder, dtype):
-    source = Checkpoint.open(folder)
+    check_layers_one_by_one(Checkpoint.open(folder), dtype)
+
+
+def test_layers_with_overrides_of_their_own_are_the_model(overridden):
+    check_layers_one_by_one(Checkpoint.open(overridden), torch.float32)
+
+
+@torch.no_grad()
+def check_layers_one_by_one(source: Checkpoint, dtype: torch.dtype) -> None:
     model, ids = load_causal_lm(source, dtype=dtype), torch.randint(7, 90, (2, 40))
     hidden, outputs = embed(source, ids, dtype=dtype), []
     for layer in model.model.layers:

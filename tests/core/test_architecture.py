@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from puzzle_trtllm.architecture import BlockConfig, PuzzleArchitecture, read_blocks
 from puzzle_trtllm.errors import ArchitectureError
+from puzzle_trtllm.rope import RopeConfig
 from puzzle_trtllm.tensors import count_parameters, count_weight_bytes, tensor_table
 from tests.toys import toy_architecture, toy_config
 
@@ -149,6 +150,20 @@ class TestForms:
         assert PuzzleArchitecture.from_config(new).rope == expected
         assert (expected.theta, expected.factor, expected.truncate) == (10000.0, 8.0, truncate is not False)
 
+    def test_of_two_rotary_blocks_the_older_spelling_wins_as_in_transformers(self):
+        other = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 500.0, "original_max_position_embeddings": 64}
+        both = PuzzleArchitecture.from_config(self.config(rope_parameters=other))
+        assert both == PuzzleArchitecture.from_config(self.config())
+
+    def test_without_a_rotary_block_it_is_the_released_models(self, parent):
+        assert PuzzleArchitecture.from_config(self.config(rope_scaling="absent")).rope == parent.rope
+        assert PuzzleArchitecture.from_config(self.config(rope_scaling=None)).rope.rope_type == "default"
+
+    @pytest.mark.parametrize("changes", [{}, {"rope_scaling": None, "rope_theta": 1e4, "initial_context_length": 4096}])
+    def test_a_rotary_block_is_written_as_it_is_read(self, changes):
+        rope = PuzzleArchitecture.from_config(self.config(**changes)).rope
+        assert RopeConfig.from_config(json.loads(json.dumps(rope.to_json())), source="test") == rope
+
     def test_child_config_is_read_back(self, parent, child):
         written = parent.with_blocks(child.blocks).child_config(json.loads(PARENT_FILE.read_text()))
         assert PuzzleArchitecture.from_config(json.loads(json.dumps(written))) == child
@@ -274,12 +289,19 @@ class TestImpossibleConfigs:
             ({"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.rope_type"),
             ({"rope_scaling": {"rope_type": "yarn", "factor": "big"}}, "rope_scaling"),
             ({"rope_scaling": {"rope_type": "yarn", "factor": 0}}, r"rope_scaling\.factor: .*positive number .found 0"),
+            ({"rope_scaling": {"rope_type": "yarn"}}, r"rope_scaling\.factor: .*positive number .found null"),
+            (
+                {"rope_scaling": {"rope_type": "yarn", "factor": 8, "attention_factor": 1.0}},
+                r"rope_scaling\.attention_factor: is not supported .found 1\.0, expected no such key",
+            ),
+            ({"rope_scaling": {"rope_type": "yarn", "factor": 8, "mscale": 2}}, r"mscale: is not supported"),
             ({"rope_scaling": "yarn"}, r'rope_scaling: must be an object .found "yarn"'),
             ({"rope_theta": -1.0}, r"rope_theta: must be a positive number .found -1\.0"),
             ({"rope_theta": float("inf")}, "rope_theta: must be a positive number"),
             ({"rms_norm_eps": None}, "rms_norm_eps: must be a positive number .found null"),
             ({"rms_norm_eps": "x"}, 'rms_norm_eps: must be a positive number .found "x"'),
             ({"swiglu_limit": None}, "swiglu_limit: must be a positive number .found null"),
+            ({"swiglu_alpha": 1.0}, r"swiglu_alpha: is built into every runtime .found 1\.0, expected 1\.702"),
             ({"attention_bias": "false"}, 'attention_bias: must be true or false .found "false"'),
             ({"quantization_config": "mxfp4"}, 'quantization_config: must be an object .found "mxfp4"'),
             ({**PLAIN, "layer_types": 5}, "layer_types: unknown kind of attention .found 5"),

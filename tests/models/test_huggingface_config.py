@@ -95,8 +95,15 @@ def test_without_block_configs_it_is_plain_gpt_oss():
     ]
 
 
+def test_either_name_of_top_k():
+    assert GptOssPuzzleConfig(experts_per_token=2).num_experts_per_tok == 2
+    assert GptOssPuzzleConfig(experts_per_token=2, num_experts_per_tok=3).num_experts_per_tok == 3
+
+
 def test_contradicting_layer_counts_are_refused():
     with pytest.raises(ValueError, match="block_configs has 1 entries, num_hidden_layers is 2"):
         GptOssPuzzleConfig(block_configs=[{"num_local_experts": 4, "sliding_window": 8}], num_hidden_layers=2)
     with pytest.raises(ValueError, match="integer num_local_experts"):
         GptOssPuzzleConfig(block_configs=[{"sliding_window": 8}])
+    with pytest.raises(ValueError, match="block_configs, found per_layer_config alone"):
+        GptOssPuzzleConfig(per_layer_config={"0": {"sliding_window": 8}})

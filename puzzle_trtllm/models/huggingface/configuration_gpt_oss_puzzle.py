@@ -28,14 +28,18 @@ class GptOssPuzzleConfig(GptOssConfig):  # type: ignore[misc]
 
     def __init__(self, block_configs: Sequence[Mapping[str, Any]] | None = None, **kwargs: Any) -> None:
         """Raises ValueError when `block_configs` disagrees with `num_hidden_layers` or lacks an expert count."""
-        kwargs.pop("per_layer_config", None)  # block_configs is the one source; see the property below
+        overrides = kwargs.pop("per_layer_config", None)  # block_configs is the one source; see the property below
+        if overrides and block_configs is None:
+            raise ValueError("the layers of a gpt_oss_puzzle model are its block_configs, found per_layer_config alone")
         blocks = None if block_configs is None else [_flat_block(block) for block in block_configs]
         if blocks is not None:
             kwargs.update(_summary(blocks, kwargs.get("num_hidden_layers", len(blocks))))
+        if "experts_per_token" in kwargs:  # an older name, which gpt-oss's own config does not read
+            kwargs.setdefault("num_experts_per_tok", kwargs["experts_per_token"])
         if (kwargs.get("quantization_config") or {}).get("quant_method") == "mxfp4":
             # transformers' MXFP4 kernels give every layer the same number of experts: always dequantize
             kwargs["quantization_config"] = {**kwargs["quantization_config"], "dequantize": True}
-        super().__init__(**_with_plain_rope(kwargs))
+        super().__init__(**with_plain_rope(kwargs))
         self.block_configs = blocks if blocks is not None else self._equal_blocks()
 
     def _equal_blocks(self) -> list[dict[str, int | None]]:
@@ -87,17 +91,18 @@ def _summary(blocks: list[dict[str, int | None]], num_hidden_layers: int) -> dic
     }
 
 
-def _with_plain_rope(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def with_plain_rope(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """`kwargs` with the rotary block as `rope_scaling` and `rope_theta`, its numbers floats.
 
+    A block of null is none; without any, gpt-oss's own default holds (transformers 4 and 5 read null differently).
     A YaRN block that lacks `original_max_position_embeddings` takes the config's `initial_context_length`, as the
     original implementation does (transformers 5 would take `max_position_embeddings`, which is already extended).
     """
     result = dict(kwargs)
-    older, newer = result.pop("rope_scaling", None), result.pop("rope_parameters", None)
-    if not (newer or older):
+    given = [result.pop(key) for key in ("rope_scaling", "rope_parameters") if key in result]
+    if not given:
         return result
-    block = dict(newer or older)
+    block = dict(next(filter(None, given), {}))
     block["rope_type"] = block.pop("type", None) or block.get("rope_type", "default")
     block.update({key: float(block[key]) for key in _ROPE_FLOATS if block.get(key) is not None})
     result["rope_theta"] = float(block.pop("rope_theta", None) or result.get("rope_theta") or 150000.0)

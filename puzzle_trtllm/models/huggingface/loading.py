@@ -19,11 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, GptOssF
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
 from puzzle_trtllm.checkpoint import Checkpoint
-from puzzle_trtllm.families import GPT_OSS_PUZZLE
-from puzzle_trtllm.models.huggingface.configuration_gpt_oss_puzzle import GptOssPuzzleConfig
+from puzzle_trtllm.families import GPT_OSS, GPT_OSS_PUZZLE
+from puzzle_trtllm.models.huggingface.configuration_gpt_oss_puzzle import GptOssPuzzleConfig, with_plain_rope
 from puzzle_trtllm.models.huggingface.modeling_gpt_oss_puzzle import GptOssPuzzleForCausalLM
 from puzzle_trtllm.mxfp4 import dequantize
 from puzzle_trtllm.tensors import kv_scale_of
+
+_NOT_FOR_THE_MODEL = ("model_type", "quantization_config", "auto_map", "transformers_version", "per_layer_config")
 
 
 def register() -> None:
@@ -68,15 +70,16 @@ def load_causal_lm(
 def model_config(checkpoint: Checkpoint) -> GptOssConfig:
     """The transformers config of a checkpoint, without its storage format (which transformers would act on).
 
-    Copied through and through: transformers rewrites nested blocks (the rotary one) in place.
+    Copied through and through: transformers rewrites nested blocks (the rotary one) in place. What may be written in
+    more than one way is as `checkpoint.architecture` reads it.
     """
-    values = {
-        k: copy.deepcopy(v)
-        for k, v in checkpoint.config.items()
-        if k not in ("quantization_config", "auto_map", "transformers_version")
-    }
-    is_child = values.pop("model_type", None) == GPT_OSS_PUZZLE.model_type or "block_configs" in values
-    return GptOssPuzzleConfig(**values) if is_child else GptOssConfig(**values)
+    a = checkpoint.architecture
+    values = {k: copy.deepcopy(v) for k, v in checkpoint.config.items() if k not in _NOT_FOR_THE_MODEL}
+    values.update(num_experts_per_tok=a.experts_per_token, rms_norm_eps=a.rms_norm_eps, swiglu_limit=a.swiglu_limit)
+    is_plain = checkpoint.config.get("model_type") == GPT_OSS.model_type
+    if is_plain and not any(checkpoint.config.get(key) for key in ("block_configs", "per_layer_config")):
+        return GptOssConfig(**with_plain_rope(values))
+    return GptOssPuzzleConfig(**{**values, "block_configs": [block.to_json() for block in a.blocks]})
 
 
 def _parameters(source: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

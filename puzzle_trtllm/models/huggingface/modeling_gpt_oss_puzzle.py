@@ -56,6 +56,13 @@ class GptOssPuzzlePreTrainedModel(GptOssPreTrainedModel):  # type: ignore[misc]
     _no_split_modules = ["GptOssPuzzleDecoderLayer"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"self_attn\.([qkv]_proj\.)?[qkv]_scale$"]  # noqa: RUF012 - for FP8 KV caches
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As PreTrainedModel. Experts that were dequantized stay so: transformers 5 would save them under the names of
+        packed ones (gpt-oss's too), not find them again, and go on with random ones.
+        """
+        self._weight_conversions = None
+        return super().save_pretrained(*args, **kwargs)
+
     # transformers reads a model's source file to learn what can be set; the code that answers is in gpt-oss's.
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -132,23 +139,38 @@ class GptOssPuzzleForCausalLM(GptOssPuzzlePreTrainedModel, GptOssForCausalLM):  
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: Any = None,
-        *args: Any,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
         output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """As GptOssForCausalLM; the load-balancing loss is `balancing_loss`."""
+        """As GptOssForCausalLM; the load-balancing loss is `balancing_loss`.
+
+        Every parameter of GptOssForCausalLM is named: `generate` computes the prompt's last logits alone and positions
+        without the padding, and Trainer keeps a column, only where the signature says so.
+        """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        kwargs.update(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+        )
         counts = {block["num_local_experts"] for block in self.config.block_configs}
-        given = {"labels": labels, **kwargs}
         if not output_router_logits or len(counts) == 1:
-            given["output_router_logits"] = output_router_logits
-            return super().forward(input_ids, attention_mask, *args, **given)
-        as_tuple = given.pop("return_dict", None) is False
+            return super().forward(output_router_logits=output_router_logits, **kwargs)
+        as_tuple = kwargs.pop("return_dict", None) is False
         # Told not to, gpt-oss computes no balancing loss, which it could not over layers of several sizes.
-        given.update(output_router_logits=False, collect_router_logits=True)
-        output = super().forward(input_ids, attention_mask, *args, **given)
+        output = super().forward(output_router_logits=False, collect_router_logits=True, **kwargs)
         output.aux_loss = balancing_loss(output.router_logits, self.num_experts_per_tok, attention_mask)
         if output.loss is not None:
             output.loss = output.loss + self.router_aux_loss_coef * output.aux_loss.to(output.loss.device)
@@ -156,11 +178,15 @@ class GptOssPuzzleForCausalLM(GptOssPuzzlePreTrainedModel, GptOssForCausalLM):  
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         """Give `generate` the cache of this architecture. ValueError for kinds that do not know windows by layer."""
-        given = model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False
-        if not given and getattr(generation_config, "cache_implementation", None) in (None, "dynamic"):
-            model_kwargs["past_key_values"] = puzzle_cache(self.config)
-        else:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        cache = model_kwargs.get("past_key_values")
+        # One that has no layers yet keeps all tokens: transformers 4 takes it where assisted decoding must go back.
+        if isinstance(cache, DynamicCache) and cache is not given and cache.layers:
+            goes_back = any(getattr(layer, "record_past", False) for layer in cache.layers)
+            cache.layers = puzzle_cache(self.config).layers
+            if goes_back:
+                cache.activate_past_recording()
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: `generate_batch` pages its cache by one window for all layers, and would answer with nothing."""
@@ -187,17 +213,20 @@ def balancing_loss(router_logits: Any, top_k: int, attention_mask: Any) -> torch
 
 
 def puzzle_cache(config: GptOssPuzzleConfig) -> DynamicCache:
-    """An empty KV cache that keeps, for each layer, what its window still needs.
-
-    A window of one token keeps two: transformers' layer stores the last w - 1 keys, and its slice `[-0:]` would keep
-    all of them while announcing none.
-    """
+    """An empty KV cache that keeps, for each layer, what its window still needs."""
     cache = DynamicCache()
     cache.layers = [
-        DynamicLayer() if window is None else DynamicSlidingWindowLayer(sliding_window=max(window, 2))
+        DynamicLayer() if window is None else DynamicSlidingWindowLayer(sliding_window=_kept(window))
         for window in config.windows
     ]
     return cache
+
+
+def _kept(window: int) -> int:
+    """What a growing layer is told to keep. A window of one token keeps two: transformers' layer stores the last w - 1
+    keys, and its slice `[-0:]` would keep all of them while announcing none.
+    """
+    return max(window, 2)
 
 
 def window_masks(
@@ -246,7 +275,7 @@ def _check_cache(config: GptOssPuzzleConfig, cache: Cache) -> None:
     """Refuse a cache that forgets what a layer must still see (one built for a single window, say)."""
     sizes = [layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len")]  # of a fixed-size cache
     for layer_idx, (window, layer) in enumerate(zip(config.windows, cache.layers, strict=False)):
-        kept, needed = getattr(layer, "sliding_window", None), window
+        kept, needed = getattr(layer, "sliding_window", None), window and _kept(window)
         if kept is None and sizes and getattr(layer, "is_sliding", False):
             kept, needed = layer.max_cache_len, min(window or max(sizes), max(sizes))
         if kept is not None and (needed is None or kept < needed):

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the customary name)
 from torch import Tensor
 
+from puzzle_trtllm.architecture import SWIGLU_ALPHA
 from puzzle_trtllm.models.reference.kernels.expert_weights import ExpertWeights, Mxfp4Matrix
 
-SWIGLU_ALPHA = 1.702
 DENSE_MAX_WORK = {torch.bfloat16: 3_000_000, torch.float32: 600_000}
 """Dense wins while tokens x D x F is at most this: then the idle products of an expert cost less than calling it
 (tests/bench/experts_paths.py measures the crossover)."""

@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from puzzle_trtllm.architecture import SWIGLU_ALPHA
 from puzzle_trtllm.models.reference.kernels import ExpertMixture
 from puzzle_trtllm.models.reference.kernels.expert_weights import ExpertWeights, Mxfp4Matrix
-from puzzle_trtllm.models.reference.kernels.torch_experts import SWIGLU_ALPHA, hold_as_loaded
+from puzzle_trtllm.models.reference.kernels.torch_experts import hold_as_loaded
 
 OUTPUTS_AT_ONCE = 64
 BYTES_AT_ONCE = 64
