@@ -76,7 +76,7 @@ def plan_step(sequences: Sequence[SequenceStep], cache: PagedKvCache) -> Step:
     chunk_lengths = lengths[num_decodes:]
     return Step(
         token_ids=torch.tensor([token for s in sequences for token in s.tokens], device=device),
-        positions=_to(np.concatenate([np.arange(s.start, s.start + len(s.tokens)) for s in sequences]), device),
+        positions=torch.tensor([p for s in sequences for p in range(s.start, s.start + len(s.tokens))], device=device),
         num_decodes=num_decodes,
         chunks=Chunks(lengths=torch.tensor(chunk_lengths, device=device), longest=max(chunk_lengths))
         if chunk_lengths
@@ -92,8 +92,8 @@ def _plan_group(pool: WindowPool, sequences: Sequence[SequenceStep], num_decodes
     decodes, chunks = sequences[:num_decodes], sequences[num_decodes:]
     # Before the claim, which may give back what a chunk still reads.
     prefill = _plan_reads(pool, chunks) if chunks else None
-    _claim(pool, sequences, reuse)
-    tokens, blocks, offsets = _plan_writes(pool, sequences)
+    _claim(pool, sequences, reuse=reuse and bool(chunks))
+    tokens, blocks, offsets = _plan_writes(pool, decodes, chunks)
     rows = blocks[:, None] * pool.num_kv_heads + np.arange(pool.num_kv_heads)
     return GroupStep(
         write_tokens=None if len(tokens) == sum(len(s.tokens) for s in sequences) else _to(tokens, pool.device),
@@ -117,7 +117,7 @@ def _plan_reads(pool: WindowPool, sequences: Sequence[SequenceStep]) -> GroupRea
     )
 
 
-def _claim(pool: WindowPool, sequences: Sequence[SequenceStep], reuse: bool) -> None:
+def _claim(pool: WindowPool, sequences: Sequence[SequenceStep], *, reuse: bool) -> None:
     """Claim blocks for what outlives this step.
 
     With `reuse`, chunks also claim blocks for what only another prompt could read, as far as the step leaves some. They
@@ -137,13 +137,15 @@ def _claim(pool: WindowPool, sequences: Sequence[SequenceStep], reuse: bool) -> 
 
 
 def _plan_writes(
-    pool: WindowPool, sequences: Sequence[SequenceStep]
+    pool: WindowPool, decodes: Sequence[SequenceStep], chunks: Sequence[SequenceStep]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """(row, block, offset in the block) of each token that has a block."""
     size = pool.tokens_per_block
-    rows, blocks, offsets = [], [], []
-    row = 0
-    for s in sequences:
+    row = len(decodes)
+    rows = [np.arange(row)]
+    blocks = [np.asarray([s.blocks[pool.window].blocks[-1] for s in decodes], dtype=np.int64)]
+    offsets = [np.asarray([s.start % size for s in decodes], dtype=np.int64)]
+    for s in chunks:
         end = s.start + len(s.tokens)
         own = s.blocks[pool.window]
         kept = np.arange(max(s.start, own.first_block * size), end)

@@ -257,6 +257,7 @@ struct Cache {
 // `rows` rows of `count` values, one after another, to rows that are `stride` apart.
 template <class To, class From> void read_rows(To* to, int64_t stride, const void* from_, int64_t rows, int64_t count) {
   const From* from = static_cast<const From*>(from_);
+  if (stride == count) count *= std::exchange(rows, 1);  // one long row
   for (int64_t row = 0; row < rows; ++row, to += stride, from += count) {
     int64_t d = 0;
     for (; d + LANES <= count; d += LANES) write16(to + d, read16(from + d));
