@@ -22,6 +22,8 @@ from puzzle_trtllm.config_values import boolean, positive_integer, positive_numb
 from puzzle_trtllm.errors import ArchitectureError
 
 _KNOWN_TYPES = ("yarn", "default")
+_YARN_KEYS = frozenset({"factor", "beta_fast", "beta_slow", "truncate", "original_max_position_embeddings"})
+"""Which a block of unknown type must not hold: they would be ignored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,12 @@ class RopeConfig:
             raise ArchitectureError(
                 "unknown kind", file=source, key=f"{key}.rope_type", found=rope_type, expected=" or ".join(_KNOWN_TYPES)
             )
+        if not {"rope_type", "type"} & block.keys() and _YARN_KEYS & block.keys():
+            raise ArchitectureError(
+                "missing key", file=source, key=f"{key}.rope_type", expected=" or ".join(_KNOWN_TYPES)
+            )
         name = "original_max_position_embeddings"
-        return cls(
+        rope = cls(
             theta=positive_number(block, "rope_theta", source, prefix=prefix)
             if "rope_theta" in block
             else positive_number(config, "rope_theta", source, default=150000.0),
@@ -59,6 +65,11 @@ class RopeConfig:
             else positive_integer(config, "initial_context_length", source, default=4096),
             truncate=boolean(block, "truncate", source, default=True, prefix=prefix),
         )
+        if rope.theta <= 1:
+            raise ArchitectureError("must be greater than 1", file=source, key="rope_theta", found=rope.theta)
+        if rope.factor < 1:
+            raise ArchitectureError("must be at least 1", file=source, key=f"{prefix}factor", found=rope.factor)
+        return rope
 
     @property
     def attention_scaling(self) -> float:

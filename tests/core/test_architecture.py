@@ -274,6 +274,12 @@ class TestImpossibleConfigs:
             ({"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.rope_type"),
             ({"rope_scaling": {"rope_type": "yarn", "factor": "big"}}, "rope_scaling"),
             ({"rope_scaling": {"rope_type": "yarn", "factor": 0}}, r"rope_scaling\.factor: .*positive number .found 0"),
+            (
+                {"rope_scaling": {"rope_type": "yarn", "factor": 0.5}},
+                r"rope_scaling\.factor: must be at least 1 .found 0",
+            ),
+            ({"rope_scaling": {"factor": 32.0}}, r"rope_scaling\.rope_type: missing key .expected yarn or default"),
+            ({"rope_theta": 1}, r"rope_theta: must be greater than 1 .found 1"),
             ({"rope_scaling": "yarn"}, r'rope_scaling: must be an object .found "yarn"'),
             ({"rope_theta": -1.0}, r"rope_theta: must be a positive number .found -1\.0"),
             ({"rope_theta": float("inf")}, "rope_theta: must be a positive number"),
@@ -282,6 +288,13 @@ class TestImpossibleConfigs:
             ({"swiglu_limit": None}, "swiglu_limit: must be a positive number .found null"),
             ({"attention_bias": "false"}, 'attention_bias: must be true or false .found "false"'),
             ({"quantization_config": "mxfp4"}, 'quantization_config: must be an object .found "mxfp4"'),
+            (
+                {"quantization_config": {"quant_method": "fp8"}},
+                r'quant_method: unknown kind .found "fp8", expected mxfp4',
+            ),
+            ({**PLAIN, "sliding_window": None}, r"layer 0\.sliding_window: slides, and no window is given"),
+            ({**PLAIN, "layer_types": {}}, "layer_types: unknown kind of attention .found {}"),
+            ({**PLAIN, "layer_types": []}, r"layer_types: wrong number of layers .found 0, expected 2"),
             ({**PLAIN, "layer_types": 5}, "layer_types: unknown kind of attention .found 5"),
             (
                 {**PLAIN, "layer_types": ["chunked_attention", "full_attention"]},
