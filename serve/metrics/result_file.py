@@ -7,6 +7,7 @@ drops may be the one that made two results incomparable.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -45,8 +46,10 @@ class ResultFile(BaseModel):
                 "another kind of file", file=file, key="kind", found=content.get("kind"), expected=expected
             )
         try:
-            return cls.model_validate(content)
+            # Strictly, as JSON: text that looks like a number ("NaN") is none.
+            return cls.model_validate_json(json.dumps(content), strict=True)
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(str(part) for part in problem["loc"])
-            raise ConfigError(problem["msg"], file=file, key=key) from None
+            found = None if problem["type"] == "missing" else repr(problem["input"])
+            raise ConfigError(problem["msg"], file=file, key=key, found=found) from None

@@ -37,7 +37,7 @@ class ModelCard:
 
     @classmethod
     def of_engine(cls, engine: Engine, name: str | None = None) -> ModelCard:
-        """Raises CheckpointError for an engine without a tokenizer, ArchitectureError for a generation config that is none."""
+        """Raises CheckpointError without a tokenizer, ArchitectureError for a generation config that is none."""
         config_file = engine.model_path / "generation_config.json"
         config = read_json_object(config_file) if config_file.is_file() else {}
         limit = engine.llm_args.get("max_seq_len") or engine.architecture.max_position_embeddings
