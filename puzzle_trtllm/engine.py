@@ -127,6 +127,15 @@ class Engine:
         return self.path / "model"
 
     @property
+    def max_seq_len(self) -> int | None:
+        """Prompt and answer together; None where llm_args.yaml leaves it to the runtime. Raises EngineError."""
+        limit = self.llm_args.get("max_seq_len")
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+            file = self.path / LLM_ARGS_NAME
+            raise EngineError("must be a positive integer", file=file, key="max_seq_len", found=repr(limit))
+        return limit
+
+    @property
     def architecture(self) -> PuzzleArchitecture:
         return PuzzleArchitecture.from_path(self.model_path)
 

@@ -40,11 +40,11 @@ class ModelCard:
         """Raises CheckpointError without a tokenizer, ArchitectureError for a generation config that is none."""
         config_file = engine.model_path / "generation_config.json"
         config = read_json_object(config_file) if config_file.is_file() else {}
-        limit = engine.llm_args.get("max_seq_len") or engine.architecture.max_position_embeddings
+        limit = engine.max_seq_len or engine.architecture.max_position_embeddings
         return cls(
             name=name or engine.path.name,
             tokenizer=ChatTokenizer.from_folder(engine.model_path),
-            max_seq_len=int(limit),
+            max_seq_len=limit,
             generation_config=config,
         )
 
