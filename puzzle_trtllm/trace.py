@@ -30,6 +30,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.yaml_files import first_problem
 
 MOONCAKE_BLOCK_TOKENS = 512
 TimeUnit = Literal["ms", "s"]
@@ -150,10 +151,7 @@ def _parse(text: str, place: str, ignored: set[str]) -> _Line:
     except json.JSONDecodeError as error:
         raise ConfigError(f"not JSON: {error.msg}", file=place) from None
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or None
-        found = None if first["type"] == "missing" else repr(first["input"])
-        raise ConfigError(first["msg"], file=place, key=key, found=found) from None
+        raise first_problem(error, place, ConfigError) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nesting as deep
         raise ConfigError(f"not readable: {error}", file=place) from None
     ignored.update(set(value) - set(_Line.model_fields))

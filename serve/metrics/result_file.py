@@ -17,6 +17,7 @@ from typing_extensions import Self
 from puzzle_trtllm.architecture import read_json_object
 from puzzle_trtllm.errors import ArchitectureError, ConfigError
 from puzzle_trtllm.folders import write_atomically
+from puzzle_trtllm.yaml_files import first_problem
 
 
 class ResultFile(BaseModel):
@@ -49,7 +50,4 @@ class ResultFile(BaseModel):
             # Strictly, as JSON: text that looks like a number ("NaN") is none.
             return cls.model_validate_json(json.dumps(content), strict=True)
         except ValidationError as error:
-            problem = error.errors()[0]
-            key = ".".join(str(part) for part in problem["loc"])
-            found = None if problem["type"] == "missing" else repr(problem["input"])
-            raise ConfigError(problem["msg"], file=file, key=key, found=found) from None
+            raise first_problem(error, file, ConfigError) from None
