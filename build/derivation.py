@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from puzzle_trtllm.architecture import ExpertsFormat, read_json_object
 from puzzle_trtllm.errors import ArchitectureError, CheckpointError
+from puzzle_trtllm.yaml_files import first_problem
 
 DERIVATION_NAME = "derivation.json"
 
@@ -65,6 +66,4 @@ def read_derivation(folder: Path) -> DerivationRecord:
     except ArchitectureError as error:
         raise CheckpointError(str(error)) from None
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
-        raise CheckpointError(problem["msg"], file=file, key=key) from None
+        raise first_problem(error, file, CheckpointError) from None

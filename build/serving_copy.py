@@ -92,10 +92,11 @@ def _write_generation_config(checkpoint: Checkpoint, folder: Path) -> list[str]:
     """generation_config.json with every token that ends a generation; made from config.json where there is none."""
     file = checkpoint.path / GENERATION_CONFIG
     given = _read_json(file) if file.is_file() else {}
+    vocab_size = checkpoint.architecture.vocab_size
     if given.get("eos_token_id") is not None:
-        ids = _token_ids(given, file)
+        ids = _token_ids(given, file, vocab_size)
     else:
-        ids = _token_ids(checkpoint.config, checkpoint.path / "config.json")
+        ids = _token_ids(checkpoint.config, checkpoint.path / "config.json", vocab_size)
     notes = []
     call_id = _special_token_id(checkpoint.path, "<|call|>")
     if call_id is not None and call_id not in ids:
@@ -106,13 +107,17 @@ def _write_generation_config(checkpoint: Checkpoint, folder: Path) -> list[str]:
     return notes
 
 
-def _token_ids(config: Mapping[str, Any], file: Path) -> list[int]:
-    """The config's eos_token_id as a list; empty where it says none."""
+def _token_ids(config: Mapping[str, Any], file: Path, vocab_size: int) -> list[int]:
+    """The config's eos_token_id as a list; empty where it says none. A token that no model can make ends nothing."""
     eos = config.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(_is_token_id(token_id) for token_id in ids):
+    if not all(_is_token_id(token_id) and token_id < vocab_size for token_id in ids):
         raise CheckpointError(
-            "must be a token id or a list of them", file=file, key="eos_token_id", found=json.dumps(eos)
+            "must be a token id or a list of them",
+            file=file,
+            key="eos_token_id",
+            found=json.dumps(eos),
+            expected=f"0 to {vocab_size - 1}",
         )
     return list(ids)
 

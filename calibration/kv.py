@@ -151,6 +151,8 @@ def calibrate_kv(
         quiet=quiet,
     )
     if ranks > 1:
+        # What cannot be shared is refused before any process starts: 500 of them would take the machine with them.
+        _prepare(Checkpoint.open(options.checkpoint), options, Ranks(rank=0, size=ranks))
         result: KvCalibration = run_ranks(ranks, _calibrate, {"options": options, "num_local_ranks": ranks})
         return result
     with torchrun_ranks() as world:

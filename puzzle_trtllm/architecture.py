@@ -25,7 +25,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from puzzle_trtllm.config_values import boolean, positive_integer, positive_number, section
+from puzzle_trtllm.config_values import (
+    RepeatedKeyError,
+    boolean,
+    positive_integer,
+    positive_number,
+    section,
+    unique_keys,
+)
 from puzzle_trtllm.errors import ArchitectureError
 from puzzle_trtllm.families import GPT_OSS_PUZZLE, family_of
 from puzzle_trtllm.rope import RopeConfig
@@ -83,7 +90,6 @@ class PuzzleArchitecture:
     def from_config(cls, config: Mapping[str, Any], *, source: str | Path = "config.json") -> PuzzleArchitecture:
         """Read a Hugging Face config. `source` names the file in errors."""
         family_of(config, source)
-        quantization = section(config, "quantization_config", source)
         alpha = positive_number(config, "swiglu_alpha", source, default=SWIGLU_ALPHA)
         if alpha != SWIGLU_ALPHA:
             raise ArchitectureError(
@@ -105,7 +111,7 @@ class PuzzleArchitecture:
                 swiglu_limit=positive_number(config, "swiglu_limit", source, default=7.0),
                 attention_bias=boolean(config, "attention_bias", source, default=True),
                 tie_word_embeddings=boolean(config, "tie_word_embeddings", source, default=False),
-                experts_format="mxfp4" if quantization.get("quant_method") == "mxfp4" else "bf16",
+                experts_format=_read_experts_format(config, source),
             )
         except ArchitectureError as error:
             if str(source) in str(error):
@@ -180,9 +186,12 @@ class PuzzleArchitecture:
 def read_json_object(file: Path) -> dict[str, Any]:
     """Read a JSON file that must hold one object. Raises ArchitectureError naming the file."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
+        text = file.read_text(encoding="utf-8")
+        value = json.loads(text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=unique_keys)
     except OSError as error:
         raise ArchitectureError(f"cannot be read: {error.strerror}", file=file) from None
+    except RepeatedKeyError as error:
+        raise ArchitectureError("occurs twice", file=file, key=str(error)) from None
     except (ValueError, RecursionError) as error:
         raise ArchitectureError(f"not valid JSON: {error}", file=file) from None
     if not isinstance(value, dict):
@@ -256,7 +265,7 @@ def read_block_configs(config: Mapping[str, Any], source: str | Path) -> tuple[B
         _read_block(
             {
                 "num_local_experts": config.get("num_local_experts"),
-                "sliding_window": config.get("sliding_window") if layer_type == "sliding_attention" else None,
+                **_shared_window(config, layer_type),
                 **section(overrides, str(layer), source, prefix="per_layer_config."),
             },
             f"layer {layer}",
@@ -266,10 +275,20 @@ def read_block_configs(config: Mapping[str, Any], source: str | Path) -> tuple[B
     )
 
 
+def _shared_window(config: Mapping[str, Any], layer_type: str) -> dict[str, Any]:
+    """The window of all sliding layers; nothing where there is none, which must not pass for full attention."""
+    if layer_type == "full_attention":
+        return {"sliding_window": None}
+    window = config.get("sliding_window")
+    return {} if window is None else {"sliding_window": window}
+
+
 def _read_layer_types(config: Mapping[str, Any], source: str | Path) -> list[str]:
     """The attention of each layer; windows on the even ones where nothing is said."""
     num_layers = positive_integer(config, "num_hidden_layers", source)
-    found = config.get("layer_types") or [_LAYER_TYPES[i % 2] for i in range(num_layers)]
+    found = config.get("layer_types")
+    if found is None:
+        return [_LAYER_TYPES[i % 2] for i in range(num_layers)]
     layer_types = found if isinstance(found, list) else [found]
     for layer_type in layer_types:
         if layer_type not in _LAYER_TYPES:
@@ -310,6 +329,10 @@ def _read_entry(entry: Any, key: str, source: str | Path) -> BlockConfig:
 
 
 def _read_block(values: Mapping[str, Any], key: str, source: str | Path) -> BlockConfig:
+    if "sliding_window" not in values:
+        raise ArchitectureError(
+            "slides, and no window is given", file=source, key=f"{key}.sliding_window", expected="a positive integer"
+        )
     experts, window = values["num_local_experts"], values["sliding_window"]
     for name, value, optional in (("num_local_experts", experts, False), ("sliding_window", window, True)):
         if not (optional and value is None) and (isinstance(value, bool) or not isinstance(value, int)):
@@ -318,6 +341,21 @@ def _read_block(values: Mapping[str, Any], key: str, source: str | Path) -> Bloc
                 "wrong type", file=source, key=f"{key}.{name}", found=json.dumps(value, default=str), expected=expected
             )
     return BlockConfig(num_local_experts=experts, sliding_window=window)
+
+
+def _read_experts_format(config: Mapping[str, Any], source: str | Path) -> ExpertsFormat:
+    """BF16 where nothing is said, and for ModelOpt: it writes KV scales beside them, and what else it may have
+    quantized shows in the tensors."""
+    method = section(config, "quantization_config", source).get("quant_method")
+    if method not in (None, "mxfp4", "modelopt"):
+        raise ArchitectureError(
+            "unknown kind",
+            file=source,
+            key="quantization_config.quant_method",
+            found=json.dumps(method, default=str),
+            expected="mxfp4, or no quantization_config (BF16)",
+        )
+    return "mxfp4" if method == "mxfp4" else "bf16"
 
 
 def _top_k_key(config: Mapping[str, Any]) -> str:

@@ -9,19 +9,21 @@ jinja2), so that clients and the Triton stub start in a fraction of a second; a 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from jinja2 import Template, TemplateError, meta
+from jinja2 import Template, TemplateError, TemplateSyntaxError, meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from puzzle_trtllm.errors import CheckpointError, PuzzleError
+
+Parsed = TypeVar("Parsed")
 
 REASONING_EFFORTS = ("low", "medium", "high")
 
@@ -94,26 +96,37 @@ class ChatTokenizer:
         for name in ("bos_token", "eos_token", "pad_token"):
             token = self.config.get(name)
             arguments[name] = token.get("content") if isinstance(token, dict) else (token or "")
+        template = self._template
         try:
-            return self._template.render(**arguments)
-        except (TemplateError, TypeError, ValueError) as error:  # the latter two from what it does with odd values
+            return template.render(**arguments)
+        except Exception as error:  # a template is a program: whatever it does with odd values
             raise CheckpointError(f"the chat template refuses this conversation: {error}", file=self.folder) from None
 
     def template_takes(self, name: str) -> bool:
         """Whether the chat template reads a variable, `reasoning_effort` say. Raises CheckpointError without one."""
-        return name in meta.find_undeclared_variables(_environment().parse(self._template_source))
+        return name in self._parsed(lambda source: meta.find_undeclared_variables(_environment().parse(source)))
 
     @cached_property
     def _template_source(self) -> str:
         file = self.folder / "chat_template.jinja"
-        source = file.read_text(encoding="utf-8") if file.is_file() else self.config.get("chat_template")
+        try:
+            source = file.read_text(encoding="utf-8") if file.is_file() else self.config.get("chat_template")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"cannot be read: {error}", file=file) from None
         if not isinstance(source, str):
             raise CheckpointError("missing", file=file, expected="a chat template")
         return source
 
+    def _parsed(self, parse: Callable[[str], Parsed]) -> Parsed:
+        try:
+            return parse(self._template_source)
+        except TemplateSyntaxError as error:
+            place = f"chat template, line {error.lineno}"
+            raise CheckpointError(f"not a template: {error.message}", file=self.folder, key=place) from None
+
     @cached_property
     def _template(self) -> Template:
-        return _environment().from_string(self._template_source)
+        return self._parsed(_environment().from_string)
 
 
 def _read_config(file: Path) -> Mapping[str, Any]:

@@ -65,6 +65,7 @@ class Checkpoint:
         folder = resolve_folder(path)
         if not (folder / "config.json").is_file():
             raise CheckpointError("missing", file=folder / "config.json", expected="a Hugging Face checkpoint folder")
+        _check_links(folder)
         tensors: dict[str, TensorEntry] = {}
         for file in _shard_files(folder):
             for name, entry in read_header(file)[0].items():
@@ -203,6 +204,27 @@ def resolve_folder(path: str | Path, *, weights: bool = True) -> Path:
         ) from None
 
 
+def read_weight_map(index_file: Path) -> dict[str, str]:
+    """Tensor name -> file name, as an index says it. Raises CheckpointError."""
+    try:
+        weight_map = read_json_object(index_file).get("weight_map")
+    except ArchitectureError as error:
+        raise CheckpointError(str(error)) from None
+    if not isinstance(weight_map, dict):
+        raise CheckpointError("must be an object", file=index_file, key="weight_map")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard or Path(shard).name != shard:
+            raise CheckpointError("names a file outside the folder", file=index_file, key=name, found=json.dumps(shard))
+    return weight_map
+
+
+def _check_links(folder: Path) -> None:
+    """The hub's cache links into its own files; one that is gone would look like a file that the model never had."""
+    for file in sorted(folder.iterdir()):
+        if file.is_symlink() and not file.exists() and not file.name.startswith("."):  # an editor's lock is one
+            raise CheckpointError("links to a file that is not there", file=file, found=file.readlink())
+
+
 def _shard_files(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.glob("*.safetensors") if file.name != KV_CALIBRATION_NAME)
     if not files:
@@ -214,16 +236,10 @@ def _check_index(folder: Path, tensors: Mapping[str, TensorEntry]) -> None:
     index_file = folder / INDEX_NAME
     if not index_file.exists():
         return
-    try:
-        weight_map = read_json_object(index_file).get("weight_map")
-    except ArchitectureError as error:
-        raise CheckpointError(str(error)) from None
-    if not isinstance(weight_map, dict):
-        raise CheckpointError("must be an object", file=index_file, key="weight_map")
+    weight_map = read_weight_map(index_file)
+    shards = {file.name for file in _shard_files(folder)}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError("names a file outside the folder", file=index_file, key=name, found=shard)
-        if not (folder / shard).is_file():
+        if shard not in shards:
             raise CheckpointError("missing shard", file=folder / shard, key=name)
         if name not in tensors:
             raise CheckpointError("missing tensor", file=folder / shard, key=name)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture, read_json_object
 from puzzle_trtllm.errors import ArchitectureError, ConfigError, EngineError
-from puzzle_trtllm.yaml_files import load_model, read_mapping, resolve_name
+from puzzle_trtllm.yaml_files import first_problem, load_model, read_mapping, resolve_name
 
 ENGINE_SCHEMA_VERSION = 1
 ENGINE_CONFIG_FOLDER = Path(__file__).parent / "engine_configs"
@@ -113,9 +113,7 @@ class Engine:
             manifest = EngineManifest.model_validate(read_json_object(manifest_file))
             llm_args = read_mapping(folder / LLM_ARGS_NAME)
         except ValidationError as error:
-            problem = error.errors()[0]
-            key = ".".join(str(part) for part in problem["loc"])
-            raise EngineError(problem["msg"], file=manifest_file, key=key, found=repr(problem["input"])) from None
+            raise first_problem(error, manifest_file, EngineError) from None
         except (ArchitectureError, ConfigError) as error:
             raise EngineError(str(error)) from None
         if not (folder / "model" / "config.json").is_file():
@@ -125,6 +123,15 @@ class Engine:
     @property
     def model_path(self) -> Path:
         return self.path / "model"
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """Prompt and answer together; None where llm_args.yaml leaves it to the runtime. Raises EngineError."""
+        limit = self.llm_args.get("max_seq_len")
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+            file = self.path / LLM_ARGS_NAME
+            raise EngineError("must be a positive integer", file=file, key="max_seq_len", found=repr(limit))
+        return limit
 
     @property
     def architecture(self) -> PuzzleArchitecture:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+MAX_FOUND = 200
+"""Characters of a found value that are shown: it may be a whole prompt, and the line must be read."""
+
 
 class PuzzleError(Exception):
     """A user error in one line: `file: key: message (found X, expected Y)`; parts that are None are left out."""
@@ -23,11 +26,16 @@ class PuzzleError(Exception):
         expected: object = None,
     ) -> None:
         place = ": ".join(str(part) for part in (file, key) if part is not None)
+        shown = None if found is None else _shorten(str(found))
         details = ", ".join(
-            f"{label} {value}" for label, value in (("found", found), ("expected", expected)) if value is not None
+            f"{label} {value}" for label, value in (("found", shown), ("expected", expected)) if value is not None
         )
         line = f"{place}: {message}" if place else message
         super().__init__(f"{line} ({details})" if details else line)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_FOUND else f"{text[:MAX_FOUND]}... ({len(text)} characters)"
 
 
 class ArchitectureError(PuzzleError):

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture, read_json_object
-from puzzle_trtllm.checkpoint import INDEX_NAME, Checkpoint, resolve_folder
+from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture
+from puzzle_trtllm.checkpoint import INDEX_NAME, Checkpoint, read_weight_map, resolve_folder
 from puzzle_trtllm.engine import MANIFEST_NAME, Engine
 from puzzle_trtllm.errors import CheckpointError, PuzzleError
 from puzzle_trtllm.tensors import count_parameters, kv_scale_of, tensor_table
@@ -126,7 +126,7 @@ def _read_config(file: Path) -> tuple[PuzzleArchitecture, dict[str, int], KvDtyp
         raise CheckpointError("is one file of a checkpoint", file=file, expected="its folder, or a config.json")
     architecture = PuzzleArchitecture.from_path(file)
     index = file.parent / INDEX_NAME
-    names = read_json_object(index).get("weight_map", {}) if index.is_file() else {}
+    names = read_weight_map(index) if index.is_file() else {}
     return architecture, {name: s.num_bytes for name, s in tensor_table(architecture).items()}, _kv_dtype(names)
 
 

@@ -34,6 +34,8 @@ _RELEASED = {
 }
 _NOT_COMPUTED = ("attention_factor", "mscale", "mscale_all_dim", "partial_rotary_factor")
 """What transformers also knows, and no runtime here."""
+_YARN_KEYS = _RELEASED.keys() - {"rope_type"}
+"""Which a block of unknown type must not hold: they would be ignored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +55,9 @@ class RopeConfig:
         key = next((key for key in _SPELLINGS if config.get(key)), "rope_scaling")
         is_given, prefix = any(key in config for key in _SPELLINGS), f"{key}."
         block = section(config, key, source) if is_given else _RELEASED
-        for name in _NOT_COMPUTED:
-            if block.get(name) is not None:
-                raise ArchitectureError(
-                    "is not supported", file=source, key=f"{prefix}{name}", found=block[name], expected="no such key"
-                )
-        rope_type = block.get("rope_type", block.get("type", "default"))
-        if rope_type not in _KNOWN_TYPES:
-            raise ArchitectureError(
-                "unknown kind", file=source, key=f"{key}.rope_type", found=rope_type, expected=" or ".join(_KNOWN_TYPES)
-            )
+        rope_type = _read_type(block, key, source)
         name = "original_max_position_embeddings"
-        return cls(
+        rope = cls(
             theta=positive_number(block, "rope_theta", source, prefix=prefix)
             if "rope_theta" in block
             else positive_number(config, "rope_theta", source, default=150000.0),
@@ -79,6 +72,11 @@ class RopeConfig:
             else positive_integer(config, "initial_context_length", source, default=4096),
             truncate=boolean(block, "truncate", source, default=True, prefix=prefix),
         )
+        if rope.theta <= 1:
+            raise ArchitectureError("must be greater than 1", file=source, key="rope_theta", found=rope.theta)
+        if rope.factor < 1:
+            raise ArchitectureError("must be at least 1", file=source, key=f"{prefix}factor", found=rope.factor)
+        return rope
 
     def to_json(self) -> dict[str, Any]:
         """The keys of config.json in the older spelling, which every reader knows."""
@@ -121,3 +119,19 @@ class RopeConfig:
         """The (fractional) pair index that turns `rotations` times over the original context."""
         turns = self.original_max_position_embeddings / (rotations * 2 * math.pi)
         return head_dim * math.log(turns) / (2 * math.log(self.theta))
+
+
+def _read_type(block: Mapping[str, Any], key: str, source: str | Path) -> str:
+    """The kind of a rotary block in which nothing would be ignored."""
+    for name in _NOT_COMPUTED:
+        if block.get(name) is not None:
+            raise ArchitectureError(
+                "is not supported", file=source, key=f"{key}.{name}", found=block[name], expected="no such key"
+            )
+    rope_type: str = block.get("rope_type", block.get("type", "default"))
+    known = " or ".join(_KNOWN_TYPES)
+    if rope_type not in _KNOWN_TYPES:
+        raise ArchitectureError("unknown kind", file=source, key=f"{key}.rope_type", found=rope_type, expected=known)
+    if not {"rope_type", "type"} & block.keys() and _YARN_KEYS & block.keys():
+        raise ArchitectureError("missing key", file=source, key=f"{key}.rope_type", expected=known)
+    return rope_type

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from puzzle_trtllm.config_values import RepeatedKeyError, unique_keys
 from puzzle_trtllm.errors import CheckpointError
 from puzzle_trtllm.tensors import DTYPE_BYTES
 
@@ -75,8 +76,8 @@ def encode_header(
 
 def _parse(raw: bytes, file: Path) -> dict[str, Any]:
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
-    except _DuplicateTensorError as error:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
+    except RepeatedKeyError as error:
         raise CheckpointError("occurs twice in the header", file=file, key=str(error)) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"corrupt header: {error}", file=file) from None
@@ -94,19 +95,6 @@ def _metadata(value: Any, file: Path) -> dict[str, str]:
             found = type(text).__name__
             raise CheckpointError("must be text", file=file, key=f"__metadata__.{key}", found=found)
     return value
-
-
-class _DuplicateTensorError(Exception):
-    pass
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise _DuplicateTensorError(key)
-        result[key] = value
-    return result
 
 
 def _entry(name: str, info: Any, file: Path, data_start: int) -> TensorEntry:

@@ -100,9 +100,9 @@ class Load(BaseModel):
     output_spread: Spread | None = None
     num_requests: int = Field(ge=1)
     warmup_requests: int = Field(default=0, ge=0)
-    max_ttft_ms: float | None = Field(default=None, gt=0)
+    max_ttft_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Goodput counts requests whose first token comes within this; None sets no limit."""
-    max_itl_ms: float | None = Field(default=None, gt=0)
+    max_itl_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Goodput counts requests whose mean gap between tokens (TPOT) is within this; None sets no limit."""
     trace: TraceFacts | None = None
     """Set by `bench --trace`, never in a file."""

@@ -19,6 +19,7 @@ line says: the unit of timestamps (Mooncake ms, others s) and the tokens of a bl
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from array import array
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.yaml_files import first_problem
 
 MOONCAKE_BLOCK_TOKENS = 512
 TimeUnit = Literal["ms", "s"]
@@ -98,7 +100,8 @@ def read_trace(
     ignored: set[str] = set()
     ns_per_unit = {"ms": 1_000_000, "s": 1_000_000_000}[time_unit]
     first_ns = 0
-    for place, text in _lines(file):
+    content = _read(file)
+    for place, text in _lines(content, file):
         line = _parse(text, place, ignored)
         time_ns = None if line.timestamp is None else round(line.timestamp * ns_per_unit)
         if time_ns is not None:
@@ -114,25 +117,29 @@ def read_trace(
             break
     if not requests:
         raise ConfigError("holds no request", file=file)
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     return Trace(
         file=file,
-        sha256=sha256,
+        sha256=hashlib.sha256(content).hexdigest(),
         requests=tuple(requests),
         block_tokens=block_tokens,
         ignored_keys=tuple(sorted(ignored)),
     )
 
 
-def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    """(file:number, text) of every line that is not blank."""
+def _read(file: Path) -> bytes:
+    """Once: a pipe, as a shell's <(zcat trace.gz) is one, has nothing left for a second time."""
     try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{file}:{number}", line
+        return file.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
+
+
+def _lines(content: bytes, file: Path) -> Iterator[tuple[str, str]]:
+    """(file:number, text) of every line that is not blank."""
+    try:
+        for number, line in enumerate(io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"), 1):
+            if line.strip():
+                yield f"{file}:{number}", line
     except UnicodeDecodeError:
         raise ConfigError("not UTF-8 text", file=file) from None
 
@@ -144,10 +151,7 @@ def _parse(text: str, place: str, ignored: set[str]) -> _Line:
     except json.JSONDecodeError as error:
         raise ConfigError(f"not JSON: {error.msg}", file=place) from None
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or None
-        found = None if first["type"] == "missing" else repr(first["input"])
-        raise ConfigError(first["msg"], file=place, key=key, found=found) from None
+        raise first_problem(error, place, ConfigError) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nesting as deep
         raise ConfigError(f"not readable: {error}", file=place) from None
     ignored.update(set(value) - set(_Line.model_fields))

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.errors import ConfigError, PuzzleError
 
 Model = TypeVar("Model", bound=BaseModel)
+Error = TypeVar("Error", bound=PuzzleError)
 
 
 def resolve_name(name_or_path: str | Path, folder: Path, kind: str) -> Path:
@@ -69,4 +70,12 @@ def _first_problem(error: ValidationError, file: Path, model: type[BaseModel]) -
         return ConfigError("unknown key", file=file, key=key, expected=f"one of: {', '.join(model.model_fields)}")
     if problem["type"] == "missing":
         return ConfigError("missing key", file=file, key=key)
-    return ConfigError(problem["msg"], file=file, key=key, found=repr(problem["input"]))
+    return first_problem(error, file, ConfigError)
+
+
+def first_problem(error: ValidationError, file: str | Path, kind: type[Error]) -> Error:
+    """The first thing that is wrong in a file, as an error of this kind; what lacks a key is not shown whole."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"]) or None
+    found = None if problem["type"] == "missing" else repr(problem["input"])
+    return kind(problem["msg"], file=file, key=key, found=found)

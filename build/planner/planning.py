@@ -102,7 +102,11 @@ def plan(
     assumptions = assumptions or Assumptions()
     check_request(architecture, gpu, num_gpus, load, kv_dtype, batch)
     find_allocator(allocator)
-    layouts = (parse_layout(layout, num_gpus, architecture),) if layout else possible_layouts(num_gpus, architecture)
+    layouts = (
+        (parse_layout(layout, num_gpus, architecture),)
+        if layout is not None
+        else possible_layouts(num_gpus, architecture)
+    )
     whole = weights_by_split(architecture)
     plans, tried = [], []
     for candidate in layouts:

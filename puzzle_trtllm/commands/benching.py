@@ -120,8 +120,11 @@ def bench_command(
         },
         scenario_is_open=isinstance(load, OpenScenario),
     )
-    for file in filter(None, (out, csv)):
-        check_writable(file)
+    for option, file in (("--out", out), ("--csv", csv)):
+        if file is not None:
+            check_writable(file)
+            if trace is not None and file.resolve() == trace.resolve():
+                raise PuzzleError("would replace the trace", key=option, found=file)
     options: dict[str, Any] = {
         "num_requests": num_requests,
         "seed": seed,

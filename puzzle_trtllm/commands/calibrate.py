@@ -82,8 +82,8 @@ def experts_command(
     report = experts.calibrate_experts(
         checkpoint,
         out,
-        score=cast(Any, score or experts.DEFAULT_SCORE),  # checked where they are known
-        removal=cast(Any, removal or experts.DEFAULT_REMOVAL),
+        score=cast(Any, experts.DEFAULT_SCORE if score is None else score),  # checked where they are known
+        removal=cast(Any, experts.DEFAULT_REMOVAL if removal is None else removal),
         architecture=architecture,
         choices=choices,
         dtype=getattr(torch, dtype.value),
@@ -193,7 +193,7 @@ def kv_command(
     report = calibrate_kv(
         checkpoint,
         out,
-        held_out=int(held_out) if held_out is not None and held_out.isdecimal() else held_out,
+        held_out=int(held_out) if held_out is not None and held_out.removeprefix("-").isdecimal() else held_out,
         quality=quality,
         seq_lens=seq_len or (),
         exact=exact,

@@ -73,7 +73,7 @@ def plan_command(
     for option, value in (("--parent-kv", parent_kv), ("--out", out)):
         if value is not None:
             raise PuzzleError("goes with --compare", key=option, found=value)
-    p = _plan(model, gpu or "h100-80gb", gpus, isl, osl, kv, parallel, allocator, batch, assumptions)
+    p = _plan(model, "h100-80gb" if gpu is None else gpu, gpus, isl, osl, kv, parallel, allocator, batch, assumptions)
     if as_json:
         print_json(plan_json(p))
         return

@@ -95,7 +95,7 @@ def record(engine_folder: str | Path, *, texts: Sequence[str] | None = None, max
     if texts is not None and not texts:
         raise BenchError("no prompt to continue", file=engine_folder)
     engine = Engine.open(engine_folder)
-    room = int(engine.llm_args["max_seq_len"]) - max_tokens
+    room = (engine.max_seq_len or engine.architecture.max_position_embeddings) - max_tokens
     if room < 1:
         raise BenchError(
             "leaves no room for a prompt", key="max_tokens", found=max_tokens, expected=f"below {room + max_tokens}"

@@ -51,7 +51,7 @@ def check_length(load: Load, engine: str | Path | None) -> None:
     """
     if engine is None:
         return
-    limit = Engine.open(str(engine)).llm_args.get("max_seq_len")
+    limit = Engine.open(str(engine)).max_seq_len
     if limit is not None and load.sequence_tokens > limit:
         raise BenchError(
             "longer than the engine's max_seq_len",

@@ -7,6 +7,7 @@ drops may be the one that made two results incomparable.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from typing_extensions import Self
 from puzzle_trtllm.architecture import read_json_object
 from puzzle_trtllm.errors import ArchitectureError, ConfigError
 from puzzle_trtllm.folders import write_atomically
+from puzzle_trtllm.yaml_files import first_problem
 
 
 class ResultFile(BaseModel):
@@ -45,8 +47,7 @@ class ResultFile(BaseModel):
                 "another kind of file", file=file, key="kind", found=content.get("kind"), expected=expected
             )
         try:
-            return cls.model_validate(content)
+            # Strictly, as JSON: text that looks like a number ("NaN") is none.
+            return cls.model_validate_json(json.dumps(content), strict=True)
         except ValidationError as error:
-            problem = error.errors()[0]
-            key = ".".join(str(part) for part in problem["loc"])
-            raise ConfigError(problem["msg"], file=file, key=key) from None
+            raise first_problem(error, file, ConfigError) from None

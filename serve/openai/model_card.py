@@ -7,12 +7,12 @@ OpenAI's default, temperature 1. On the server a temperature alone is still gree
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from puzzle_trtllm.architecture import read_json_object
 from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import CheckpointError
@@ -37,14 +37,14 @@ class ModelCard:
 
     @classmethod
     def of_engine(cls, engine: Engine, name: str | None = None) -> ModelCard:
-        """Raises CheckpointError for an engine without a tokenizer."""
+        """Raises CheckpointError without a tokenizer, ArchitectureError for a generation config that is none."""
         config_file = engine.model_path / "generation_config.json"
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-        limit = engine.llm_args.get("max_seq_len") or engine.architecture.max_position_embeddings
+        config = read_json_object(config_file) if config_file.is_file() else {}
+        limit = engine.max_seq_len or engine.architecture.max_position_embeddings
         return cls(
             name=name or engine.path.name,
             tokenizer=ChatTokenizer.from_folder(engine.model_path),
-            max_seq_len=int(limit),
+            max_seq_len=limit,
             generation_config=config,
         )
 

@@ -25,8 +25,8 @@ class LayerBlock(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    num_local_experts: int
-    sliding_window: int | None
+    num_local_experts: int = Field(ge=1)
+    sliding_window: int | None = Field(ge=1)
 
 
 class EffortMeasurement(BaseModel):

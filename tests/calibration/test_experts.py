@@ -247,6 +247,8 @@ def test_activations_that_are_not_finite_name_the_layer(make_checkpoint, folder,
     ("options", "message"),
     [
         (["--score", "output"], "score: unknown (found output, expected votes, output-error, router-mass, reap)"),
+        (["--score", ""], "score: unknown (found , expected votes"),
+        (["--removal", ""], "removal: unknown (found , expected one-shot"),
         (["--removal", "greedy"], "removal: unknown (found greedy, expected one-shot, iterative)"),
         (["--choices", "2"], "choices: too few (found 2, expected at least 3 "),
         (["--architecture", "{folder}/config.json"], ""),

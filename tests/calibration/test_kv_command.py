@@ -80,6 +80,17 @@ def test_scales_that_are_there_ask_for_overwrite(make_checkpoint, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_more_ranks_than_data_are_refused_before_any_process_starts(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("puzzle_trtllm.calibration.kv.run_ranks", lambda *_: pytest.fail("processes were started"))
+    result = invoke("calibrate", "kv", folder, tmp_path / "out", "--ranks", "500")
+    assert_user_error(result, "ranks: too little data to share", "found 500")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_negative_number_of_held_out_sequences_is_no_name_of_a_dataset(folder, tmp_path):
+    assert_user_error(invoke("calibrate", "kv", folder, tmp_path / "out", "--held-out", "-1"), "held_out", "found -1")
+
+
 def test_the_tables(folder, tmp_path):
     result = invoke("calibrate", "kv", folder, tmp_path / "out", "--seq-len", "100", "--dtype", "bfloat16")
     assert result.exit_code == 0, result.stderr

@@ -295,6 +295,12 @@ class TestImpossibleConfigs:
                 r"rope_scaling\.attention_factor: is not supported .found 1\.0, expected no such key",
             ),
             ({"rope_scaling": {"rope_type": "yarn", "factor": 8, "mscale": 2}}, r"mscale: is not supported"),
+            (
+                {"rope_scaling": {"rope_type": "yarn", "factor": 0.5}},
+                r"rope_scaling\.factor: must be at least 1 .found 0",
+            ),
+            ({"rope_scaling": {"factor": 32.0}}, r"rope_scaling\.rope_type: missing key .expected yarn or default"),
+            ({"rope_theta": 1}, r"rope_theta: must be greater than 1 .found 1"),
             ({"rope_scaling": "yarn"}, r'rope_scaling: must be an object .found "yarn"'),
             ({"rope_theta": -1.0}, r"rope_theta: must be a positive number .found -1\.0"),
             ({"rope_theta": float("inf")}, "rope_theta: must be a positive number"),
@@ -304,6 +310,13 @@ class TestImpossibleConfigs:
             ({"swiglu_alpha": 1.0}, r"swiglu_alpha: is built into every runtime .found 1\.0, expected 1\.702"),
             ({"attention_bias": "false"}, 'attention_bias: must be true or false .found "false"'),
             ({"quantization_config": "mxfp4"}, 'quantization_config: must be an object .found "mxfp4"'),
+            (
+                {"quantization_config": {"quant_method": "fp8"}},
+                r'quant_method: unknown kind .found "fp8", expected mxfp4',
+            ),
+            ({**PLAIN, "sliding_window": None}, r"layer 0\.sliding_window: slides, and no window is given"),
+            ({**PLAIN, "layer_types": {}}, "layer_types: unknown kind of attention .found {}"),
+            ({**PLAIN, "layer_types": []}, r"layer_types: wrong number of layers .found 0, expected 2"),
             ({**PLAIN, "layer_types": 5}, "layer_types: unknown kind of attention .found 5"),
             (
                 {**PLAIN, "layer_types": ["chunked_attention", "full_attention"]},

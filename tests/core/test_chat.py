@@ -104,7 +104,9 @@ def test_text_round_trips(folder):
         (lambda f: (f / "chat_template.jinja").write_text("{{ 'a' + messages }}"), "the chat template refuses"),
         (lambda f: (f / "chat_template.jinja").write_text("{{ '%z' | format(1) }}"), "the chat template refuses"),
         (lambda f: (f / "chat_template.jinja").unlink(), r"chat_template\.jinja: missing"),
-        (lambda f: (f / "chat_template.jinja").write_text("{% if %}"), "the chat template refuses"),
+        (lambda f: (f / "chat_template.jinja").write_text("a\n{% if %}"), "chat template, line 2: not a template"),
+        (lambda f: (f / "chat_template.jinja").write_text("{{ 1 / 0 }}"), "the chat template refuses"),
+        (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), r"chat_template\.jinja: cannot be read"),
         (lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('no tools') }}"), "no tools"),
     ],
 )
@@ -113,6 +115,13 @@ def test_damage_is_one_line(folder, damage, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         ChatTokenizer.from_folder(folder).render_chat(CONVERSATIONS[0])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ 1 | nofilter }}"])
+def test_what_a_template_takes_cannot_be_told_of_one_that_is_none(folder, template):
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(CheckpointError, match="chat template, line 1: not a template"):
+        ChatTokenizer.from_folder(folder).template_takes("reasoning_effort")
 
 
 def test_json_is_written_as_transformers_writes_it(folder):

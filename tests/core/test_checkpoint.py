@@ -176,10 +176,27 @@ class TestDamagedFolders:
         file.unlink()
         refused(folder, match=rf"{file.name}: .*: missing shard")
 
-    @pytest.mark.parametrize("outside", ["../elsewhere.safetensors", "/etc/passwd", "sub/model.safetensors", 7])
+    @pytest.mark.parametrize("outside", ["../elsewhere.safetensors", "/etc/passwd", "sub/model.safetensors", "", 7])
     def test_index_names_a_path_outside(self, folder, outside):
         edit_index(folder, lambda weight_map: weight_map.update({ROUTER: outside}))
         refused(folder, match=rf"{ROUTER}: names a file outside the folder")
+
+    def test_index_names_no_shard_that_a_file_system_could_hold(self, folder):
+        edit_index(folder, lambda weight_map: weight_map.update({ROUTER: "x" * 5000}))
+        refused(folder, match=rf"{ROUTER}: missing shard")
+
+    def test_a_link_into_a_cache_that_lost_the_file(self, folder):
+        """Else a checkpoint would silently have no tokenizer, or no generation config."""
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer.json").symlink_to("../../blobs/gone")
+        refused(folder, match=r"tokenizer\.json: links to a file that is not there \(found \.\./\.\./blobs/gone")
+
+    def test_a_key_that_occurs_twice(self, folder):
+        """Python's JSON reader would take the last."""
+        config = folder / "config.json"
+        config.write_text(config.read_text().replace('"head_dim"', '"vocab_size": 7,\n  "head_dim"'))
+        with pytest.raises(ArchitectureError, match=r"config\.json: vocab_size: occurs twice"):
+            Checkpoint.open(folder)
 
     def test_index_misplaces_a_tensor(self, folder):
         other = sorted(folder.glob("*.safetensors"))[-1].name

@@ -28,6 +28,14 @@ ARGS = {"backend": "pytorch", "kv_cache_config": {"dtype": "fp8"}}
 ARCHITECTURE = toy_architecture([(4, 16), (3, None)])
 
 
+@pytest.mark.parametrize("limit", ["2048", 0, True, 0.5, [1]])
+def test_a_limit_that_is_no_number_of_tokens_names_its_file(folder, limit):
+    assert Engine.open(folder).max_seq_len is None
+    (folder / "llm_args.yaml").write_text(yaml.safe_dump({**ARGS, "max_seq_len": limit}))
+    with pytest.raises(EngineError, match=r"llm_args\.yaml: max_seq_len: must be a positive integer .found"):
+        _ = Engine.open(folder).max_seq_len
+
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "model").mkdir()

@@ -44,6 +44,7 @@ def test_a_request_rate_makes_an_open_loop_of_poisson_arrivals(tmp_path):
         ("concurrency: 3\ninput_spread: {}\n", "input_spread: .*either uniform or normal"),
         ("concurrency: 3\ninput_spread: {uniform: 0.5, normal: 3}\n", "input_spread: .*either uniform or normal"),
         ("concurrency: 3\noutput_spread: {uniform: 1.5}\n", "output_spread.uniform: .*less than or equal to 1"),
+        ("concurrency: 3\nmax_ttft_ms: .inf\n", "max_ttft_ms: .*finite"),
         ("concurrency: 3\ntrace: {}\n", "trace: is no key of a file"),
     ],
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import threading
 
 import pytest
 
@@ -27,6 +30,18 @@ def test_the_mooncake_form_starts_at_its_first_arrival(tmp_path):
     assert [request.time_ns for request in trace.requests] == [0, 500_000_000, 3_000_000_000]
     assert [(r.input_length, r.output_length, r.hash_ids) for r in trace.requests][1] == (600, 7, (46, 90))
     assert (trace.has_times, len(trace.sha256), trace.ignored_keys) == (True, 64, ())
+
+
+def test_a_pipe_is_read_once_and_its_whole_content_hashed(tmp_path):
+    """`bench --trace <(zcat trace.gz)` had the hash of nothing."""
+    content = b'{"input_length": 3, "output_length": 1}\n' * 3
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(content), daemon=True)
+    writer.start()
+    trace = read_trace(pipe, max_requests=1)
+    writer.join()
+    assert trace.sha256 == hashlib.sha256(content).hexdigest()
 
 
 def test_other_units_other_blocks_and_keys_that_are_not_replayed(tmp_path):

@@ -253,6 +253,20 @@ def test_engine_cores_that_cannot_be_had_are_told_before_the_engine_is_loaded(en
     assert_user_error(invoke("serve", engine, *FREE_PORTS, "--engine-cores", ours), "leaves no core to the server")
 
 
+def test_an_empty_option_is_not_one_that_was_left_out(parent: Path) -> None:
+    """`--gpu "$GPU"` with GPU unset would plan for the default one."""
+    plan = ("plan", parent, "--isl", "64", "--osl", "64")
+    assert_user_error(invoke(*plan, "--gpu", ""), "unknown GPU")
+    assert_user_error(invoke(*plan, "--parallel", ""), "unknown layout")
+
+
+def test_a_trace_is_not_replaced_by_what_was_measured_with_it(parent: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"input_length": 3, "output_length": 1, "timestamp": 0}\n', encoding="utf-8")
+    bench = ("bench", "--url", "127.0.0.1:1", "--tokenizer", parent, "--trace", trace, "--out", trace)
+    assert_user_error(invoke(*bench), "--out: would replace the trace", "trace.jsonl")
+
+
 def test_options_that_need_another() -> None:
     assert_user_error(invoke("generate", "hello", "--effort", "low"), "--effort", "--tokenizer")
     assert_user_error(invoke("evaluate", "--problems", "x.jsonl"), "--tokenizer", "--engine")
@@ -273,6 +287,8 @@ def test_debug_shows_the_traceback_wherever_it_stands(tmp_path: Path) -> None:
         (ModuleNotFoundError("no", name="modelopt.torch"), 2, "pip install 'puzzle-trtllm[calibrate]'"),
         (ModuleNotFoundError("no", name="tritonclient"), 2, "pip install 'puzzle-trtllm[serve]'"),
         (OSError(28, "No space left on device", "out.bin"), 2, "error: out.bin: No space left on device"),
+        (OSError(36, "File name too long", "x" * 300), 2, "x: File name too long"),
+        (PuzzleError("no", found="x" * 5000), 2, "error: no (found " + "x" * 200 + "... (5000 characters))"),
         (KeyboardInterrupt(), 130, ""),
         (ModuleNotFoundError("no", name="puzzle_trtllm.gone"), 1, ""),
         (ValueError("a bug"), 1, ""),

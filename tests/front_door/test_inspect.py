@@ -47,6 +47,14 @@ def test_a_config_alone_gives_the_same_numbers_as_the_files(make_checkpoint: Mak
     assert {**alone, "source": ""} == {**whole, "source": ""}
 
 
+def test_an_index_beside_a_config_alone_is_checked_too(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint(BLOCKS)
+    index = folder / "model.safetensors.index.json"
+    for weight_map, words in ((None, "weight_map: must be an object"), ({"lm_head.weight": 7}, "lm_head.weight")):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        assert_user_error(invoke("inspect", folder / "config.json"), index.name, words)
+
+
 def test_the_released_child_from_its_config() -> None:
     value = inspect(CHILD_CONFIG, seq_lens=[131072], kv_dtype="fp8").to_json()
     assert round(value["parameters"] / 1e9, 2) == 88.15  # as published

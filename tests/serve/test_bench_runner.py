@@ -138,7 +138,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_sent(tokenizer_fo
 
 
 def test_a_scenario_that_the_engine_cannot_hold_is_refused_before_anything_is_sent(monkeypatch, tokenizer_folder):
-    engine = SimpleNamespace(llm_args={"max_seq_len": 9})
+    engine = SimpleNamespace(max_seq_len=9)
     monkeypatch.setattr(target.Engine, "open", lambda path: engine)
     monkeypatch.setattr(measure.Provenance, "collect", classmethod(lambda cls, engine: PROVENANCE))
     client = FakeClient(one_token_a_response)
@@ -147,7 +147,7 @@ def test_a_scenario_that_the_engine_cannot_hold_is_refused_before_anything_is_se
     ):
         bench(client, tokenizer_folder, engine="engine")
     assert client.requests == []
-    engine.llm_args["max_seq_len"] = 10
+    engine.max_seq_len = 10
     assert bench(client, tokenizer_folder, engine="engine").requests.completed == 8
 
 

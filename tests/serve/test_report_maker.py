@@ -34,6 +34,21 @@ def test_a_measurement_of_no_number_is_refused_with_its_file(tmp_path):
         load_measurement("parent", [file])
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"median": 100.0', '"median": "NaN"', r"output_tokens_per_s\.median: .*valid number .found 'NaN'"),
+        ('"sliding_window": 32', '"sliding_window": 0', r"blocks\.0\.sliding_window: .*greater than .*found 0"),
+        ('"weight_bytes": 1000', '"weight_bytes": true', r"weight_bytes: .*valid integer .found True"),
+    ],
+)
+def test_a_measurement_with_a_wrong_value_is_refused_with_its_key(tmp_path, old, new, message):
+    file = family()[0].save(tmp_path / "parent.json")
+    file.write_text(file.read_text().replace(old, new, 1))
+    with pytest.raises(ConfigError, match=rf"parent\.json: {message}"):
+        load_measurement("parent", [file])
+
+
 def test_an_engine_that_generated_nothing_has_a_report_without_a_frontier_chart(tmp_path):
     parent, parent_fp8, child = family()
     stalled = child.model_copy(update={"output_tokens_per_s": Spread.of([0.0, 0.0, 0.0])})
