@@ -15,7 +15,8 @@ Lengths vary from half to one and a half of `--output`, as real ones do. With al
 requests end together, and the next wave arrives together: in process at one instant, so that nothing hides what Triton
 costs a request then. Wall time includes a run's start and end; the machine's cores are shared by client, server, stub
 and engine, as in the demo. With `--apart` (the third) the engine behind Triton has the last core to itself, as `serve
---engine-cores` gives it; the client, and all that is in process, stays where it likes.
+--engine-cores` gives it; the client, and all that is in process, stays where it likes. With `--client-apart` the client
+of the server leaves that core as well, as one on another host would.
 
 A shared host's clock may change by half between two runs: many short rounds tell more than a few long ones. What
 Triton costs is also counted in what no clock changes, the steps that the engine makes for the load (more of them when a
@@ -35,7 +36,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import ExitStack, aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -218,6 +219,13 @@ def start_ways(
     }
 
 
+def move_threads(cores: set[int]) -> None:
+    """All threads of this process to `cores`."""
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread.name), cores)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -227,13 +235,18 @@ def main() -> None:
     parser.add_argument("--output-spread", type=float, default=0.5, help="lengths vary by this share of the mean")
     parser.add_argument("--streaming", nargs="+", choices=WAYS, default=WAYS, help="which stream_intervals")
     parser.add_argument("--apart", action="store_true", help="server and stub off the engine's core, the last one")
+    parser.add_argument("--client-apart", action="store_true", help="with --apart: the client off that core as well")
     parser.add_argument("--checkpoint", type=Path, default=ABACUS)
     options = parser.parse_args()
+    if options.client_apart and not options.apart:
+        parser.error("--client-apart goes with --apart")
     scenario = load_scenario("cpu-demo")
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         runs: dict[str, Run] = {}
-        cores = [max(os.sched_getaffinity(0))] if options.apart else None
+        all_cores = os.sched_getaffinity(0)
+        cores = [max(all_cores)] if options.apart else None
+        client_cores = all_cores - {max(all_cores)} if options.client_apart else all_cores
         for streaming in options.streaming:
             runs |= start_ways(stack, options.checkpoint, scratch / streaming, streaming, cores)
         engine = Engine.open(scratch / options.streaming[0])
@@ -253,6 +266,7 @@ def main() -> None:
         for index in range(options.rounds + 1):  # the first round warms up
             for name in list(runs) if index % 2 == 0 else list(runs)[::-1]:
                 load = [replace(request, streaming=runs[name].streaming) for request in requests]
+                move_threads(client_cores if runs[name].url else all_cores)
                 sample = asyncio.run(runs[name].measure(load, scenario.concurrency))
                 if index:
                     samples[name].append(sample)
