@@ -24,6 +24,7 @@ import torch
 from puzzle_trtllm.errors import EngineError
 from puzzle_trtllm.serve.runtimes.reference import LLM, EngineDeadError, SamplingParams
 from puzzle_trtllm.serve.runtimes.reference.request import ReferenceRequestOutput
+from puzzle_trtllm.serve.triton.process import is_alive
 
 EIGHT_KV_HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "intermediate_size": 288}
 ARGS = {
@@ -72,11 +73,6 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 
 
 def are_gone(pids: list[int]) -> bool:
-    def is_alive(pid: int) -> bool:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-        return False
-
     return wait_until(lambda: not any(is_alive(pid) for pid in pids))
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
-import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +13,7 @@ import torch
 
 from puzzle_trtllm.errors import EngineError
 from puzzle_trtllm.serve.runtimes import load_runtime
-from puzzle_trtllm.serve.runtimes.reference import LLM, EngineDeadError, KvCacheConfig, SamplingParams
+from puzzle_trtllm.serve.runtimes.reference import LLM, KvCacheConfig, SamplingParams
 from puzzle_trtllm.serve.runtimes.reference.arguments import read_arguments
 
 CHILD = [(6, 24), (4, None), (3, 40), (2, 24)]
@@ -291,122 +288,6 @@ def test_parallelism_and_damaged_models_are_refused(child, make_checkpoint):
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(EngineError, match="truncated"):
         LLM(broken, **ARGS)
-
-
-def test_a_killed_engine_fails_open_and_new_requests_and_leaves_no_process(child):
-    llm = LLM(child, **ARGS)
-    request = llm.generate_async(prompt(1), SamplingParams(max_tokens=230, ignore_eos=True), streaming=True)
-    os.kill(llm.engine_pid, signal.SIGKILL)
-    with pytest.raises(EngineDeadError, match="died"):
-        request.result(timeout=10)
-    with pytest.raises(EngineDeadError):
-        llm.generate(prompt(1))
-    llm.shutdown()
-
-
-def test_an_engine_that_takes_nothing_holds_up_neither_callers_nor_the_end(child, monkeypatch):
-    """It takes messages between steps, and a step may be long: here it is stopped altogether."""
-    monkeypatch.setattr("puzzle_trtllm.serve.runtimes.reference.llm._STOP_SECONDS", 0.5)
-    llm = LLM(child, **ARGS)
-    os.kill(llm.engine_pid, signal.SIGSTOP)
-    began = time.monotonic()
-    requests = [llm.generate_async(prompt(1, 250)) for _ in range(400)]  # more than a socket holds
-    requests[0].abort()
-    llm.shutdown()
-    assert time.monotonic() - began < 10 and not _alive(llm.engine_pid)
-    with pytest.raises(EngineDeadError, match="shut down"):
-        requests[-1].result(timeout=10)
-
-
-def test_an_engine_that_cannot_even_be_killed_does_not_hold_up_the_end(child, monkeypatch):
-    """As one in uninterruptible sleep, which goes when it wakes up."""
-    monkeypatch.setattr("puzzle_trtllm.serve.runtimes.reference.llm._STOP_SECONDS", 0.2)
-    monkeypatch.setattr("puzzle_trtllm.serve.runtimes.reference.processes._EXIT_CODE_SECONDS", 0.2)
-    llm = LLM(child, **ARGS)
-    os.kill(llm.engine_pid, signal.SIGSTOP)
-    with monkeypatch.context() as patch:
-        patch.setattr("subprocess.Popen.kill", lambda _: None)
-        began = time.monotonic()
-        llm.shutdown()
-    assert time.monotonic() - began < 5
-    os.kill(llm.engine_pid, signal.SIGKILL)
-
-
-def test_an_engine_that_is_stopped_for_long_is_given_up(child):
-    with LLM(child, **ARGS) as llm:
-        request = llm.generate_async(prompt(1), SamplingParams(max_tokens=230, ignore_eos=True))
-        stopped = time.monotonic()
-        os.kill(llm.engine_pid, signal.SIGSTOP)
-        with pytest.raises(EngineDeadError, match=rf"process {llm.engine_pid}\) was stopped and does not go on"):
-            request.result(timeout=30)
-        assert 6 < time.monotonic() - stopped < 12
-        assert not llm._check_health()
-        _wait_for_end(llm.engine_pid)
-
-
-def test_an_engine_that_is_stopped_for_a_moment_goes_on(child):
-    with LLM(child, **ARGS) as llm:
-        request = llm.generate_async(prompt(1), SamplingParams(max_tokens=230, ignore_eos=True))
-        for _ in range(2):
-            os.kill(llm.engine_pid, signal.SIGSTOP)
-            time.sleep(2.5)
-            os.kill(llm.engine_pid, signal.SIGCONT)
-        assert len(request.result(timeout=30).outputs[0].token_ids) == 230
-
-
-def test_an_llm_that_is_dropped_takes_its_engine_along_but_not_under_a_request(child):
-    llm = LLM(child, **ARGS)
-    pid = llm.engine_pid
-    request = llm.generate_async(prompt(1), SamplingParams(max_tokens=230, ignore_eos=True))
-    del llm
-    gc.collect()
-    assert len(request.result(timeout=30).outputs[0].token_ids) == 230
-    del request
-    gc.collect()
-    _wait_for_end(pid)
-
-
-def test_an_engine_that_fails_outside_a_step_says_why(child):
-    llm = LLM(child, **ARGS)
-    request = llm.generate_async(prompt(1), SamplingParams(max_tokens=230, ignore_eos=True))
-    llm._messages.put(b"no message")
-    with pytest.raises(EngineDeadError, match="UnpicklingError"):
-        request.result(timeout=10)
-    llm.shutdown()
-
-
-def test_the_engine_does_not_outlive_its_front(child):
-    import subprocess
-    import sys
-
-    code = (
-        "import sys, time; from puzzle_trtllm.serve.runtimes.reference import LLM\n"
-        f"llm = LLM({str(child)!r}, dtype='float32', max_seq_len=64, max_batch_size=2)\n"
-        "print(llm.engine_pid, flush=True); time.sleep(60)"
-    )
-    front = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert front.stdout is not None
-    pid = int(front.stdout.readline())
-    front.kill()
-    front.wait()
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and _alive(pid):
-        time.sleep(0.05)
-    assert not _alive(pid)
-
-
-def _wait_for_end(pid: int) -> None:
-    deadline = time.monotonic() + 10
-    while _alive(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_a_step_that_fails_fails_its_requests_and_keeps_the_engine(child):
