@@ -190,7 +190,9 @@ def resolve_folder(path: str | Path, *, weights: bool = True) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or not _HUB_ID.match(str(path)):
-        raise CheckpointError("no such checkpoint folder", file=path)
+        raise CheckpointError(
+            "no such checkpoint folder", file=path, expected="a folder, or a hub id such as openai/gpt-oss-120b"
+        )
     from huggingface_hub import snapshot_download
 
     wanted = list(_HUB_PATTERNS) if weights else ["config.json", INDEX_NAME]

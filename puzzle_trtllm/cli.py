@@ -1,6 +1,6 @@
 """The command line `puzzle-trtllm`: thin, every command is a documented Python function.
 
-    inspect ─ plan ─ derive ─ verify ─ calibrate ─ build ─ serve ─ generate ─ bench ─ evaluate ─ report ─ doctor ─ demo
+    inspect ─ plan ─ calibrate ─ derive ─ verify ─ build ─ serve ─ generate ─ bench ─ evaluate ─ report ─ doctor ─ demo
 
 Results go to stdout, as tables or with `--json` as one JSON object on the last line; progress goes to stderr. The
 commands live in `puzzle_trtllm.commands`; neither it nor this module imports anything heavy.
@@ -29,7 +29,9 @@ app = typer.Typer(
     name="puzzle-trtllm",
     cls=PuzzleGroup,
     help="Take a Puzzle child architecture to a measured TensorRT-LLM deployment behind Triton Inference Server.",
-    epilog="Exit codes: 0 done, 2 your error (one line; --debug shows the traceback), 1 ours.",
+    epilog="New here? `demo` runs everything on this machine, without a GPU; on a GPU host start with `doctor`. "
+    "Exit codes: 0 done, 2 your error (one line; --debug shows the traceback), 1 ours (or `doctor`: not ready).",
+    context_settings={"help_option_names": ["--help", "-h"]},
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

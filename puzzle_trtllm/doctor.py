@@ -136,7 +136,7 @@ def _tensorrt_llm() -> Iterator[Check]:
             name="package",
             outcome="missing",
             found="not installed",
-            advice="run in NVIDIA's container nvcr.io/nvidia/tensorrt-llm/release:1.2.1 or newer",
+            advice="run in NVIDIA's container nvcr.io/nvidia/tritonserver:<YY.MM>-trtllm-python-py3 (docs/deploy.md)",
         )
         yield _not_checked()
         return
@@ -191,7 +191,11 @@ def _nccl() -> Iterator[Check]:
 def _not_checked() -> Check:
     found = f"{len(REQUIREMENTS)} facts about TensorRT-LLM that the plugin relies on were not checked"
     return Check(
-        group="TensorRT-LLM", name="table", outcome="missing", found=found, advice="they need TensorRT-LLM here"
+        group="TensorRT-LLM",
+        name="table",
+        outcome="missing",
+        found=found,
+        advice="come here with TensorRT-LLM, or check a checkout: --source",
     )
 
 
@@ -203,7 +207,7 @@ def _triton() -> Iterator[Check]:
     except PuzzleError as error:
         yield Check(group="Triton", name="tritonserver", outcome="missing", found=str(error))
         return
-    advice = "" if triton.source != "wheel" else "for CPU machines; use NVIDIA's Triton container with TensorRT-LLM"
+    advice = "" if triton.source != "wheel" else "for CPU machines; NVIDIA's container brings its own"
     outcome: Outcome = "ok" if triton.source != "wheel" else "note"
     found = f"{triton.server} ({triton.source})"
     yield Check(group="Triton", name="tritonserver", outcome=outcome, found=found, advice=advice)

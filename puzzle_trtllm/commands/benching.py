@@ -46,7 +46,9 @@ EXCLUDES = (
 
 def bench_command(
     url: UrlOption = DEFAULT_URL,
-    scenario: Annotated[str, typer.Option("--scenario", help="A YAML file or a shipped name.")] = "cpu-demo",
+    scenario: Annotated[
+        str, typer.Option("--scenario", help="A YAML file or a shipped name, such as long.")
+    ] = "cpu-demo",
     engine: EngineOption = None,
     tokenizer: TokenizerOption = None,
     concurrency: Annotated[int | None, typer.Option("--concurrency", min=1, help="Overrides the scenario's.")] = None,
@@ -79,7 +81,9 @@ def bench_command(
     ] = None,
     csv: Annotated[Path | None, typer.Option("--csv", help="Table of the sweep to write.")] = None,
     max_ttft_ms: Annotated[float | None, typer.Option("--max-ttft-ms", help="Goodput: limit on TTFT.")] = None,
-    max_itl_ms: Annotated[float | None, typer.Option("--max-itl-ms", help="Goodput: limit on a mean gap.")] = None,
+    max_itl_ms: Annotated[
+        float | None, typer.Option("--max-itl-ms", help="Goodput: limit on the mean ITL of a request (TPOT).")
+    ] = None,
     workers: Annotated[
         str, typer.Option("--workers", help="Processes that send the load: a number, or auto by its size.")
     ] = "auto",

@@ -26,7 +26,7 @@ class ComputeDtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
-CheckpointArgument = Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")]
+CheckpointArgument = Annotated[str, typer.Argument(help="Checkpoint folder or hub id.", metavar="CHECKPOINT")]
 StreamOption = Annotated[
     bool | None,
     typer.Option(
@@ -41,7 +41,7 @@ StreamOption = Annotated[
 @takes_dataset(max_tokens=65_536)
 def experts_command(
     checkpoint: CheckpointArgument,
-    out: Annotated[Path, typer.Argument(help="Importance file to write, *.safetensors.")],
+    out: Annotated[Path, typer.Argument(help="Importance file to write, *.safetensors.", metavar="OUT")],
     data: DataOptions,
     score: Annotated[
         str | None,
@@ -137,7 +137,8 @@ def importance_table(report: ExpertCalibration) -> Table:
     from rich.table import Table
 
     title = f"{report.out}: {report.method}; {report.num_sequences:,} sequences, {report.num_tokens:,} tokens"
-    table = Table(title=title, title_justify="left")
+    next_step = f"next: puzzle-trtllm derive PARENT CHILD --architecture child.json --importance {report.out}"
+    table = Table(title=title, title_justify="left", caption=next_step, caption_justify="left")
     child = ("kept", "output error", "approx.") if report.layers[0].kept is not None else ()
     for column in ("layer", "experts", "busiest", "share", "idlest", "share", "unrouted", "first to go", *child):
         table.add_column(column, justify="right")
@@ -154,7 +155,7 @@ def importance_table(report: ExpertCalibration) -> Table:
 @takes_dataset(max_tokens=262_144)
 def kv_command(
     checkpoint: CheckpointArgument,
-    out: Annotated[Path, typer.Argument(help="Folder of the calibrated checkpoint, to be made.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the calibrated checkpoint, to be made.", metavar="OUT")],
     data: DataOptions,
     exact: Annotated[bool, typer.Option("--exact", help="Scales amax / 448 instead of powers of two.")] = False,
     held_out: Annotated[
@@ -220,6 +221,7 @@ def kv_command(
         ("scale rule", report.scale_rule),
         ("FP8 saves", saved),
         ("report", str(out / "kv_report.html")),
+        ("next", f"puzzle-trtllm build {out} ENGINE --config NAME"),
     ]
     if report.held_out is None:
         facts.append(("quality", f"not measured: {report.held_out_missing}"))

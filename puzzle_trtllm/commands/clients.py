@@ -44,7 +44,9 @@ EFFORTS = ("low", "medium", "high")
 
 
 def generate_command(
-    prompt: Annotated[str, typer.Argument(help="The prompt; with --tokenizer it is the user's turn of a chat.")],
+    prompt: Annotated[
+        str, typer.Argument(help="The prompt; with --tokenizer it is the user's turn of a chat.", metavar="PROMPT")
+    ],
     url: UrlOption = DEFAULT_URL,
     tokenizer: TokenizerOption = None,
     effort: Annotated[str | None, typer.Option("--effort", help="low, medium or high; with --tokenizer.")] = None,
@@ -66,7 +68,8 @@ def generate_command(
 ) -> None:
     """Continue a prompt on a running server.
 
-    The text is printed as it streams in; Ctrl-C cancels the generation on the server too.
+    The text is printed as it streams in, reasoning and answer in one, without the special tokens between them; Ctrl-C
+    cancels the generation on the server too.
     """
     from puzzle_trtllm.serve.client.request import GenerationRequest
 

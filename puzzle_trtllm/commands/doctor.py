@@ -47,7 +47,7 @@ def doctor_command(
     else:
         diagnosis = diagnose(engine)
         good = "Ready for TensorRT-LLM."
-        bad = "Not ready for TensorRT-LLM: {}. The reference runtime needs none of it."
+        bad = "Not ready for TensorRT-LLM: {}. The reference runtime needs none of it: try `puzzle-trtllm demo`."
     if as_json:
         print_json(diagnosis.to_json())
     else:
@@ -59,7 +59,7 @@ def _print(diagnosis: Diagnosis, *, good: str, bad: str) -> None:
     from rich.table import Table
 
     table = Table(title="doctor", title_justify="left")
-    for column in ("", "what", "found", "so"):
+    for column in ("", "what", "found", "what to do"):
         table.add_column(column, overflow="fold")
     for item in diagnosis.checks:
         table.add_row(item.outcome, f"{item.group}: {item.name}", item.found, item.advice)

@@ -28,10 +28,15 @@ if TYPE_CHECKING:
 
 def build_command(
     checkpoint: Annotated[
-        str, typer.Argument(help="Checkpoint folder or hub id; with --explain a config.json is enough.")
+        str,
+        typer.Argument(
+            help="Checkpoint folder or hub id; with --explain a config.json is enough.", metavar="CHECKPOINT"
+        ),
     ],
     config: Annotated[str, typer.Option("--config", help="Engine config: a YAML file or a shipped name.")],
-    out: Annotated[Path | None, typer.Argument(help="Folder of the engine, to be made.")] = None,
+    out: Annotated[
+        Path | None, typer.Argument(help="Folder of the engine, to be made; not with --explain.", metavar="OUT")
+    ] = None,
     fold: Annotated[
         Literal["tensor", "channel", "none"] | None,
         typer.Option("--fold", help="How KV scales go into the weights (default: as the config says)."),
@@ -106,7 +111,9 @@ def engine_json(engine: Engine) -> dict[str, Any]:
 def engine_table(engine: Engine) -> Table:
     """What `build` prints of an engine."""
     manifest = engine.manifest
-    limit = "no limit" if manifest.memory_bytes is None else show_bytes(manifest.memory_bytes)
+    cap = "what the GPU has" if manifest.runtime == "tensorrt_llm" else "no cap"
+    limit = cap if manifest.memory_bytes is None else show_bytes(manifest.memory_bytes)
+    limits = [f"{key} {engine.llm_args[key]}" for key in ("max_batch_size", "max_seq_len") if key in engine.llm_args]
     return facts_table(
         "engine",
         [
@@ -117,12 +124,14 @@ def engine_table(engine: Engine) -> Table:
             if manifest.kv_fold.mode != "none"
             else ("KV cache", manifest.kv_dtype),
             ("memory for both", limit),
+            ("limits", ", ".join(limits)),
+            ("next", f"puzzle-trtllm serve {engine.path}"),
         ],
     )
 
 
 def serve_command(
-    engine: Annotated[Path, typer.Argument(help="Engine folder.")],
+    engine: Annotated[Path, typer.Argument(help="Engine folder, as `build` makes it.", metavar="ENGINE")],
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     grpc_port: Annotated[int, typer.Option("--grpc-port", min=0, max=65535, help="0: a free one.")] = 8001,
     http_port: Annotated[int, typer.Option("--http-port", min=0, max=65535, help="0: a free one.")] = 8000,
@@ -182,7 +191,7 @@ def serve_command(
         if as_json:
             print_json({**urls, "pid": server.pid})
         else:
-            hint = f"puzzle-trtllm generate PROMPT --url {server.grpc_url}"
+            hint = f"puzzle-trtllm generate PROMPT --url {server.grpc_url} --tokenizer {engine / 'model'}"
             if tls is not None:
                 hint += (
                     " --ca-cert CA" if tls.root_cert is None else " --ca-cert CA --client-cert CERT --client-key KEY"

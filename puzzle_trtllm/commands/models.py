@@ -79,7 +79,8 @@ def fits_table(fits: tuple[Fit, ...]) -> Table:
     from rich.table import Table
 
     first = fits[0]
-    table = Table(title=f"on {first.layout.num_gpus} x {first.gpu.product}", title_justify="left")
+    title = f"on {first.layout.num_gpus} x {first.gpu.product}; sequences as TensorRT-LLM holds them, see `plan`"
+    table = Table(title=title, title_justify="left")
     table.add_column("layout")
     for column in ("weights a GPU", "KV pool a GPU", *(f"at {tokens:,} tokens" for tokens, _ in first.max_sequences)):
         table.add_column(column, justify="right")
@@ -129,8 +130,8 @@ def totals_table(inspection: Inspection) -> Table:
 
 
 def derive_command(
-    parent: Annotated[str, typer.Argument(help="gpt-oss checkpoint folder or hub id.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the child, to be made.")],
+    parent: Annotated[str, typer.Argument(help="gpt-oss checkpoint folder or hub id.", metavar="PARENT")],
+    out: Annotated[Path, typer.Argument(help="Folder of the child, to be made.", metavar="OUT")],
     architecture: Annotated[
         Path, typer.Option("--architecture", help="JSON with block_configs, one entry a layer; or a config.json.")
     ],
@@ -172,12 +173,13 @@ def derive_command(
         return
     saved = 1 - child.weight_bytes / parent_bytes
     summary = f"{show_bytes(child.weight_bytes)}, {saved:.1%} less than the parent's {show_bytes(parent_bytes)}"
-    print_table(layers_table(child), facts_table("child", [("folder", str(out)), ("weights", summary)]))
+    facts = [("folder", str(out)), ("weights", summary), ("next", f"puzzle-trtllm calibrate kv {out} {out}-kv")]
+    print_table(layers_table(child), facts_table("child", facts))
 
 
 def verify_command(
-    child: Annotated[str, typer.Argument(help="A child: one that `derive` made, or anyone else's.")],
-    against: Annotated[str, typer.Option("--against", help="Its parent.")],
+    child: Annotated[str, typer.Argument(help="A child: one that `derive` made, or anyone else's.", metavar="CHILD")],
+    against: Annotated[str, typer.Option("--against", help="Its parent: checkpoint folder or hub id.")],
     as_json: JsonOption = False,
 ) -> None:
     """Prove a child's bytes to be its parent's.

@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 
 
 def plan_command(
-    architecture: Annotated[str, typer.Argument(help="Checkpoint folder, config.json, or hub id.")],
+    architecture: Annotated[
+        str, typer.Argument(help="Checkpoint or engine folder, config.json, or hub id.", metavar="ARCHITECTURE")
+    ],
     gpu: Annotated[
-        str | None, typer.Option("--gpu", help="A name in gpus.yaml (default: h100-80gb; with --compare all).")
+        str | None, typer.Option("--gpu", help="Such as h100-80gb, the default; with --compare all.")
     ] = None,
     gpus: Annotated[int | None, typer.Option("--gpus", help="How many (default: 1; with --compare 1 and 8).")] = None,
-    isl: Annotated[int | None, typer.Option("--isl", help="Prompt tokens a request.")] = None,
-    osl: Annotated[int | None, typer.Option("--osl", help="Generated tokens a request.")] = None,
+    isl: Annotated[int | None, typer.Option("--isl", help="Prompt tokens a request; needed without --compare.")] = None,
+    osl: Annotated[int | None, typer.Option("--osl", help="Generated tokens a request; likewise.")] = None,
     kv: Annotated[
         Literal["bf16", "fp8"] | None, typer.Option("--kv", help="KV dtype (default: fp8 where the GPU has it).")
     ] = None,
@@ -32,7 +34,7 @@ def plan_command(
         str | None, typer.Option("--parallel", help="tp8, dep8, ... (default: the fastest that fits).")
     ] = None,
     allocator: Annotated[
-        str, typer.Option("--allocator", help="Who cuts the KV pool: see the table of a plan.")
+        str, typer.Option("--allocator", help="How the KV pool is cut up: a name in a plan's table of sequences.")
     ] = "trtllm_v1_tuned",
     batch: Annotated[
         int | None, typer.Option("--batch", min=1, help="Sequences in flight a replica (default: the best number).")
@@ -42,7 +44,8 @@ def plan_command(
         typer.Option("--memory-rule", help="KV memory: a fraction of what is free, or of all."),
     ] = "free",
     compare: Annotated[
-        str | None, typer.Option("--compare", metavar="PARENT", help="Show where ARCHITECTURE pays over this parent.")
+        str | None,
+        typer.Option("--compare", metavar="PARENT", help="Instead: speedup over this parent, by GPU and length."),
     ] = None,
     parent_kv: Annotated[
         Literal["bf16", "fp8"] | None, typer.Option("--parent-kv", help="The parent's KV dtype (default: as --kv).")

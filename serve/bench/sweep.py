@@ -140,10 +140,10 @@ def _finished_points(
 def sweep_table(sweep: SweepResult) -> Table:
     """One row a concurrency; the knee is marked."""
     scenario = sweep.scenario
-    knee = f"knee at {sweep.knee}" if sweep.knee else "no knee: throughput was still rising at the largest concurrency"
+    knee = str(sweep.knee) if sweep.knee else "none: throughput was still rising at the largest"
     table = Table(
         title=f"{scenario.name}, {show_lengths(scenario)}",
-        caption=f"{knee} (smallest with {KNEE_FRACTION:.0%} of the best throughput)",
+        caption=f"knee (smallest concurrency with {KNEE_FRACTION:.0%} of the best throughput): {knee}",
         title_justify="left",
         caption_justify="left",
     )

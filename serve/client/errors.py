@@ -38,4 +38,7 @@ def error_of_status(error: Any, *, url: str) -> ServeError:
     """A grpc.aio.AioRpcError: the connection or the call itself failed."""
     if error.code().name == "CANCELLED":  # not by us, who would see no status: a server that stops cuts its calls off
         return ServeError("the server cut off the call", file=url, status="UNAVAILABLE")
-    return ServeError(str(error.details() or "no details"), file=url, status=error.code().name)
+    details = str(error.details() or "no details")
+    nobody = re.match(r"failed to connect|errors resolving", details)
+    expected = "the gRPC host:port that `puzzle-trtllm serve` prints; --ca-cert where it speaks TLS" if nobody else None
+    return ServeError(details, file=url, expected=expected, status=error.code().name)

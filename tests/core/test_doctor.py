@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -67,7 +68,10 @@ def by_name(diagnosis):
 def test_a_bare_host_is_told_in_plain_words_what_is_missing(bare_host):
     checks = by_name(doctor.diagnose())
     assert checks["TensorRT-LLM: package"].outcome == "missing"
-    assert "nvcr.io/nvidia/tensorrt-llm/release" in checks["TensorRT-LLM: package"].advice
+    image = next(word for word in checks["TensorRT-LLM: package"].advice.split() if word.startswith("nvcr.io/"))
+    assert (
+        f"  {image} bash" in (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
+    )  # the one that the guide starts
     assert checks["GPU: driver"].found == "no nvidia-smi"
     assert f"{len(REQUIREMENTS)} facts" in checks["TensorRT-LLM: table"].found
     assert not doctor.diagnose().ready

@@ -60,7 +60,9 @@ def derive(parent: Path, importance: Path, out: Path, blocks: object) -> object:
 def test_a_good_child_is_derived_and_verified(parent: Path, importance: Path, tmp_path: Path) -> None:
     """The counterpart of every failure below."""
     blocks = [{"num_local_experts": 4, "sliding_window": 16}, {"num_local_experts": 2, "sliding_window": 64}]
-    assert derive(parent, importance, tmp_path / "child", blocks).exit_code == 0
+    derived = derive(parent, importance, tmp_path / "child", blocks)
+    assert derived.exit_code == 0
+    assert "next" in derived.stdout and "puzzle-trtllm calibrate kv" in derived.stdout
     result = invoke("verify", tmp_path / "child", "--against", parent, "--json")
     assert result.exit_code == 0
     assert last_json(result.stdout)["identical"] is True
@@ -178,6 +180,12 @@ def test_what_is_there_is_not_replaced_unasked(engine: Path, parent: Path, tmp_p
     assert invoke(*build_arguments(parent, tmp_path), "--overwrite").exit_code == 0
 
 
+def test_build_shows_the_limits_of_the_engine_and_the_next_step(parent: Path, tmp_path: Path) -> None:
+    built = " ".join(invoke(*build_arguments(parent, tmp_path)).stdout.split())
+    assert "max_batch_size" in built and "max_seq_len" in built
+    assert "next │ puzzle-trtllm serve" in built
+
+
 def test_a_port_in_use(engine: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -197,7 +205,9 @@ def test_a_tritonserver_that_dies_at_start(engine: Path, tmp_path: Path) -> None
 
 def test_no_engine_and_no_server(tmp_path: Path, engine: Path) -> None:
     assert_user_error(invoke("serve", tmp_path / "nothing"), "nothing/engine.json: missing")
-    assert_user_error(run("generate", "hello", "--url", "127.0.0.1:1"), "127.0.0.1:1", "Connection refused")
+    refused = run("generate", "hello", "--url", "127.0.0.1:1")
+    assert_user_error(refused, "127.0.0.1:1", "Connection refused", "expected the gRPC host:port", "--ca-cert")
+    assert_user_error(run("generate", "hello", "--url", "http://127.0.0.1:1"), "expected the gRPC host:port")
     assert_user_error(run("bench", "--url", "127.0.0.1:1", "--engine", engine), "127.0.0.1:1", "Connection refused")
 
 

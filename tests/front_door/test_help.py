@@ -49,6 +49,24 @@ def test_commands_are_listed_in_the_order_in_which_a_child_is_made() -> None:
     assert [word for word in lines if word in ORDER] == list(ORDER)
 
 
+def test_a_stranger_is_told_where_to_begin() -> None:
+    text = " ".join(invoke("--help").stdout.split())
+    assert "New here? `demo` runs everything on this machine, without a GPU; on a GPU host start with `doctor`" in text
+
+
+def test_help_has_its_short_name_everywhere() -> None:
+    for command in ((), ("calibrate",), *COMMANDS):
+        result = invoke(*command, "-h")
+        assert (result.exit_code, result.stdout) == (0, invoke(*command, "--help").stdout)
+
+
+def test_arguments_are_named_in_capitals_as_in_the_examples() -> None:
+    group = get_command(app)
+    commands = [inner for c in group.commands.values() for inner in getattr(c, "commands", {"": c}).values()]
+    names = {p.metavar or p.name for c in commands for p in c.params if p.param_type_name == "argument"}
+    assert names == {"ARCHITECTURE", "CHECKPOINT", "CHILD", "ENGINE", "OUT", "PARENT", "PATH", "PROMPT"}
+
+
 def test_the_flags_are_frozen() -> None:
     """Scripts of users depend on them: adding one means adding it here, dropping one means a new major version."""
     group = get_command(app)

@@ -11,7 +11,7 @@ from puzzle_trtllm.errors import BenchError
 from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.serve.bench.result import BenchResult
 from puzzle_trtllm.serve.bench.runner import run_bench
-from puzzle_trtllm.serve.bench.sweep import SweepResult, csv_of, find_knee, point_scenario, run_sweep
+from puzzle_trtllm.serve.bench.sweep import SweepResult, csv_of, find_knee, point_scenario, run_sweep, sweep_table
 from tests.front_door.cli import invoke
 from tests.serve.fake_client import FakeClient, one_token_a_response
 
@@ -60,6 +60,16 @@ def test_points_are_measured_in_ascending_order_with_the_same_waves_and_seeds_of
     # Three waves each, but at least 8 requests.
     assert server.calls == [(1, 8, 51), (2, 8, 52), (4, 12, 54), (8, 24, 58)]
     assert (sweep.knee, [point.output_tokens_per_s for point in sweep.points]) == (4, [30, 60, 100, 100])
+
+
+@pytest.mark.parametrize(
+    ("most", "said"), [(8, "throughput): 4"), (2, "none: throughput was still rising at the largest")]
+)
+def test_the_table_says_what_the_knee_is_and_where(template, most, said):
+    concurrencies = [n for n in (1, 2, 4, 8) if n <= most]
+    sweep = run_sweep("host:1", scenario=TINY, concurrencies=concurrencies, bench=Server(template))
+    assert "knee (smallest concurrency with 90% of the best throughput)" in sweep_table(sweep).caption
+    assert said in sweep_table(sweep).caption
 
 
 def test_a_given_number_of_requests_is_that_of_every_point():
