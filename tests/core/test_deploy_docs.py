@@ -34,7 +34,8 @@ def command_lines(text, *starts):
 @pytest.mark.parametrize("line", command_lines(EVERYTHING, "puzzle-trtllm "), ids=" ".join)
 def test_every_command_takes_its_flags(line):
     command = get_command(app).commands[line[1]]
-    command = getattr(command, "commands", {}).get(line[2], command)
+    if line[1] == "calibrate":
+        command = command.commands[line[2]]
     known = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in line if word.startswith("--")} <= known
     if "--config" in line and not line[line.index("--config") + 1].endswith(".yaml"):
