@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -157,6 +158,7 @@ def bench_command(
         result = points = run_sweep(url, scenario=load, concurrencies=_concurrencies(sweep), out=out, **options)
         if csv is not None:
             points.save_csv(csv)
+            print(f"written to {csv}", file=sys.stderr)
     else:
         assert isinstance(load, Scenario)
         result = run_bench(url, scenario=load, concurrency=concurrency, **options)

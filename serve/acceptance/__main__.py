@@ -57,7 +57,10 @@ def _compare(options: argparse.Namespace) -> int:
     accepted = result["all"].accepted(
         min_first_token=options.min_first_token, max_logprob_difference=options.max_logprob_difference
     )
-    print("accepted" if accepted else "NOT accepted")
+    bounds = (
+        f"{options.min_first_token:.0%} equal first tokens, log-probabilities within {options.max_logprob_difference}"
+    )
+    print(f"{'accepted' if accepted else 'NOT accepted'} (asked for: {bounds})")
     return 0 if accepted else 1
 
 
@@ -65,20 +68,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m puzzle_trtllm.serve.acceptance", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     slicing = commands.add_parser("slice", help="a few layers of a checkpoint as a small checkpoint of its own")
-    slicing.add_argument("checkpoint")
-    slicing.add_argument("out")
+    slicing.add_argument("checkpoint", help="checkpoint folder or hub id")
+    slicing.add_argument("out", help="folder to be made")
     slicing.add_argument("--layers", default="0,3,15,22", help="numbers in the source, in order (default 0,3,15,22)")
     recording = commands.add_parser("record", help="greedy continuations of fixed prompts by one engine")
-    recording.add_argument("engine")
-    recording.add_argument("out")
+    recording.add_argument("engine", help="engine folder; it is loaded here, without a server")
+    recording.add_argument("out", help="JSON file to write")
     recording.add_argument("--problems", help="problem set (.jsonl) to take texts from; default: random token ids")
     recording.add_argument("--limit", type=int, help="only so many problems")
-    recording.add_argument("--max-tokens", type=int, default=32)
+    recording.add_argument("--max-tokens", type=int, default=32, help="to generate for each prompt (default 32)")
     comparing = commands.add_parser("compare", help="two recordings; exit code 0 when they agree, else 1")
-    comparing.add_argument("a")
-    comparing.add_argument("b")
-    comparing.add_argument("--min-first-token", type=float, default=0.95, help="share of equal first tokens")
-    comparing.add_argument("--max-logprob-difference", type=float, default=0.25, help="of an equal first token, nats")
+    comparing.add_argument("a", help="a file that `record` wrote")
+    comparing.add_argument("b", help="that of the other engine")
+    comparing.add_argument(
+        "--min-first-token", type=float, default=0.95, help="share of equal first tokens (default 0.95)"
+    )
+    comparing.add_argument(
+        "--max-logprob-difference", type=float, default=0.25, help="of an equal first token, nats (default 0.25)"
+    )
     return parser
 
 

@@ -31,7 +31,10 @@ class Agreement:
 
 
 def compare(a: Recording, b: Recording) -> dict[str, Agreement]:
-    """Agreement by prompt length, and over "all". Raises BenchError for recordings of different questions."""
+    """Agreement by prompt length, shortest first, then over "all".
+
+    Raises BenchError for recordings of different questions.
+    """
     for key in ("prompts_fingerprint", "max_tokens"):
         if getattr(a, key) != getattr(b, key):
             raise BenchError(
@@ -44,11 +47,11 @@ def compare(a: Recording, b: Recording) -> dict[str, Agreement]:
             found=len(b.continuations),
             expected=len(a.continuations),
         )
-    groups: dict[str, list[tuple[Continuation, Continuation]]] = defaultdict(list)
-    for pair in zip(a.continuations, b.continuations, strict=True):
-        groups[str(pair[0].prompt_tokens)].append(pair)
-        groups["all"].append(pair)
-    return {name: _agreement(pairs) for name, pairs in groups.items()}
+    pairs = list(zip(a.continuations, b.continuations, strict=True))
+    groups: dict[int, list[tuple[Continuation, Continuation]]] = defaultdict(list)
+    for pair in pairs:
+        groups[pair[0].prompt_tokens].append(pair)
+    return {**{str(n): _agreement(groups[n]) for n in sorted(groups)}, "all": _agreement(pairs)}
 
 
 def common_tokens(a: Sequence[int], b: Sequence[int]) -> int:

@@ -61,7 +61,10 @@ def test_an_engine_agrees_with_itself_and_not_with_another(engines, tmp_path, ca
     assert main(["compare", files["bf16"], files["other"]]) == 1
     capsys.readouterr()
     main(["compare", files["bf16"], files["fp8"]])
-    assert "accepted" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "accepted (asked for: 95% equal first tokens, log-probabilities within 0.25)" in out
+    lengths = [line.split("|")[0].strip() for line in out.splitlines() if "|" in line][1:]
+    assert lengths == [*sorted(lengths[:-1], key=int), "all"]
     found = compare(one, Recording.load(files["fp8"]))["all"]
     assert found.max_logprob_difference is not None and 0 < found.max_logprob_difference < 1  # rounding, and only that
 
