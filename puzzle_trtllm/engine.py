@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture, read_json_object
 from puzzle_trtllm.errors import ArchitectureError, ConfigError, EngineError
-from puzzle_trtllm.yaml_files import first_problem, load_model, read_mapping, resolve_name
+from puzzle_trtllm.yaml_files import as_model, load_model, read_mapping, resolve_name
 
 ENGINE_SCHEMA_VERSION = 1
 ENGINE_CONFIG_FOLDER = Path(__file__).parent / "engine_configs"
@@ -110,10 +110,8 @@ class Engine:
         if not manifest_file.is_file():
             raise EngineError("missing", file=manifest_file, expected="an engine folder made by `puzzle-trtllm build`")
         try:
-            manifest = EngineManifest.model_validate(read_json_object(manifest_file))
+            manifest = as_model(read_json_object(manifest_file), EngineManifest, manifest_file, EngineError)
             llm_args = read_mapping(folder / LLM_ARGS_NAME)
-        except ValidationError as error:
-            raise first_problem(error, manifest_file, EngineError) from None
         except (ArchitectureError, ConfigError) as error:
             raise EngineError(str(error)) from None
         if not (folder / "model" / "config.json").is_file():

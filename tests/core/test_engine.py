@@ -59,6 +59,8 @@ def test_a_whole_engine_opens(folder):
         ({"schema_version": 2}, r"schema_version.*found 2"),
         ({"runtime": "vllm"}, r"runtime.*'vllm'"),
         ({"weight_bytes": "heavy"}, "weight_bytes"),
+        ({"weight_bytes": "1000"}, "weight_bytes: .*valid integer .found '1000'"),
+        ({"weight_bytes": True}, "weight_bytes: .*valid integer .found True"),
         ({"extra": 1}, "extra"),
         ({"kv_fold": {"mode": "half"}}, r"kv_fold\.mode"),
     ],
