@@ -123,7 +123,8 @@ def _fits(kind: str, value: Any) -> bool:
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """One that C++ has, too."""
+    return isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 64
 
 
 def _is_number(value: Any) -> bool:
