@@ -7,17 +7,19 @@ import json
 import pytest
 import yaml
 
-from puzzle_trtllm.engine import Engine, EngineConfig, load_engine_config
+from puzzle_trtllm.engine import Engine, EngineConfig, describe, load_engine_config
 from puzzle_trtllm.errors import ConfigError, EngineError
+from puzzle_trtllm.tensors import count_weight_bytes
 from tests.toys import toy_architecture, toy_config
 
+ARCHITECTURE = toy_architecture([(4, 16), (3, None)])
 MANIFEST = {
     "schema_version": 1,
     "runtime": "reference",
     "kv_dtype": "fp8",
-    "weight_bytes": 1000,
+    "weight_bytes": count_weight_bytes(ARCHITECTURE),
     "memory_bytes": None,
-    "architecture": {},
+    "architecture": describe(ARCHITECTURE),
     "kv_fold": {
         "mode": "tensor",
         "layers": [{"layer": 0, "k_scale": 0.3, "v_scale": 1.0, "k_fold": 0.5, "v_fold": 1.0}],
@@ -25,7 +27,6 @@ MANIFEST = {
     "provenance": {"config": {}},
 }
 ARGS = {"backend": "pytorch", "kv_cache_config": {"dtype": "fp8"}}
-ARCHITECTURE = toy_architecture([(4, 16), (3, None)])
 
 
 @pytest.mark.parametrize("limit", ["2048", 0, True, 0.5, [1]])
@@ -70,6 +71,36 @@ def test_a_wrong_manifest_is_one_line_that_names_the_key(folder, change, message
     with pytest.raises(EngineError, match=message) as caught:
         Engine.open(folder)
     assert "engine.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+OTHER = describe(toy_architecture([(4, 16), (4, None)], vocab_size=97))
+SHORTER = {**describe(ARCHITECTURE), "block_configs": [{"num_local_experts": 4, "sliding_window": 16}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"architecture": OTHER},
+            r"architecture\.block_configs\[1\]: is not what the rest .* 4, .*expected \{'num_local_experts': 3",
+        ),
+        ({"architecture": SHORTER}, r"architecture\.num_layers: is not what the rest .*found 1, expected 2"),
+        ({"architecture": {"vocab_size": 97}}, r"architecture\.vocab_size: is not .*found 97, expected 96"),
+        ({"architecture": {"vocabulary": 96}}, r"architecture\.vocabulary: is not .*found 96"),
+        ({"weight_bytes": 1000}, "weight_bytes: is not what the rest .*found 1000"),
+        ({"kv_dtype": "bf16"}, "kv_dtype: is not what the rest .*found bf16, expected fp8"),
+    ],
+)
+def test_a_manifest_of_another_engine_is_refused(folder, change, message):
+    (folder / "engine.json").write_text(json.dumps({**MANIFEST, **change}))
+    with pytest.raises(EngineError, match=rf"engine\.json: {message}"):
+        Engine.open(folder)
+
+
+def test_a_section_that_is_none(folder):
+    (folder / "llm_args.yaml").write_text("kv_cache_config: fp8")
+    with pytest.raises(EngineError, match=r"llm_args\.yaml: kv_cache_config: must be a mapping .found 'fp8'"):
+        Engine.open(folder)
 
 
 @pytest.mark.parametrize("name", ["engine.json", "llm_args.yaml", "model/config.json"])
