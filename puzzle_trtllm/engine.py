@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture, read_json_object
 from puzzle_trtllm.errors import ArchitectureError, ConfigError, EngineError
+from puzzle_trtllm.llm_args_schema import check_known_types
 from puzzle_trtllm.tensors import count_weight_bytes
 from puzzle_trtllm.yaml_files import as_model, load_model, read_mapping, resolve_name
 
@@ -114,6 +115,7 @@ class Engine:
         try:
             manifest = as_model(read_json_object(manifest_file), EngineManifest, manifest_file, EngineError)
             llm_args = read_mapping(folder / LLM_ARGS_NAME)
+            check_known_types(llm_args, file=folder / LLM_ARGS_NAME)
         except (ArchitectureError, ConfigError) as error:
             raise EngineError(str(error)) from None
         if not (folder / "model" / "config.json").is_file():
@@ -137,12 +139,8 @@ class Engine:
 
     @property
     def kv_dtype(self) -> KvDtype:
-        """What llm_args.yaml makes the runtime store. Raises EngineError."""
-        kv_cache = self.llm_args.get("kv_cache_config") or {}
-        if not isinstance(kv_cache, dict):
-            file = self.path / LLM_ARGS_NAME
-            raise EngineError("must be a mapping", file=file, key="kv_cache_config", found=repr(kv_cache))
-        return "fp8" if kv_cache.get("dtype") == "fp8" else "bf16"
+        """What llm_args.yaml makes the runtime store."""
+        return "fp8" if self.llm_args.get("kv_cache_config", {}).get("dtype") == "fp8" else "bf16"
 
     @property
     def architecture(self) -> PuzzleArchitecture:

@@ -51,6 +51,13 @@ def check_llm_args(arguments: Mapping[str, Any], *, target: str, file: str | Pat
     _check_class(ROOT_CLASS, arguments, target, "", file)
 
 
+def check_known_types(arguments: Mapping[str, Any], *, file: str | Path) -> None:
+    """The same for a file that was checked when it was made, and edited since; what a newer line has added passes."""
+    fields = fields_of(ROOT_CLASS, NEWEST_TARGET)
+    known = {key: value for key, value in arguments.items() if key in fields}
+    check_llm_args(known, target=NEWEST_TARGET, file=file)
+
+
 @cache
 def _schema() -> dict[str, Any]:
     schema: dict[str, Any] = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))

@@ -33,7 +33,9 @@ ARGS = {"backend": "pytorch", "kv_cache_config": {"dtype": "fp8"}}
 def test_a_limit_that_is_no_number_of_tokens_names_its_file(folder, limit):
     assert Engine.open(folder).max_seq_len is None
     (folder / "llm_args.yaml").write_text(yaml.safe_dump({**ARGS, "max_seq_len": limit}))
-    with pytest.raises(EngineError, match=r"llm_args\.yaml: max_seq_len: must be a positive integer .found"):
+    with pytest.raises(
+        EngineError, match=r"llm_args\.yaml: max_seq_len: (must be a positive integer|wrong type of .*) .found"
+    ):
         _ = Engine.open(folder).max_seq_len
 
 
@@ -97,10 +99,24 @@ def test_a_manifest_of_another_engine_is_refused(folder, change, message):
         Engine.open(folder)
 
 
-def test_a_section_that_is_none(folder):
-    (folder / "llm_args.yaml").write_text("kv_cache_config: fp8")
-    with pytest.raises(EngineError, match=r"llm_args\.yaml: kv_cache_config: must be a mapping .found 'fp8'"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tensor_parallel_size": "two"}, 'tensor_parallel_size: wrong type .*found "two", expected int'),
+        ({"max_batch_size": True}, "max_batch_size: wrong type .*found true"),
+        ({"kv_cache_config": "fp8"}, "kv_cache_config: wrong type"),
+        ({"kv_cache_config": {"dtype": "fp8", "tokens_per_block": 0.5}}, r"kv_cache_config\.tokens_per_block: wrong"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused(folder, change, message):
+    (folder / "llm_args.yaml").write_text(yaml.safe_dump({**ARGS, **change}))
+    with pytest.raises(EngineError, match=rf"llm_args\.yaml: {message}"):
         Engine.open(folder)
+
+
+def test_an_argument_that_a_newer_tensorrt_llm_has_added_passes(folder):
+    (folder / "llm_args.yaml").write_text(yaml.safe_dump({**ARGS, "from_next_year": "7"}))
+    assert Engine.open(folder).llm_args["from_next_year"] == "7"
 
 
 @pytest.mark.parametrize("name", ["engine.json", "llm_args.yaml", "model/config.json"])
