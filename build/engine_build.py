@@ -125,7 +125,11 @@ def _load_config(config: EngineConfig | str | Path) -> tuple[EngineConfig, str]:
 
 
 def _derive(architecture: PuzzleArchitecture, config: EngineConfig, label: str) -> list[DerivedValue]:
-    return derive_llm_args(architecture, config, load_scenario(config.scenario), file=label)
+    try:
+        scenario = load_scenario(config.scenario)
+    except ConfigError as error:
+        raise ConfigError(str(error), file=label, key="scenario") from None
+    return derive_llm_args(architecture, config, scenario, file=label)
 
 
 def _write_gpu_host_files(
