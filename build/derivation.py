@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from puzzle_trtllm.architecture import ExpertsFormat, read_json_object
 from puzzle_trtllm.errors import ArchitectureError, CheckpointError
-from puzzle_trtllm.yaml_files import first_problem
+from puzzle_trtllm.yaml_files import as_model
 
 DERIVATION_NAME = "derivation.json"
 
@@ -61,9 +61,6 @@ def read_derivation(folder: Path) -> DerivationRecord:
     if not file.is_file():
         raise CheckpointError("missing", file=file, expected="a child made by `puzzle-trtllm derive`")
     try:
-        value: dict[str, Any] = read_json_object(file)
-        return DerivationRecord.model_validate(value)
+        return as_model(read_json_object(file), DerivationRecord, file, CheckpointError)
     except ArchitectureError as error:
         raise CheckpointError(str(error)) from None
-    except ValidationError as error:
-        raise first_problem(error, file, CheckpointError) from None

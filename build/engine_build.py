@@ -13,7 +13,6 @@ asked for by name (fold "none" and allow_unit_scale), and then the manifest says
 from __future__ import annotations
 
 import platform
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from puzzle_trtllm.engine import (
     EngineManifest,
     FoldName,
     KvFold,
+    describe,
     load_engine_config,
 )
 from puzzle_trtllm.errors import ConfigError
@@ -125,7 +125,11 @@ def _load_config(config: EngineConfig | str | Path) -> tuple[EngineConfig, str]:
 
 
 def _derive(architecture: PuzzleArchitecture, config: EngineConfig, label: str) -> list[DerivedValue]:
-    return derive_llm_args(architecture, config, load_scenario(config.scenario), file=label)
+    try:
+        scenario = load_scenario(config.scenario)
+    except ConfigError as error:
+        raise ConfigError(str(error), file=label, key="scenario") from None
+    return derive_llm_args(architecture, config, scenario, file=label)
 
 
 def _write_gpu_host_files(
@@ -199,14 +203,12 @@ def _provenance(
 
 
 def _manifest(served: Checkpoint, config: EngineConfig, kv_fold: KvFold, provenance: dict[str, Any]) -> EngineManifest:
-    a = served.architecture
-    shared = {field.name: getattr(a, field.name) for field in fields(a) if field.name not in ("blocks", "rope")}
     return EngineManifest(
         runtime=config.runtime,
         kv_dtype=config.kv_dtype,
         weight_bytes=served.weight_bytes,
         memory_bytes=config.memory_bytes,
-        architecture={"block_configs": [block.to_json() for block in a.blocks], **shared},
+        architecture=describe(served.architecture),
         kv_fold=kv_fold,
         provenance=provenance,
     )

@@ -8,8 +8,11 @@ from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.errors import ConfigError
 
 
-def check_fixed_values(a: PuzzleArchitecture) -> None:
-    """Raise ConfigError for a model that TensorRT-LLM's gpt-oss would run with other values than its own."""
+def check_fixed_values(a: PuzzleArchitecture, *, file: str) -> None:
+    """Raise ConfigError for a model that TensorRT-LLM's gpt-oss would run with other values than its own.
+
+    `file` is the engine config that asks for TensorRT-LLM.
+    """
     fixed: tuple[tuple[str, object, object], ...] = (
         ("swiglu_limit", a.swiglu_limit, 7.0),
         ("attention_bias", a.attention_bias, True),
@@ -18,4 +21,7 @@ def check_fixed_values(a: PuzzleArchitecture) -> None:
     for key, found, built_in in fixed:
         if found != built_in:
             expected = f"{built_in}, or runtime: reference"
-            raise ConfigError("is built into TensorRT-LLM's gpt-oss", key=key, found=found, expected=expected)
+            place = f"runtime: the model's {key}"
+            raise ConfigError(
+                "is built into TensorRT-LLM's gpt-oss", file=file, key=place, found=found, expected=expected
+            )

@@ -64,7 +64,10 @@ def the_gpu(config: EngineConfig, file: str) -> Gpu:
             key="gpu",
             expected="such as h100-80gb",
         )
-    return load_gpu(config.gpu)
+    try:
+        return load_gpu(config.gpu)
+    except ConfigError as error:
+        raise ConfigError(str(error), file=file) from None
 
 
 def moe_backend(gpu: Gpu) -> tuple[str, str]:

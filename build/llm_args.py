@@ -68,7 +68,7 @@ def derive_llm_args(
         raise ConfigError("is passed by the loader of the engine", file=file, key="llm_args.model")
     check_llm_args(config.llm_args, target=config.target, file=f"{file}: llm_args")
     if config.runtime == "tensorrt_llm":
-        check_fixed_values(architecture)
+        check_fixed_values(architecture, file=file)
     values = Values(config.llm_args)
     _parallel(values, config, file)
     _max_seq_len(values, architecture, scenario, file)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from puzzle_trtllm.config_values import (
+    MAX_INTEGER,
     RepeatedKeyError,
     boolean,
     positive_integer,
@@ -44,6 +45,9 @@ KV_BYTES_PER_VALUE: Mapping[KvDtype, int] = {"bf16": 2, "fp8": 1}
 
 SWIGLU_ALPHA = 1.702
 """Factor in the sigmoid of the experts' gate."""
+
+MAX_LAYERS = 10_000
+"""Where nothing but a number says how many: each is an object here."""
 
 _LAYER_TYPES = ("sliding_attention", "full_attention")
 """Hugging Face's names; layers alternate in this order where a config says nothing."""
@@ -96,7 +100,7 @@ class PuzzleArchitecture:
                 "is built into every runtime", file=source, key="swiglu_alpha", found=alpha, expected=SWIGLU_ALPHA
             )
         try:
-            return cls(
+            architecture = cls(
                 blocks=read_block_configs(config, source),
                 hidden_size=positive_integer(config, "hidden_size", source),
                 intermediate_size=positive_integer(config, "intermediate_size", source),
@@ -117,6 +121,8 @@ class PuzzleArchitecture:
             if str(source) in str(error):
                 raise
             raise ArchitectureError(str(error), file=source) from None
+        _check_top_k(config, architecture.experts_per_token, source)
+        return architecture
 
     @classmethod
     def from_path(cls, path: str | Path) -> PuzzleArchitecture:
@@ -232,14 +238,6 @@ def read_blocks(path: str | Path, parent: PuzzleArchitecture) -> tuple[BlockConf
                 found=block.num_local_experts,
                 expected=f"{parent.experts_per_token} (top-k) to {parents.num_local_experts} (the parent's)",
             )
-        if block.sliding_window is not None and block.sliding_window < 1:
-            raise ArchitectureError(
-                "impossible window",
-                file=file,
-                key=f"{key}.sliding_window",
-                found=block.sliding_window,
-                expected="null or at least 1 token",
-            )
     return blocks
 
 
@@ -285,7 +283,7 @@ def _shared_window(config: Mapping[str, Any], layer_type: str) -> dict[str, Any]
 
 def _read_layer_types(config: Mapping[str, Any], source: str | Path) -> list[str]:
     """The attention of each layer; windows on the even ones where nothing is said."""
-    num_layers = positive_integer(config, "num_hidden_layers", source)
+    num_layers = positive_integer(config, "num_hidden_layers", source, most=MAX_LAYERS)
     found = config.get("layer_types")
     if found is None:
         return [_LAYER_TYPES[i % 2] for i in range(num_layers)]
@@ -340,7 +338,14 @@ def _read_block(values: Mapping[str, Any], key: str, source: str | Path) -> Bloc
             raise ArchitectureError(
                 "wrong type", file=source, key=f"{key}.{name}", found=json.dumps(value, default=str), expected=expected
             )
+    _check_window(window, f"{key}.sliding_window", file=source)
     return BlockConfig(num_local_experts=experts, sliding_window=window)
+
+
+def _check_window(window: int | None, key: str, *, file: str | Path | None = None) -> None:
+    if window is not None and not 1 <= window <= MAX_INTEGER:
+        expected = f"null or 1 to {MAX_INTEGER} tokens"
+        raise ArchitectureError("impossible window", file=file, key=key, found=window, expected=expected)
 
 
 def _read_experts_format(config: Mapping[str, Any], source: str | Path) -> ExpertsFormat:
@@ -360,6 +365,19 @@ def _read_experts_format(config: Mapping[str, Any], source: str | Path) -> Exper
 
 def _top_k_key(config: Mapping[str, Any]) -> str:
     return "num_experts_per_tok" if "num_experts_per_tok" in config else "experts_per_token"
+
+
+def _check_top_k(config: Mapping[str, Any], top_k: int, source: str | Path) -> None:
+    """Released configs say it under both names, and readers differ in which one they ask."""
+    older = config.get("experts_per_token")
+    if older not in (None, top_k):
+        raise ArchitectureError(
+            "disagrees with num_experts_per_tok",
+            file=source,
+            key="experts_per_token",
+            found=json.dumps(older, default=str),
+            expected=top_k,
+        )
 
 
 def _validate(a: PuzzleArchitecture) -> None:
@@ -386,10 +404,11 @@ def _validate(a: PuzzleArchitecture) -> None:
                 found=block.num_local_experts,
                 expected=f"at least {a.experts_per_token}",
             )
-        if block.sliding_window is not None and block.sliding_window < 1:
+        if block.num_local_experts > MAX_INTEGER:
             raise ArchitectureError(
-                "impossible window",
-                key=f"block_configs[{layer}].sliding_window",
-                found=block.sliding_window,
-                expected="null or at least 1 token",
+                "too large",
+                key=f"block_configs[{layer}].num_local_experts",
+                found=block.num_local_experts,
+                expected=f"at most {MAX_INTEGER}",
             )
+        _check_window(block.sliding_window, f"block_configs[{layer}].sliding_window")

@@ -19,7 +19,7 @@ from puzzle_trtllm.commands.calibrate import experts_command, kv_command
 from puzzle_trtllm.commands.clients import evaluate_command, generate_command
 from puzzle_trtllm.commands.doctor import doctor_command
 from puzzle_trtllm.commands.engines import build_command, serve_command
-from puzzle_trtllm.commands.front import PuzzleGroup
+from puzzle_trtllm.commands.front import PuzzleCommand, PuzzleGroup
 from puzzle_trtllm.commands.models import derive_command, inspect_command, verify_command
 from puzzle_trtllm.commands.planning import plan_command
 from puzzle_trtllm.commands.reporting import report_command
@@ -58,7 +58,7 @@ def root(
 
 
 def _add(to: typer.Typer, name: str, command: Callable[..., None], example: str) -> None:
-    to.command(name, epilog=f"Example: puzzle-trtllm {example}")(command)
+    to.command(name, cls=PuzzleCommand, epilog=f"Example: puzzle-trtllm {example}")(command)
 
 
 _add(app, "inspect", inspect_command, "inspect openai/gpt-oss-120b --seq-len 8192 131072")

@@ -12,14 +12,27 @@ from puzzle_trtllm.errors import ArchitectureError
 
 Values = Mapping[str, Any]
 
+MAX_INTEGER = 2**31 - 1
+"""Kernels count in 32 bits."""
+MIN_NUMBER, MAX_NUMBER = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""What is not 0 or infinity in float32, in which all runtimes compute."""
+
 
 def positive_integer(
-    values: Values, key: str, source: str | Path, *, default: int | None = None, prefix: str = ""
+    values: Values,
+    key: str,
+    source: str | Path,
+    *,
+    default: int | None = None,
+    most: int = MAX_INTEGER,
+    prefix: str = "",
 ) -> int:
     """Raises ArchitectureError, as all of these do. `prefix` names the section that `values` are of."""
     value = values.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise _wrong(value, f"{prefix}{key}", "must be a positive integer", source)
+    if value > most:
+        raise _wrong(value, f"{prefix}{key}", "too large", source, expected=f"at most {most}")
     return value
 
 
@@ -30,6 +43,9 @@ def positive_number(
     value = values.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise _wrong(value, f"{prefix}{key}", "must be a positive number", source)
+    if not MIN_NUMBER <= value <= MAX_NUMBER:
+        expected = f"{MIN_NUMBER:.3g} to {MAX_NUMBER:.3g} (float32)"
+        raise _wrong(value, f"{prefix}{key}", "a number that models do not compute with", source, expected=expected)
     return float(value)
 
 
@@ -62,5 +78,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _wrong(value: object, key: str, message: str, source: str | Path) -> ArchitectureError:
-    return ArchitectureError(message, file=source, key=key, found=json.dumps(value, default=str))
+def _wrong(
+    value: object, key: str, message: str, source: str | Path, *, expected: str | None = None
+) -> ArchitectureError:
+    return ArchitectureError(message, file=source, key=key, found=json.dumps(value, default=str), expected=expected)

@@ -10,15 +10,18 @@ What TensorRT-LLM's PyTorch backend loads is such a folder; there is no compiled
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture, read_json_object
 from puzzle_trtllm.errors import ArchitectureError, ConfigError, EngineError
-from puzzle_trtllm.yaml_files import first_problem, load_model, read_mapping, resolve_name
+from puzzle_trtllm.llm_args_schema import check_known_types
+from puzzle_trtllm.tensors import count_weight_bytes
+from puzzle_trtllm.yaml_files import as_model, load_model, read_mapping, resolve_name
 
 ENGINE_SCHEMA_VERSION = 1
 ENGINE_CONFIG_FOLDER = Path(__file__).parent / "engine_configs"
@@ -110,15 +113,16 @@ class Engine:
         if not manifest_file.is_file():
             raise EngineError("missing", file=manifest_file, expected="an engine folder made by `puzzle-trtllm build`")
         try:
-            manifest = EngineManifest.model_validate(read_json_object(manifest_file))
+            manifest = as_model(read_json_object(manifest_file), EngineManifest, manifest_file, EngineError)
             llm_args = read_mapping(folder / LLM_ARGS_NAME)
-        except ValidationError as error:
-            raise first_problem(error, manifest_file, EngineError) from None
+            check_known_types(llm_args, file=folder / LLM_ARGS_NAME)
         except (ArchitectureError, ConfigError) as error:
             raise EngineError(str(error)) from None
         if not (folder / "model" / "config.json").is_file():
             raise EngineError("missing", file=folder / "model" / "config.json")
-        return cls(path=folder.resolve(), manifest=manifest, llm_args=llm_args)
+        engine = cls(path=folder.resolve(), manifest=manifest, llm_args=llm_args)
+        _check_manifest(engine)
+        return engine
 
     @property
     def model_path(self) -> Path:
@@ -134,8 +138,45 @@ class Engine:
         return limit
 
     @property
+    def kv_dtype(self) -> KvDtype:
+        """What llm_args.yaml makes the runtime store."""
+        return "fp8" if self.llm_args.get("kv_cache_config", {}).get("dtype") == "fp8" else "bf16"
+
+    @property
     def architecture(self) -> PuzzleArchitecture:
         return PuzzleArchitecture.from_path(self.model_path)
+
+
+def describe(a: PuzzleArchitecture) -> dict[str, Any]:
+    """An architecture as engine.json has it."""
+    shared = {field.name: getattr(a, field.name) for field in fields(a) if field.name not in ("blocks", "rope")}
+    return {"block_configs": [block.to_json() for block in a.blocks], **shared}
+
+
+def _check_manifest(engine: Engine) -> None:
+    """Measurements are told by engine.json; another file of the folder must not have served them."""
+    try:
+        architecture = engine.architecture
+    except ArchitectureError as error:
+        raise EngineError(str(error)) from None
+    said, actual = _layer_by_layer(engine.manifest.architecture), _layer_by_layer(describe(architecture))
+    pairs = {f"architecture.{key}": (value, actual.get(key)) for key, value in said.items()}
+    pairs["weight_bytes"] = (engine.manifest.weight_bytes, count_weight_bytes(architecture))
+    pairs["kv_dtype"] = (engine.manifest.kv_dtype, engine.kv_dtype)
+    for key, (found, expected) in pairs.items():
+        if found != expected:
+            message = "is not what the rest of the engine folder says"
+            raise EngineError(message, file=engine.path / MANIFEST_NAME, key=key, found=found, expected=expected)
+
+
+def _layer_by_layer(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with an entry for each layer: a line with all of them would show the first ones only."""
+    blocks = description.get("block_configs", [])
+    if not isinstance(blocks, list):
+        return dict(description)
+    layers = {f"block_configs[{layer}]": block for layer, block in enumerate(blocks)}
+    rest = {key: value for key, value in description.items() if key != "block_configs"}
+    return {"num_layers": len(blocks), **layers, **rest} if blocks else rest
 
 
 def load_engine_config(name_or_path: str | Path) -> EngineConfig:

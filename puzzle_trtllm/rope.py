@@ -76,6 +76,10 @@ class RopeConfig:
             raise ArchitectureError("must be greater than 1", file=source, key="rope_theta", found=rope.theta)
         if rope.factor < 1:
             raise ArchitectureError("must be at least 1", file=source, key=f"{prefix}factor", found=rope.factor)
+        if rope.beta_fast < rope.beta_slow:
+            expected = f"at least beta_slow, {rope.beta_slow}"
+            key = f"{prefix}beta_fast"
+            raise ArchitectureError("too small", file=source, key=key, found=rope.beta_fast, expected=expected)
         return rope
 
     def to_json(self) -> dict[str, Any]:

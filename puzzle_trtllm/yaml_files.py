@@ -56,21 +56,29 @@ class _Loader(yaml.SafeLoader):
 
 def load_model(file: Path, model: type[Model]) -> Model:
     """Read `file` as `model`. Raises ConfigError in one line for the first thing that is wrong."""
-    value = read_mapping(file)
+    return as_model(read_mapping(file), model, file, ConfigError)
+
+
+def as_model(value: object, model: type[Model], file: str | Path, kind: type[Error]) -> Model:
+    """What a file says, as `model`. Nothing is converted: true, "1" and 1.0 are no integers (1 is a float, too).
+
+    Raises an error of this kind for the first thing that is wrong.
+    """
     try:
-        return model.model_validate(value)
+        return model.model_validate(value, strict=True)
     except ValidationError as error:
-        raise _first_problem(error, file, model) from None
+        raise _first_problem(error, file, model, kind) from None
 
 
-def _first_problem(error: ValidationError, file: Path, model: type[BaseModel]) -> ConfigError:
+def _first_problem(error: ValidationError, file: str | Path, model: type[BaseModel], kind: type[Error]) -> Error:
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return ConfigError("unknown key", file=file, key=key, expected=f"one of: {', '.join(model.model_fields)}")
+        known = f"one of: {', '.join(model.model_fields)}" if len(problem["loc"]) == 1 else None
+        return kind("unknown key", file=file, key=key, expected=known)
     if problem["type"] == "missing":
-        return ConfigError("missing key", file=file, key=key)
-    return first_problem(error, file, ConfigError)
+        return kind("missing key", file=file, key=key)
+    return first_problem(error, file, kind)
 
 
 def first_problem(error: ValidationError, file: str | Path, kind: type[Error]) -> Error:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from puzzle_trtllm.errors import PuzzleError
 
@@ -102,6 +102,21 @@ class PuzzleGroup(TyperGroup):
                 traceback.print_exc()
             print(f"error: {line}", file=sys.stderr)
             raise typer.Exit(USER_ERROR) from None
+
+
+class PuzzleCommand(TyperCommand):
+    """Every command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse empty values: as a path, what a shell makes of an unset variable would be the current folder."""
+        values, _, parameters = self.make_parser(ctx).parse_args(list(args))
+        for parameter in parameters:
+            value = values[parameter.name]
+            if "" in (value if isinstance(value, list | tuple) else (value,)):
+                is_option = parameter.param_type_name == "option"
+                key = parameter.opts[0] if is_option else parameter.metavar or parameter.name.upper()
+                raise PuzzleError("is empty: is it a shell variable that is not set?", key=key)
+        return list(super().parse_args(ctx, args))
 
 
 def explain(error: Exception) -> str | None:

@@ -50,7 +50,8 @@ def report_command(
 
 def name_and_files(value: str, option: str) -> tuple[str, list[Path]]:
     """`NAME=FILE,FILE` in its parts."""
-    name, _, files = value.partition("=")
-    if not name or not files:
+    name, _, rest = value.partition("=")
+    files = rest.split(",")
+    if not name or not all(files):
         raise PuzzleError("names no file", key=option, found=value, expected="NAME=FILE")
-    return name, [Path(file) for file in files.split(",")]
+    return name, [Path(file) for file in files]

@@ -59,7 +59,7 @@ class Recording(BaseModel):
     def load(cls, file: str | Path) -> Recording:
         """Read a recording. Raises ConfigError in one line."""
         try:
-            return cls.model_validate_json(Path(file).read_text(encoding="utf-8"))
+            return cls.model_validate_json(Path(file).read_text(encoding="utf-8"), strict=True)
         except OSError as error:
             raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
         except UnicodeDecodeError:

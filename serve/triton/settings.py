@@ -59,7 +59,7 @@ def read_model_yaml(file: Path) -> ModelSettings:
     if not isinstance(content, dict) or not isinstance(content.get("triton_config"), dict):
         raise ConfigError("missing key", file=file, key="triton_config", expected="a mapping")
     try:
-        triton = TritonConfig.model_validate(content.pop("triton_config"))
+        triton = TritonConfig.model_validate(content.pop("triton_config"), strict=True)
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(["triton_config", *(str(part) for part in problem["loc"])])

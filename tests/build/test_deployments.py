@@ -188,7 +188,10 @@ class TestDerived:
     @pytest.mark.parametrize(
         ("change", "match"),
         [
-            ({"swiglu_limit": 5.0}, r"swiglu_limit: .* \(found 5.0, expected 7.0, or runtime: reference\)"),
+            (
+                {"swiglu_limit": 5.0},
+                r"^[^:]+: runtime: the model's swiglu_limit: .* \(found 5.0, expected 7.0, or runtime: reference\)",
+            ),
             ({"attention_bias": False}, r"attention_bias: .* \(found False, expected True"),
             ({"rope_scaling": None}, r"rope_scaling.rope_type: .* \(found default, expected yarn"),
         ],

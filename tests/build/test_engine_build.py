@@ -260,8 +260,23 @@ class TestRefusals:
     def test_an_unknown_config(self, child, tmp_path):
         self.refused(child, tmp_path, ConfigError, "no such engine config .*cpu-demo", config="gpu-demo")
 
-    def test_an_unknown_scenario(self, child, tmp_path):
-        self.refused(child, tmp_path, ConfigError, "no such scenario", config=config(scenario="busy"))
+    @pytest.mark.parametrize(
+        ("changes", "match"),
+        [
+            ({"scenario": "busy"}, r"scenario: busy: no such scenario \(expected .*cpu-demo"),
+            ({"scenario": "open.yaml"}, r"scenario: open\.yaml: request_rate: is an open loop"),
+            ({"runtime": "tensorrt_llm", "gpu": "h100"}, r"gpu: unknown GPU \(found h100, expected one of: h100-80gb"),
+        ],
+    )
+    def test_an_unknown_name_is_told_with_the_file_and_key_that_say_it(
+        self, child, tmp_path, monkeypatch, changes, match
+    ):
+        monkeypatch.chdir(tmp_path)
+        open_loop = {"name": "o", "input_tokens": 8, "output_tokens": 8, "num_requests": 4, "request_rate": 2.0}
+        (tmp_path / "open.yaml").write_text(yaml.safe_dump(open_loop))
+        file = tmp_path / "mine.yaml"
+        file.write_text(yaml.safe_dump({**config().model_dump(), **changes}))
+        self.refused(child, tmp_path, ConfigError, rf"mine\.yaml: {match}", config=file)
 
     def test_an_unknown_argument_names_the_file(self, child, tmp_path):
         file = tmp_path / "mine.yaml"

@@ -158,6 +158,13 @@ def test_indices_that_no_choice_gives_are_refused(child, parent, kept):
         verify(child, against=parent)
 
 
+@pytest.mark.parametrize("index", [True, "1", 1.0])
+def test_an_index_that_is_no_integer_is_refused(child, parent, index):
+    edit_record(child, kept_experts=[[0, index, 3, 5], list(range(6))])
+    with pytest.raises(CheckpointError, match=r"derivation\.json: kept_experts\.0\.1: .*valid integer"):
+        verify(child, against=parent)
+
+
 @pytest.mark.parametrize("content", ["{", "{}", '{"schema_version": 2}'])
 def test_a_damaged_record_is_one_line(child, parent, content):
     (child / "derivation.json").write_text(content)

@@ -7,17 +7,19 @@ import json
 import pytest
 import yaml
 
-from puzzle_trtllm.engine import Engine, EngineConfig, load_engine_config
+from puzzle_trtllm.engine import Engine, EngineConfig, describe, load_engine_config
 from puzzle_trtllm.errors import ConfigError, EngineError
+from puzzle_trtllm.tensors import count_weight_bytes
 from tests.toys import toy_architecture, toy_config
 
+ARCHITECTURE = toy_architecture([(4, 16), (3, None)])
 MANIFEST = {
     "schema_version": 1,
     "runtime": "reference",
     "kv_dtype": "fp8",
-    "weight_bytes": 1000,
+    "weight_bytes": count_weight_bytes(ARCHITECTURE),
     "memory_bytes": None,
-    "architecture": {},
+    "architecture": describe(ARCHITECTURE),
     "kv_fold": {
         "mode": "tensor",
         "layers": [{"layer": 0, "k_scale": 0.3, "v_scale": 1.0, "k_fold": 0.5, "v_fold": 1.0}],
@@ -25,14 +27,15 @@ MANIFEST = {
     "provenance": {"config": {}},
 }
 ARGS = {"backend": "pytorch", "kv_cache_config": {"dtype": "fp8"}}
-ARCHITECTURE = toy_architecture([(4, 16), (3, None)])
 
 
 @pytest.mark.parametrize("limit", ["2048", 0, True, 0.5, [1]])
 def test_a_limit_that_is_no_number_of_tokens_names_its_file(folder, limit):
     assert Engine.open(folder).max_seq_len is None
     (folder / "llm_args.yaml").write_text(yaml.safe_dump({**ARGS, "max_seq_len": limit}))
-    with pytest.raises(EngineError, match=r"llm_args\.yaml: max_seq_len: must be a positive integer .found"):
+    with pytest.raises(
+        EngineError, match=r"llm_args\.yaml: max_seq_len: (must be a positive integer|wrong type of .*) .found"
+    ):
         _ = Engine.open(folder).max_seq_len
 
 
@@ -59,6 +62,8 @@ def test_a_whole_engine_opens(folder):
         ({"schema_version": 2}, r"schema_version.*found 2"),
         ({"runtime": "vllm"}, r"runtime.*'vllm'"),
         ({"weight_bytes": "heavy"}, "weight_bytes"),
+        ({"weight_bytes": "1000"}, "weight_bytes: .*valid integer .found '1000'"),
+        ({"weight_bytes": True}, "weight_bytes: .*valid integer .found True"),
         ({"extra": 1}, "extra"),
         ({"kv_fold": {"mode": "half"}}, r"kv_fold\.mode"),
     ],
@@ -68,6 +73,50 @@ def test_a_wrong_manifest_is_one_line_that_names_the_key(folder, change, message
     with pytest.raises(EngineError, match=message) as caught:
         Engine.open(folder)
     assert "engine.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+OTHER = describe(toy_architecture([(4, 16), (4, None)], vocab_size=97))
+SHORTER = {**describe(ARCHITECTURE), "block_configs": [{"num_local_experts": 4, "sliding_window": 16}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"architecture": OTHER},
+            r"architecture\.block_configs\[1\]: is not what the rest .* 4, .*expected \{'num_local_experts': 3",
+        ),
+        ({"architecture": SHORTER}, r"architecture\.num_layers: is not what the rest .*found 1, expected 2"),
+        ({"architecture": {"vocab_size": 97}}, r"architecture\.vocab_size: is not .*found 97, expected 96"),
+        ({"architecture": {"vocabulary": 96}}, r"architecture\.vocabulary: is not .*found 96"),
+        ({"weight_bytes": 1000}, "weight_bytes: is not what the rest .*found 1000"),
+        ({"kv_dtype": "bf16"}, "kv_dtype: is not what the rest .*found bf16, expected fp8"),
+    ],
+)
+def test_a_manifest_of_another_engine_is_refused(folder, change, message):
+    (folder / "engine.json").write_text(json.dumps({**MANIFEST, **change}))
+    with pytest.raises(EngineError, match=rf"engine\.json: {message}"):
+        Engine.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tensor_parallel_size": "two"}, 'tensor_parallel_size: wrong type .*found "two", expected int'),
+        ({"max_batch_size": True}, "max_batch_size: wrong type .*found true"),
+        ({"kv_cache_config": "fp8"}, "kv_cache_config: wrong type"),
+        ({"kv_cache_config": {"dtype": "fp8", "tokens_per_block": 0.5}}, r"kv_cache_config\.tokens_per_block: wrong"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused(folder, change, message):
+    (folder / "llm_args.yaml").write_text(yaml.safe_dump({**ARGS, **change}))
+    with pytest.raises(EngineError, match=rf"llm_args\.yaml: {message}"):
+        Engine.open(folder)
+
+
+def test_an_argument_that_a_newer_tensorrt_llm_has_added_passes(folder):
+    (folder / "llm_args.yaml").write_text(yaml.safe_dump({**ARGS, "from_next_year": "7"}))
+    assert Engine.open(folder).llm_args["from_next_year"] == "7"
 
 
 @pytest.mark.parametrize("name", ["engine.json", "llm_args.yaml", "model/config.json"])

@@ -51,6 +51,7 @@ def test_recorded_fields():
         ({"tensor_parallel_size": None}, "tensor_parallel_size: wrong type"),
         ({"enable_chunked_prefill": 1}, "enable_chunked_prefill: wrong type"),
         ({"stream_interval": 0}, "stream_interval: wrong type .*expected PositiveInt"),
+        ({"max_batch_size": 2**63}, "max_batch_size: wrong type .*found 9223372036854775808, expected"),
         ({"kv_cache_config": {"max_attention_window": [128, None]}}, r"max_attention_window: wrong type"),
         ({"kv_cache_config": {"max_attention_window": 128}}, r"max_attention_window: wrong type"),
         ({"kv_cache_config": None}, "kv_cache_config: wrong type"),

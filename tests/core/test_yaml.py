@@ -65,6 +65,12 @@ GOOD = "name: x\ninput_tokens: 1\noutput_tokens: 1\nconcurrency: 1\nnum_requests
         (GOOD.replace("input_tokens: 1\n", ""), "input_tokens: missing key"),
         (GOOD.replace("input_tokens: 1", "input_tokens: 0"), r"input_tokens: .*greater than or equal to 1 .found 0"),
         (GOOD.replace("input_tokens: 1", "input_tokens: many"), "input_tokens: .*'many'"),
+        (GOOD.replace("input_tokens: 1", "input_tokens: yes"), "input_tokens: .*valid integer .found True"),
+        (GOOD.replace("input_tokens: 1", "input_tokens: '1'"), "input_tokens: .*valid integer .found '1'"),
+        (GOOD.replace("input_tokens: 1", "input_tokens: 1.0"), "input_tokens: .*valid integer .found 1.0"),
+        (GOOD + "max_ttft_ms: true\n", "max_ttft_ms: .*valid number .found True"),
+        (GOOD.replace("name: x", "name: 7"), "name: .*valid string .found 7"),
+        (GOOD + "input_spread: {width: 1}\n", r"input_spread\.width: unknown key$"),
         ("- a\n- b\n", "must be a mapping .found list"),
         ("a: [1\nb: 2", "not valid YAML"),
         ("", "must be a mapping"),
@@ -81,6 +87,12 @@ def test_a_wrong_file_is_one_line(tmp_path, content, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_scenario(file)
     assert str(caught.value).startswith(str(file)) and "\n" not in str(caught.value)
+
+
+def test_an_integer_is_a_number_too(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text(GOOD + "max_ttft_ms: 100\ninput_spread: {uniform: 1}\n")
+    assert load_scenario(file).max_ttft_ms == 100
 
 
 def test_a_merge_may_be_overridden(tmp_path):

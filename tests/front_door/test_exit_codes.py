@@ -263,11 +263,22 @@ def test_engine_cores_that_cannot_be_had_are_told_before_the_engine_is_loaded(en
     assert_user_error(invoke("serve", engine, *FREE_PORTS, "--engine-cores", ours), "leaves no core to the server")
 
 
-def test_an_empty_option_is_not_one_that_was_left_out(parent: Path) -> None:
-    """`--gpu "$GPU"` with GPU unset would plan for the default one."""
+def test_an_empty_value_is_neither_one_that_was_left_out_nor_the_current_folder(
+    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--gpu "$GPU"` with GPU unset would plan for the default one; OUT would replace the folder one stands in."""
     plan = ("plan", parent, "--isl", "64", "--osl", "64")
-    assert_user_error(invoke(*plan, "--gpu", ""), "unknown GPU")
-    assert_user_error(invoke(*plan, "--parallel", ""), "unknown layout")
+    assert_user_error(invoke(*plan, "--gpu", ""), "--gpu: is empty")
+    assert_user_error(invoke(*plan, "--parallel="), "--parallel: is empty")
+    build = build_arguments(parent, tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "notes.txt").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    assert_user_error(invoke(*build[:2], "", *build[3:], "--overwrite"), "OUT: is empty")
+    assert_user_error(invoke("report", "--baseline", "a=b,,c", "--child", "d"), "--baseline: names no file")
+    assert_user_error(invoke("report", "--baseline", "a=b", "--child", "c", "--out", ""), "--out: is empty")
+    assert_user_error(invoke("calibrate", "kv", "", tmp_path / "out"), "CHECKPOINT: is empty")
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["notes.txt"]
 
 
 def test_a_trace_is_not_replaced_by_what_was_measured_with_it(parent: Path, tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 
 import yaml
 
+from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.serve.triton.probe import read_metrics
 from puzzle_trtllm.serve.triton.server import TritonServer
+from puzzle_trtllm.tensors import count_weight_bytes
 
 SCRIPTED = {"runtime_module": "scripted_runtime", "environment": {"PYTHONPATH": str(Path(__file__).parent)}}
 """Options of TritonServer that make it use the scripted runtime."""
@@ -23,11 +25,12 @@ def scripted_engine(folder: Path, checkpoint: Path, **llm_args: Any) -> Engine:
     """An engine folder that is real but for its runtime's arguments."""
     folder.mkdir(parents=True)
     shutil.copytree(checkpoint, folder / "model")
+    kv_cache = llm_args.get("kv_cache_config", {})
     manifest = {
         "schema_version": 1,
         "runtime": "reference",
-        "kv_dtype": "bf16",
-        "weight_bytes": 1,
+        "kv_dtype": "fp8" if kv_cache.get("dtype") == "fp8" else "bf16",
+        "weight_bytes": count_weight_bytes(PuzzleArchitecture.from_path(checkpoint)),
         "memory_bytes": None,
         "architecture": {},
         "kv_fold": {"mode": "none"},

@@ -128,6 +128,7 @@ def test_a_difference_that_is_no_number_is_not_accepted():
     ("change", "message"),
     [
         ({"token_ids": []}, r"a\.json: continuations\.0\.token_ids: not a recording: .* at least 1 item"),
+        ({"prompt_tokens": True}, r"a\.json: continuations\.0\.prompt_tokens: not a recording: .* valid integer"),
         ({"first_logprob": float("nan")}, r"a\.json: continuations\.0\.first_logprob: not a recording: .* finite"),
         (None, r"a\.json: continuations: not a recording: .* at least 1 item"),
     ],
