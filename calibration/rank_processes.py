@@ -111,6 +111,8 @@ def _run_rank(
         answer.send((None, result if rank == 0 else None))
     except PuzzleError as error:
         answer.send((_portable(error), None))
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing to remove any more: go without a word
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -8,6 +8,9 @@ commands live in `puzzle_trtllm.commands`; neither it nor this module imports an
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 from collections.abc import Callable
 from typing import Annotated
 
@@ -85,4 +88,8 @@ _add(app, "demo", demo_command, "demo --out runs/demo")
 
 def main() -> None:
     """Entry point."""
+    # The processes that we start import nothing that happens to lie in the user's folder.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
+        sys.stdout.reconfigure(errors="replace")  # a table with question marks is better than none
     app()

@@ -8,6 +8,9 @@ WIDTH_OF_NO_TERMINAL = 120
 
 
 def stdout_console() -> Console:
-    """On stdout, as wide as the terminal, or 120 columns where there is none (rich would say 80 and cut names)."""
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDTH_OF_NO_TERMINAL)
+    """On stdout, as wide as the terminal, or 120 columns where there is none (rich would say 80 and cut names).
+
+    What is printed is what it says: a folder may be called `v[1]`, `[/x]` or `:warning:`.
+    """
+    width = None if Console().is_terminal else WIDTH_OF_NO_TERMINAL
+    return Console(width=width, markup=False, emoji=False)

@@ -21,7 +21,7 @@ class LoadProgress:
 
     def __init__(self, label: str, *, num_requests: int, quiet: bool) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
             _Counters(self),

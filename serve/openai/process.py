@@ -48,7 +48,7 @@ class OpenAiFront:
     def start(self, server: TritonServer) -> None:
         """Start in front of a ready server; returns when it answers. Raises ServeError when it does not."""
         self._port = choose_ports(self._host, {"OpenAI": self._wanted_port})["OpenAI"]
-        scratch = Path(tempfile.mkdtemp(prefix="puzzle-openai-"))
+        scratch = Path(tempfile.mkdtemp(prefix="puzzle-openai-")).absolute()
         command = [sys.executable, "-m", "puzzle_trtllm.serve.openai", str(server.engine.path)]
         command += ["--grpc-url", server.grpc_url, "--metrics-url", server.metrics_url]
         command += ["--host", self._host, "--port", str(self._port)]

@@ -42,9 +42,10 @@ class TritonServer:
     """A running tritonserver that serves `engine`. Port 0 means a free one; `host` is what it listens on.
 
     Under `tls` gRPC speaks TLS, and HTTP, which cannot, listens on loopback only.
-    `repository_options` go to `write_repository`. Without `log_file` the log lies in the temporary folder; it is
-    removed after a clean stop and kept after a failure. `engine_cores` are the engine's alone (reference runtime): the
-    server runs on the others, so that its threads never stand in the way of an engine that leaves a core free.
+    `repository_options` go to `write_repository`. Paths in `arguments` must be absolute, as the server works in a
+    folder of its own. Without `log_file` the log lies in the temporary folder; it is removed after a clean stop and
+    kept after a failure. `engine_cores` are the engine's alone (reference runtime): the server runs on the others, so
+    that its threads never stand in the way of an engine that leaves a core free.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class TritonServer:
         """The server's process on the chosen ports, not yet ready."""
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         shm_prefix = f"puzzle_{uuid.uuid4().hex[:12]}_"
-        scratch = Path(tempfile.mkdtemp(prefix="puzzle-triton-"))
+        scratch = Path(tempfile.mkdtemp(prefix="puzzle-triton-")).absolute()
         try:
             repository = write_repository(
                 self.engine, scratch / "repository", engine_cores=self._engine_cores, **self._repository_options
@@ -249,9 +250,9 @@ class TritonServer:
 
 
 def python_path(environment: Mapping[str, str]) -> dict[str, str]:
-    """PYTHONPATH for the stub where puzzle_trtllm runs from a source tree that is not installed."""
+    """PYTHONPATH for the stub, absolute as it works in another folder; with our source tree, where that runs."""
     root = Path(puzzle_trtllm.__file__).resolve().parent.parent
-    if root.name in ("site-packages", "dist-packages"):
-        return {}
-    before = environment.get("PYTHONPATH", os.environ.get("PYTHONPATH"))
-    return {"PYTHONPATH": os.pathsep.join([str(root), *([before] if before else [])])}
+    ours = [] if root.name in ("site-packages", "dist-packages") else [str(root)]
+    before = environment.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    folders = [*ours, *(str(Path(folder).absolute()) for folder in before.split(os.pathsep) if folder)]
+    return {"PYTHONPATH": os.pathsep.join(folders)} if folders else {}

@@ -13,7 +13,11 @@ from puzzle_trtllm.serve.triton import guard
 
 
 class GuardedProcess:
-    """`command` in a session of its own, so that Ctrl-C in a terminal reaches only us."""
+    """`command` in a session of its own, so that Ctrl-C in a terminal reaches only us.
+
+    It works in `scratch`: Triton's stub looks for Python modules in its working folder first, and the user's may hold
+    any.
+    """
 
     def __init__(
         self,
@@ -25,7 +29,7 @@ class GuardedProcess:
         shm_prefix: str,
         scratch: Path,
     ) -> None:
-        """Start it. `environment` is added to ours; `scratch` is removed when all has ended."""
+        """Start it. `environment` is added to ours; `scratch`, an absolute path, is removed when all has ended."""
         self._grace_s = grace_s
         # `env` sets the variables for the command alone: the guard must not load the server's libraries.
         settings = [f"{name}={value}" for name, value in environment.items()]
@@ -38,6 +42,7 @@ class GuardedProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
+                cwd=scratch,
                 start_new_session=True,
             )
         assert self._guard.stdout is not None

@@ -51,10 +51,14 @@ class GrpcTls:
 
     def options(self) -> dict[str, object]:
         """tritonserver's options, without the leading dashes."""
-        options = {"grpc-use-ssl": "true", "grpc-server-cert": self.cert, "grpc-server-key": self.key}
+        options = {
+            "grpc-use-ssl": "true",
+            "grpc-server-cert": self.cert.absolute(),
+            "grpc-server-key": self.key.absolute(),
+        }
         if self.root_cert is None:
             return options
-        return options | {"grpc-use-ssl-mutual": "true", "grpc-root-cert": self.root_cert}
+        return options | {"grpc-use-ssl-mutual": "true", "grpc-root-cert": self.root_cert.absolute()}
 
 
 def tls_of_files(cert: Path | None, key: Path | None, root_cert: Path | None) -> GrpcTls | None:

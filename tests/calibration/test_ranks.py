@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -169,6 +170,15 @@ def test_ranks_end_when_the_command_is_killed():
         assert [command.stdout.readline() for _ in range(2)] == ["working\n"] * 2
         command.terminate()
         assert command.communicate(timeout=30) == ("", None)  # their stdout is its own: all have ended
+
+
+def be_slow_to_leave(ranks: Ranks) -> None:
+    atexit.register(time.sleep, 60)
+
+
+def test_ranks_that_have_done_their_part_go_without_a_word(capfd):
+    run_ranks(2, be_slow_to_leave, {})
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def refuse(ranks: Ranks, place: str) -> None:

@@ -345,6 +345,25 @@ def test_a_bug_leaves_its_traceback_and_exit_code_1() -> None:
     assert done.stderr.splitlines()[-1] == "ZeroDivisionError: division by zero"
 
 
+def test_a_table_that_stdout_cannot_spell_is_shown_with_question_marks(parent: Path) -> None:
+    done = run("inspect", parent, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert "????" in done.stdout
+
+
+def test_processes_that_a_command_starts_import_nothing_from_the_users_folder(tmp_path: Path) -> None:
+    (tmp_path / "signal.py").write_text("raise ImportError('the wrong one')", encoding="utf-8")
+    program = (
+        f"import sys; sys.path[0] = {str(ROOT)!r}\n"
+        "import subprocess\n"
+        "from puzzle_trtllm import cli\n"
+        "cli.app = lambda: subprocess.run([sys.executable, '-c', 'import signal'], check=True)\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_interrupting_ends_quietly_with_130() -> None:
     program = (
         "import os, signal, sys, time, puzzle_trtllm.inspection\n"

@@ -31,6 +31,16 @@ def test_a_toy_by_hand(make_checkpoint: MakeCheckpoint) -> None:
     assert value["weight_bytes"] == sum(on_disk.values()) - headers
 
 
+def test_a_folder_is_called_what_it_is_called(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Brackets and colons are no markup."""
+    folder = tmp_path / "a[bold]:warning:[" / "b]"
+    folder.parent.mkdir()
+    make_checkpoint(BLOCKS).rename(folder)
+    result = invoke("inspect", folder)
+    assert result.exit_code == 0, result.stderr
+    assert "a[bold]:warning:[/b]" in result.stdout
+
+
 def test_layers_are_told_apart(make_checkpoint: MakeCheckpoint) -> None:
     blocks = inspect(make_checkpoint(BLOCKS)).to_json()["blocks"]
     assert [(b["num_local_experts"], b["sliding_window"]) for b in blocks] == BLOCKS

@@ -8,6 +8,7 @@ import pytest
 
 from puzzle_trtllm.errors import BenchError, ServeError
 from puzzle_trtllm.serve.bench.load import hold_concurrency
+from puzzle_trtllm.serve.bench.progress import LoadProgress
 from puzzle_trtllm.serve.client.request import GenerationRequest
 from tests.serve.fake_client import FakeClient, one_token_a_response
 
@@ -97,3 +98,9 @@ def test_a_bug_is_not_a_failed_request():
 
     with pytest.raises(KeyError, match="bug"):
         run(FakeClient(broken), requests(4))
+
+
+def test_progress_shows_the_name_of_a_server_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with LoadProgress("bench a[/b]", num_requests=1, quiet=False):
+        pass
+    assert "bench a[/b]" in capsys.readouterr().err

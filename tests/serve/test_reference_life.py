@@ -25,6 +25,13 @@ def child(make_checkpoint):
     return make_checkpoint([(6, 24), (4, None), (3, 40), (2, 24)], seed=3)
 
 
+def test_an_engine_imports_nothing_from_the_folder_where_it_is_started(child, monkeypatch, tmp_path):
+    (tmp_path / "random.py").write_text("raise ImportError('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    with LLM(child, **ARGS) as llm:
+        assert len(llm.generate(PROMPT, SamplingParams(max_tokens=3, ignore_eos=True)).outputs[0].token_ids) == 3
+
+
 def test_a_killed_engine_fails_open_and_new_requests_and_leaves_no_process(child):
     llm = LLM(child, **ARGS)
     request = llm.generate_async(PROMPT, LONG, streaming=True)

@@ -167,6 +167,7 @@ def test_a_server_that_runs_for_weeks_keeps_its_files(tmp_path: Path) -> None:
 
 
 def test_a_command_that_does_not_exist(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
     process = GuardedProcess(
         ["/nowhere/tritonserver"], environment={}, log_file=tmp_path / "log", grace_s=1,
         shm_prefix="puzzle_test_none_", scratch=tmp_path / "scratch",

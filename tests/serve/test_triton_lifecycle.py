@@ -25,6 +25,7 @@ from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.client.triton_client import TritonLlmClient, generate
 from puzzle_trtllm.serve.triton import install
 from puzzle_trtllm.serve.triton.install import find_triton
+from puzzle_trtllm.serve.triton.launch import python_path
 from puzzle_trtllm.serve.triton.log import find_reason
 from puzzle_trtllm.serve.triton.ports import choose_ports, hold_ports
 from puzzle_trtllm.serve.triton.process import children_of, is_alive
@@ -124,6 +125,21 @@ def test_requests_that_outlast_the_stop_are_told_over_grpc_and_http(serving) -> 
     assert events[-1] == {"error": "UNAVAILABLE: the server is stopping"}
     assert running.process.wait(timeout=30) == 0
     running.assert_all_gone()
+
+
+def test_a_server_imports_nothing_from_the_folder_where_it_was_started(engine, monkeypatch, tmp_path: Path) -> None:
+    """Python's own modules have such names, and so have source trees: json, random, tensorrt_llm."""
+    for name in ("json", "random", "secrets", "numpy", "yaml"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('the wrong one')\n")
+    monkeypatch.chdir(tmp_path)
+    with TritonServer(engine, **SCRIPTED) as server:
+        assert generate("hello", url=server.grpc_url, max_tokens=5).text == "hello"
+
+
+def test_folders_of_pythonpath_are_found_from_where_the_server_works(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"modules:{os.pathsep}/others")
+    assert python_path({})["PYTHONPATH"].split(os.pathsep)[-2:] == [str(tmp_path / "modules"), "/others"]
 
 
 def test_sigint_while_starting_is_no_failure(serving, monkeypatch, tmp_path: Path) -> None:

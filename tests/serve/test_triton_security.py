@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import urllib.error
 import urllib.request
@@ -44,8 +45,8 @@ def stranger(tmp_path_factory) -> Authority:
 
 @pytest.fixture(scope="module")
 def mutual(engine, authority: Authority) -> Iterator[TritonServer]:
-    cert, key = authority.sign("server")
-    with TritonServer(engine, tls=GrpcTls(cert=cert, key=key, root_cert=authority.cert), **SCRIPTED) as server:
+    cert, key, root_cert = (Path(os.path.relpath(file)) for file in (*authority.sign("server"), authority.cert))
+    with TritonServer(engine, tls=GrpcTls(cert=cert, key=key, root_cert=root_cert), **SCRIPTED) as server:
         yield server
 
 

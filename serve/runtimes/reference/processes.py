@@ -154,6 +154,6 @@ def _python_executable() -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Our own import path, for hosts that put it together at run time (Triton's stub)."""
+    """Our own import path alone, for hosts that put it together at run time (Triton's stub)."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
-    return {**os.environ, "PYTHONPATH": path}
+    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
