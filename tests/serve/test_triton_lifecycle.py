@@ -55,6 +55,10 @@ def serving(engine) -> Iterator:
         each.end()
 
 
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 async def stream_until_it_breaks(url: str, break_it) -> ServeError:
     """Read a stream, call `break_it` after its first chunk, return how it ended."""
     async with TritonLlmClient(url) as client:
@@ -101,6 +105,15 @@ def test_restart_serves_again_and_kill_9_leaves_nothing(serving) -> None:
     assert not any(is_alive(pid) for pid in first)
     running.process.kill()
     running.assert_all_gone()
+
+
+def test_a_guard_that_is_killed_leaves_no_stub_and_no_engine(serving) -> None:
+    """They would hold the memory that a restart needs."""
+    running = serving()
+    running.wait_ready()
+    os.kill(parent_of(running.ready["pid"]), signal.SIGKILL)
+    running.assert_all_gone()
+    assert running.process.wait(timeout=EXIT_S) == 1
 
 
 def test_sigterm_stops_cleanly_with_exit_code_0(serving) -> None:
