@@ -107,10 +107,15 @@ class StoppedProcesses:
     Looks are counted instead of measuring time, so that who was stopped itself accuses nobody when it goes on.
     """
 
-    def __init__(self, max_looks: int) -> None:
+    def __init__(self, max_looks: int = 16) -> None:
         self._max_looks = max_looks
         self._looks: dict[int, int] = {}
         """How many looks in a row found each of them stopped."""
+
+    @property
+    def any(self) -> bool:
+        """Whether one of them was found stopped when it was last looked at."""
+        return any(self._looks.values())
 
     def given_up(self, pid: int) -> bool:
         """Look at it; whether that was the last look in a row that it is given."""

@@ -139,6 +139,16 @@ def test_requests_that_outlast_the_stop_are_told_over_grpc_and_http(serving) -> 
     running.assert_all_gone()
 
 
+def test_requests_of_a_server_that_somebody_else_stops_are_told_too(serving) -> None:
+    running = serving(drain_s=1)
+    running.wait_ready()
+    stop = partial(os.kill, running.ready["pid"], signal.SIGTERM)
+    error = asyncio.run(stream_until_it_breaks(running.ready["url"], stop))
+    assert (error.status, "the server is stopping" in str(error)) == ("UNAVAILABLE", True)
+    assert running.process.wait(timeout=30) == 1
+    running.assert_all_gone()
+
+
 def test_sigint_while_starting_is_no_failure(serving, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     running = serving()
