@@ -160,7 +160,7 @@ class MetricsThread:
         self._count_to("puzzle_prompt_tokens_total", totals.prompt_tokens)
         self._count_to("puzzle_output_tokens_total", totals.output_tokens)
         self._count_to("puzzle_responses_total", self._outbox.responses_sent)
-        for end, count in list(totals.ends.items()):
+        for end, count in [("ok", self._outbox.answers_sent), *totals.ends.items()]:
             self._count_to(f"end:{end}", count)
 
     def _watch_engine(self) -> None:

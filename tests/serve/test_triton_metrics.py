@@ -58,6 +58,7 @@ def test_metrics_tell_waiting_from_running_and_count_tokens(service, metrics) ->
     first.push("b", None)
     second.push(RuntimeError("odd"))
     wait_until(lambda: service.session.queue_lengths() == (0, 0), what="the ends")
+    wait_until(lambda: service.outbox.answers_sent == 1, what="the answer has left")
     metrics.publish()
     metrics.publish()
     expected = {
