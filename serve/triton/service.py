@@ -55,6 +55,7 @@ class Service:
             self._outbox,
             self._llm,
             metric_family=pb_utils.MetricFamily,
+            step_timeout_s=triton.step_timeout_s,
             labels=instance.labels,
             log=log_info,
         )
