@@ -170,6 +170,14 @@ def serve_command(
     startup_timeout_s: Annotated[
         float, typer.Option("--startup-timeout", min=1, help="Seconds until the model must be ready.")
     ] = 1800,
+    step_timeout_s: Annotated[
+        float,
+        typer.Option(
+            "--step-timeout",
+            min=0,
+            help="Seconds without a step of the engine, while requests are open, until it counts as dead; 0: never.",
+        ),
+    ] = 600,
     as_json: JsonOption = False,
 ) -> None:
     """Serve an engine through Triton until Ctrl-C.
@@ -206,6 +214,7 @@ def serve_command(
         host=host,
         restart=restart,
         startup_timeout_s=startup_timeout_s,
+        step_timeout_s=step_timeout_s,
         gpu_device_ids=gpu_device_ids,
         engine_cores=None if engine_cores is None else parse_cores(engine_cores, key="--engine-cores"),
         tls=tls,

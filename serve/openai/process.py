@@ -13,7 +13,7 @@ from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.triton.launch import TritonServer, python_path
 from puzzle_trtllm.serve.triton.ports import choose_ports
 from puzzle_trtllm.serve.triton.probe import http_status
-from puzzle_trtllm.serve.triton.process import GuardedProcess
+from puzzle_trtllm.serve.triton.process import GuardedProcess, StoppedProcesses
 
 _POLL_S = 0.1
 _STARTUP_S = 120.0
@@ -33,6 +33,7 @@ class OpenAiFront:
         self._secret_file = secret_file
         self._port = 0
         self._process: GuardedProcess | None = None
+        self._stopped = StoppedProcesses()
         self._log_file = Path(tempfile.gettempdir()) / f"puzzle-openai-{uuid.uuid4().hex[:12]}.log"
 
     @property
@@ -74,10 +75,13 @@ class OpenAiFront:
             time.sleep(_POLL_S)
 
     def failure(self) -> str | None:
-        """Why it has ended by itself, with its last words; None while it runs."""
-        code = None if self._process is None else self._process.exit_code()
-        if code is None:
+        """Why it has ended by itself, with its last words, or was given up; None while it runs."""
+        if self._process is None:
             return None
+        code = self._process.exit_code()
+        if code is None:
+            given_up = self._stopped.given_up(self._process.pid)
+            return "the OpenAI front was stopped and does not go on" if given_up else None
         lines = self._log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return f"the OpenAI front ended with code {code}" + (f": {lines[-1]}" if lines else "")
 

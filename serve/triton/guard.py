@@ -4,8 +4,8 @@ tritonserver starts stubs, a stub starts the engine, the engine may start worker
 this process's child (PR_SET_CHILD_SUBREAPER), so it can find and end them all. It does so when the server ends, when it
 gets SIGTERM (a second one cuts the grace time short), and when its stdin closes: the starter holds the other end of
 that pipe, and the kernel closes it even if the starter was killed with -9. Should this process itself be killed, the
-server gets SIGKILL (PR_SET_PDEATHSIG); its files are left, and its stubs, which may wait for it for ever. (PDEATHSIG in
-the starter would not do: it fires when the *thread* that forked ends.)
+server gets SIGKILL (PR_SET_PDEATHSIG), its stubs end themselves (service.py), and the starter, if there is one, removes
+their files. (PDEATHSIG in the starter would not do: it fires when the *thread* that forked ends.)
 
 stdout gets the server's pid in one line; the server's own output goes to stderr, a log file opened for appending. The
 exit code is the server's, 128 + signal if it was killed. Afterwards FOLDER and the shared memory /dev/shm/SHM_PREFIX*
@@ -65,10 +65,15 @@ def main(arguments: list[str]) -> int:
         print(f"{arguments[3]}: {error.strerror}", file=sys.stderr)
         status = 127
     _end_descendants(server_grace_s=min(grace_s, 2.0))
+    remove_files(shm_prefix, folder)
+    return status
+
+
+def remove_files(shm_prefix: str, folder: Path) -> None:
+    """What a server leaves that was killed."""
     for leftover in Path("/dev/shm").glob(f"{shm_prefix}*"):
         leftover.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-    return status
 
 
 def _wait(server: int, grace_s: float, stops: list[int]) -> int:

@@ -35,6 +35,8 @@ from puzzle_trtllm.serve.triton.security import GrpcTls, Restriction
 _POLL_S = 0.1
 _DRAINED_GRACE_S = 6.0
 """For a server without requests: it still waits for connections that are only kept open."""
+_EXIT_MARGIN_S = 3
+"""What Triton leaves open requests beyond their drain time: told to stop by somebody else, it cuts them off then."""
 _LOOPBACK = "127.0.0.1"
 
 
@@ -199,7 +201,7 @@ class TritonServer:
             "metrics-address": self.host,
             "metrics-port": self._ports["metrics"],
             "allow-gpu-metrics": str(gpu_metrics).lower(),
-            "exit-timeout-secs": max(1, round(self._drain_s)),
+            "exit-timeout-secs": round(self._drain_s) + _EXIT_MARGIN_S,
             "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
         }
         for security in (self._tls, self._restriction):

@@ -3,7 +3,7 @@
 Triton's queue-time metric stays near zero for a decoupled model, because `execute` returns at once; what a person or
 an autoscaler wants to know is below. Setting a metric is a round trip to the server, so all are set once a second from
 a thread of their own, which also asks the runtime for its statistics: that is how the death of an idle engine is
-noticed.
+noticed, and that an engine which lives makes no steps any more (a deadlock, a GPU that does not answer).
 
     puzzle_engine_up                1 while the engine lives
     puzzle_requests_waiting         open, but the engine has not begun (a runtime that does not say: no token yet)
@@ -12,6 +12,7 @@ noticed.
     puzzle_kv_blocks_reused_total, puzzle_kv_blocks_missed_total
                                     prompt blocks found in the cache and not, if the runtime counts them
     puzzle_engine_steps_total       forward passes, if the runtime counts them: output tokens over steps is the batch
+    puzzle_seconds_without_step     how long open requests have waited for a step to end, if the runtime counts them
     puzzle_prompt_tokens_total, puzzle_output_tokens_total, puzzle_responses_total
     puzzle_requests_total{end="ok"|"cancelled"|...}
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
@@ -32,10 +34,13 @@ from puzzle_trtllm.serve.triton.outbox import Log, Outbox
 from puzzle_trtllm.serve.triton.session import Session, engine_is_healthy
 
 PERIOD_S = 1.0
+_LONGEST_LOOK_S = 5.0
+"""What a look counts for at most, so that a process which was stopped itself accuses nobody when it goes on."""
 _GAUGES = {
     "puzzle_engine_up": "1 while the engine lives",
     "puzzle_requests_waiting": "open requests that the engine has not begun",
     "puzzle_requests_running": "open requests that the engine is at work on",
+    "puzzle_seconds_without_step": "for so long has no step of the engine ended while requests were open",
     "puzzle_kv_blocks_used": "KV cache blocks held by requests",
     "puzzle_kv_blocks_total": "KV cache blocks",
 }
@@ -103,7 +108,10 @@ def _row(stats: Any) -> dict[str, Any]:
 
 
 class MetricsThread:
-    """Publishes a session's state. `metric_family` is pb_utils.MetricFamily (a fake in tests); `labels` go to all."""
+    """Publishes a session's state. `metric_family` is pb_utils.MetricFamily (a fake in tests); `labels` go to all.
+
+    An engine that ends no step for `step_timeout_s`, while requests are open, is declared dead; 0: never.
+    """
 
     def __init__(
         self,
@@ -112,6 +120,7 @@ class MetricsThread:
         llm: Any,
         *,
         metric_family: Any,
+        step_timeout_s: float = 0,
         labels: Mapping[str, str] | None = None,
         log: Log = print,
     ) -> None:
@@ -121,6 +130,12 @@ class MetricsThread:
         self._log = log
         self._stats_wanted = True
         self._num_active = 0
+        self._step_timeout_s = step_timeout_s
+        self._steps: int | None = None
+        """The engine's, as far as is known, and those of the look before."""
+        self._steps_before: int | None = None
+        self._looked_s = time.monotonic()
+        self._without_step_s = 0.0
         self._labels = {"model": "tensorrt_llm", **(labels or {})}
         gauge, counter = metric_family.GAUGE, metric_family.COUNTER
         # The families must outlive their metrics, so they are kept.
@@ -144,6 +159,7 @@ class MetricsThread:
         while True:
             try:
                 self._watch_engine()
+                self._watch_steps()
                 self.publish()
             except Exception as error:  # never let the watch over the engine end with a metric
                 self._log(f"metrics: {type(error).__name__}: {error}")
@@ -154,13 +170,14 @@ class MetricsThread:
         """Set every metric to its value now."""
         waiting, running = self._session.queue_lengths(self._num_active)
         self._set("puzzle_engine_up", 0 if self._session.death else 1)
+        self._set("puzzle_seconds_without_step", self._without_step_s)
         self._set("puzzle_requests_waiting", waiting)
         self._set("puzzle_requests_running", running)
         totals = self._session.totals
         self._count_to("puzzle_prompt_tokens_total", totals.prompt_tokens)
         self._count_to("puzzle_output_tokens_total", totals.output_tokens)
         self._count_to("puzzle_responses_total", self._outbox.responses_sent)
-        for end, count in list(totals.ends.items()):
+        for end, count in [("ok", self._outbox.answers_sent), *totals.ends.items()]:
             self._count_to(f"end:{end}", count)
 
     def _watch_engine(self) -> None:
@@ -184,6 +201,7 @@ class MetricsThread:
             if (active := num_active(stats)) is not None:
                 self._num_active = active
             if (steps := num_steps(stats)) is not None:
+                self._steps = steps
                 self._count_to("puzzle_engine_steps_total", steps)
             if (blocks := kv_blocks(stats)) is not None:
                 self._set("puzzle_kv_blocks_used", blocks.used)
@@ -191,6 +209,16 @@ class MetricsThread:
                 for name, count in (("reused", blocks.reused), ("missed", blocks.missed)):
                     if count is not None:
                         self._count_to(f"puzzle_kv_blocks_{name}_total", count)
+
+    def _watch_steps(self) -> None:
+        now_s = time.monotonic()
+        look_s, self._looked_s = min(now_s - self._looked_s, _LONGEST_LOOK_S), now_s
+        if self._steps != self._steps_before or self._steps is None or not any(self._session.queue_lengths()):
+            self._steps_before, self._without_step_s = self._steps, 0.0
+            return
+        self._without_step_s += look_s
+        if self._session.death is None and 0 < self._step_timeout_s <= self._without_step_s:
+            self._session.engine_died(f"no step of it ended in {self._without_step_s:.0f} s")
 
     def _set(self, name: str, value: float) -> None:
         if name not in self._metrics:

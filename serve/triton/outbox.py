@@ -10,7 +10,7 @@ one before has not left yet, the two leave as one. While the senders keep up tha
 not, responses get larger instead of queues longer, and the engine never waits for a slow reader.
 
 A response that cannot be sent (its tensors do not fit into shared memory, say) ends its request with INTERNAL, because
-a hole in a stream or an answer that never comes are worse. What counts as sent is what did leave.
+a hole in a stream or an answer that never comes are worse. What counts as sent, or as answered, is what did leave.
 
 The traps: `is_cancelled` must not be asked once the final response is on its way, because the server frees the object
 it would look at; `Reply` guards both with one lock. And a send with the final flag closes Triton's sender even when it
@@ -76,6 +76,8 @@ class Outbox:
         self._queue: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
         self.responses_sent = 0
         """Since the start, for the metrics."""
+        self.answers_sent = 0
+        """Requests whose last output has left, likewise."""
         self._thread = threading.Thread(target=self._send_all, name="puzzle-send", daemon=True)
         self._thread.start()
 
@@ -93,7 +95,9 @@ class Outbox:
     def _send_all(self) -> None:
         while (reply := self._queue.get()) is not None:
             try:
-                self.responses_sent += reply.flush()
+                sent = reply.flush()
+                self.responses_sent += sent
+                self.answers_sent += sent if reply.answered else 0
             except Exception as error:  # the server may have closed the request
                 self._log(f"a last response could not be sent: {type(error).__name__}: {error}")
 
@@ -120,6 +124,8 @@ class Reply:
         self._failure: tuple[Status, str] | None = None
         self._waiting = False
         self._sent = Sent()
+        self.answered = False
+        """Whether the last output has left."""
         self._closed = False
         self._closing = threading.Lock()
 
@@ -132,6 +138,11 @@ class Reply:
     def ended(self) -> bool:
         """Whether the last response is decided (it may not have left yet)."""
         return self._failure is not None or (self._latest is not None and self._latest.finished)
+
+    @property
+    def failed(self) -> bool:
+        """Whether that is an error."""
+        return self._failure is not None
 
     def update(self, snapshot: Snapshot) -> None:
         """A step was made. Ignored after the end."""
@@ -179,6 +190,7 @@ class Reply:
         response = self._encoder.response(render(self._form, now, self._sent))
         if now.finished:
             self._send_last(response, size_limit=_size_limit(now))
+            self.answered = True
             return
         self._sender.send(response, flags=0)
         self._sent = Sent(max(self._sent.text_length, len(now.text)), max(self._sent.num_tokens, now.num_tokens))

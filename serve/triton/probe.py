@@ -24,6 +24,17 @@ def http_status(url: str, *, timeout_s: float = 2) -> int | None:
         return None
 
 
+def hangs_up(url: str, *, timeout_s: float = 2) -> bool:
+    """Whether a GET is refused or cut off without a word; who is busy, or has no room, lets callers wait instead."""
+    try:
+        _NO_PROXY.open(url, timeout=timeout_s).close()
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ConnectionError)
+    except _NO_ANSWER as error:
+        return isinstance(error, ConnectionError)
+    return False
+
+
 def read_metrics(url: str, *, timeout_s: float = 2) -> dict[str, float] | None:
     """Prometheus samples by `name` or `name{labels}`; None where nobody answers. Our own of one instance carry none.
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.triton import guard
+
+_PARENT_POLL_S = 0.25
 
 
 class GuardedProcess:
@@ -31,6 +35,7 @@ class GuardedProcess:
     ) -> None:
         """Start it. `environment` is added to ours; `scratch`, an absolute path, is removed when all has ended."""
         self._grace_s = grace_s
+        self._files = shm_prefix, scratch
         # `env` sets the variables for the command alone: the guard must not load the server's libraries.
         settings = [f"{name}={value}" for name, value in environment.items()]
         guard_command = [sys.executable, "-I", "-S", guard.__file__, str(grace_s), shm_prefix, str(scratch)]
@@ -66,6 +71,8 @@ class GuardedProcess:
             self._guard.terminate()  # asked twice, the guard kills
             self._wait_or_kill_guard()
         self._guard.stdout.close()
+        if self._guard.returncode < 0:  # it was killed before it could
+            guard.remove_files(*self._files)
         return self._guard.returncode
 
     def _wait_or_kill_guard(self) -> None:
@@ -96,8 +103,46 @@ def children_of(pid: int) -> set[int]:
 
 def is_alive(pid: int) -> bool:
     """Whether the process exists and is not a zombie."""
+    return _state(pid) not in ("Z", "X", None)
+
+
+class StoppedProcesses:
+    """Tells processes that somebody has stopped (SIGSTOP) for good from those that go on.
+
+    Looks are counted instead of measuring time, so that who was stopped itself accuses nobody when it goes on.
+    """
+
+    def __init__(self, max_looks: int = 16) -> None:
+        self._max_looks = max_looks
+        self._looks: dict[int, int] = {}
+        """How many looks in a row found each of them stopped."""
+
+    @property
+    def any(self) -> bool:
+        """Whether one of them was found stopped when it was last looked at."""
+        return any(self._looks.values())
+
+    def given_up(self, pid: int) -> bool:
+        """Look at it; whether that was the last look in a row that it is given."""
+        self._looks[pid] = self._looks.get(pid, 0) + 1 if _state(pid) == "T" else 0
+        return self._looks[pid] >= self._max_looks
+
+
+def when_orphaned(then: Callable[[], None]) -> None:
+    """Call it, in a thread of its own, when this process's parent ends."""
+    threading.Thread(target=_wait_for_end, args=(os.getppid(), then), name="puzzle-parent", daemon=True).start()
+
+
+def _wait_for_end(parent: int, then: Callable[[], None]) -> None:
+    while os.getppid() == parent:
+        time.sleep(_PARENT_POLL_S)
+    then()
+
+
+def _state(pid: int) -> str | None:
+    """The letter of /proc; None where there is no such process."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return False
-    return state not in ("Z", "X")
+        return None
+    return stat.rpartition(")")[2].split()[0]

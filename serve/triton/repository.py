@@ -38,6 +38,7 @@ def write_repository(
     decoupled: bool = True,
     cancellation_check_period_ms: float = 25,
     max_open_requests: int = 1024,
+    step_timeout_s: float = 600,
     gpu_device_ids: str | None = None,
     runtime_module: str | None = None,
     engine_cores: Sequence[int] | None = None,
@@ -46,6 +47,7 @@ def write_repository(
     """Write the model repository of `engine` to the folder `out` and return it.
 
     gpu_device_ids: "0,1;2,3" makes two instances, each on its own GPUs; each takes `max_open_requests`.
+    step_timeout_s: after which an engine that ends no step, while requests are open, counts as dead; 0: never.
     engine_cores: those that the reference runtime computes on, instead of all that the server may use.
     Raises ConfigError for wrong GPU ids, ServeError for a path that Triton cannot use and PuzzleError when `out` exists
     and is not to be overwritten.
@@ -63,6 +65,7 @@ def write_repository(
         runtime_module=runtime_module,
         plugin=str(reachable / PLUGIN_FOLDER) if plugin.is_dir() else None,
         max_open_requests=max_open_requests,
+        step_timeout_s=step_timeout_s,
         vocab_size=engine.architecture.vocab_size,
     )
     config = _config_text(engine, gpu_device_ids)

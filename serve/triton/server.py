@@ -2,8 +2,10 @@
 
 Triton does not restart a dead stub of a decoupled model and keeps calling the model ready, so the watch is from
 outside: the server process, the stub processes, and the model's own word about its engine (puzzle_engine_up, set by
-the stub, which outlives the engine). Death is noticed within about two seconds; then the server is stopped, and the
-caller exits 1 so that whoever supervises us restarts, or we start anew ourselves with `restart`.
+the stub, which outlives the engine). Death is noticed within about two seconds, a process that was stopped (SIGSTOP)
+and does not go on after eight; then the server is stopped, and the caller exits 1 so that whoever supervises us
+restarts, or we start anew ourselves with `restart`. A tritonserver that somebody else has told to stop hangs up on all
+new HTTP connections, and later cuts off what is open: before that the model is told, as if we had been asked to stop.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from typing import Any, Protocol
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import PuzzleError
 from puzzle_trtllm.serve.triton.launch import TritonServer
-from puzzle_trtllm.serve.triton.probe import read_metrics, values_of
-from puzzle_trtllm.serve.triton.process import is_alive
+from puzzle_trtllm.serve.triton.probe import hangs_up, read_metrics, values_of
+from puzzle_trtllm.serve.triton.process import StoppedProcesses, is_alive
 from puzzle_trtllm.serve.triton.ranks import serve_as_worker
 from puzzle_trtllm.serve.triton.repository import PLUGIN_FOLDER
 
@@ -137,6 +139,8 @@ def _serve_once(
         server.stop(grace_s=1)
         raise
     server.keep_log()
+    if server.exit_code() is None:
+        server.drain()
     server.stop(grace_s=1)
     _stop(beside)
     return reason
@@ -158,20 +162,33 @@ def _stop(beside: Beside | None) -> None:
 def watch(server: TritonServer, beside: Beside | None = None) -> str:
     """Block until the server, a stub, the engine or what runs beside it dies; returns which, in words."""
     stubs = server.stub_pids()
+    stopped = StoppedProcesses()
     while True:
         code = server.exit_code()
         if code is not None:
             return f"tritonserver ended with code {code}"
-        dead = [pid for pid in stubs if not is_alive(pid)]
-        if dead:
-            return f"the model's process (pid {dead[0]}) died"
-        metrics = read_metrics(server.metrics_url)
-        if metrics is not None and 0 in values_of(metrics, "puzzle_engine_up"):
-            return "the engine died"
-        failure = None if beside is None else beside.failure()
+        names = {server.pid: "tritonserver", **dict.fromkeys(stubs, "the model's process")}
+        for pid, name in names.items():
+            if pid in stubs and not is_alive(pid):
+                return f"{name} (pid {pid}) died"
+            if stopped.given_up(pid):
+                return f"{name} (pid {pid}) was stopped and does not go on"
+        failure = None if stopped.any else _word_of(server)
+        if failure is None and beside is not None:
+            failure = beside.failure()
         if failure is not None:
             return failure
         time.sleep(_POLL_S)
+
+
+def _word_of(server: TritonServer) -> str | None:
+    """What its metrics say of the engine's death, or its silence of its own end."""
+    metrics = read_metrics(server.metrics_url)
+    if metrics is not None and 0 in values_of(metrics, "puzzle_engine_up"):
+        return "the engine died"
+    if hangs_up(server.http_url) and is_alive(server.pid):
+        return "tritonserver was told to stop by somebody else"
+    return None
 
 
 @contextmanager

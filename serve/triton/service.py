@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,14 @@ from puzzle_trtllm.serve.triton.instances import Instance
 from puzzle_trtllm.serve.triton.metrics import MetricsThread
 from puzzle_trtllm.serve.triton.notice import NoticeThread
 from puzzle_trtllm.serve.triton.outbox import Outbox
+from puzzle_trtllm.serve.triton.process import when_orphaned
 from puzzle_trtllm.serve.triton.ranks import leave_job
 from puzzle_trtllm.serve.triton.request import RequestLimits
 from puzzle_trtllm.serve.triton.session import Session
 from puzzle_trtllm.serve.triton.settings import ModelSettings
+
+_SHUTDOWN_S = 5.0
+"""For an engine whose server has gone."""
 
 
 class Service:
@@ -27,6 +33,8 @@ class Service:
     def __init__(self, settings: ModelSettings, instance: Instance, folder: Path) -> None:
         """`folder` is the model's, where it hears that the server is about to stop."""
         triton = settings.triton
+        self._llm: Any = None
+        when_orphaned(self._end_without_server)
         self._llm, sampling_params = start_llm(settings, instance)
         self._outbox = Outbox(TritonEncoder(), log=log_info)
         self._session = Session(
@@ -47,6 +55,7 @@ class Service:
             self._outbox,
             self._llm,
             metric_family=pb_utils.MetricFamily,
+            step_timeout_s=triton.step_timeout_s,
             labels=instance.labels,
             log=log_info,
         )
@@ -66,3 +75,11 @@ class Service:
         self._outbox.close()
         self._llm.shutdown()
         leave_job()
+
+    def _end_without_server(self) -> None:
+        """A stub would wait for a server that was killed, for minutes or for ever, and the engine hold its memory."""
+        threading.Timer(_SHUTDOWN_S, os._exit, args=(1,)).start()
+        with contextlib.suppress(Exception):
+            if self._llm is not None:
+                self._llm.shutdown()
+        os._exit(1)

@@ -66,7 +66,7 @@ class Totals:
     prompt_tokens: int = 0
     output_tokens: int = 0
     ends: dict[str, int] = field(default_factory=dict)
-    """Requests ended, by `ok` or the status."""
+    """Requests ended otherwise than with their last output, by the status."""
 
 
 class Session:
@@ -210,8 +210,6 @@ class Session:
             self.totals.prompt_tokens += len(output.prompt_token_ids or ())
         self.totals.output_tokens += max(0, snapshot.num_tokens - request.num_tokens)
         request.num_tokens = max(request.num_tokens, snapshot.num_tokens)
-        if snapshot.finished and not request.reply.ended:
-            self._count("ok")
         request.reply.update(snapshot)
 
     def _end_with(self, request: OpenRequest, error: Exception) -> None:
@@ -229,7 +227,8 @@ class Session:
         for request in [request for request in self._open.values() if request.reply is reply]:
             self._abort(request)
         self._log(why)
-        self._end(reply, "INTERNAL", why)
+        if not reply.failed:  # it may have ended with the very output that was lost
+            self._fail(reply, "INTERNAL", why)
 
     def _stop_by_id(self, request_id: str, reply: Reply) -> None:
         """`stop`: the running requests end, and so does this one, all CANCELLED as in NVIDIA's model."""
@@ -276,11 +275,12 @@ class Session:
 
     def _end(self, reply: Reply, status: Status, message: str) -> None:
         if not reply.ended:
-            self._count(status.lower())
-            reply.fail(status, message)
+            self._fail(reply, status, message)
 
-    def _count(self, end: str) -> None:
+    def _fail(self, reply: Reply, status: Status, message: str) -> None:
+        end = status.lower()
         self.totals.ends[end] = self.totals.ends.get(end, 0) + 1
+        reply.fail(status, message)
 
     # --- the sweep's thread -----------------------------------------------------------------------------------------
 

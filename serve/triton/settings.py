@@ -36,6 +36,9 @@ class TritonConfig(BaseModel):
     """Folder of a Python package imported before the LLM is made; it registers models."""
     max_open_requests: int = Field(default=1024, ge=1)
     """Requests waiting or running; one more is answered UNAVAILABLE at once."""
+    step_timeout_s: float = Field(default=600, ge=0)
+    """Open requests for which the engine ends no step for so long have a dead engine; 0: they wait for ever. Only of a
+    runtime that counts its steps."""
     vocab_size: int | None = Field(default=None, ge=1)
     """Token ids of `input_ids` must be below this; an id outside the embedding would crash a GPU engine."""
 

@@ -89,7 +89,7 @@ def test_the_flags_are_frozen() -> None:
         "build": "--allow-unit-scale --config --explain --fold --json --overwrite",
         "serve": "--engine-cores --gpu-device-ids --grpc-cert --grpc-key --grpc-port --grpc-root-cert --host "
         "--http-port --json --metrics-port --openai-model --openai-port --restart --restricted --secret "
-        "--startup-timeout",
+        "--startup-timeout --step-timeout",
         "generate": "--ca-cert --client-cert --client-key --effort --json --max-tokens --secret --seed --stop "
         "--temperature --tokenizer --top-k --top-p --url",
         "bench": "--arrival --ca-cert --client-cert --client-key --concurrency --csv --engine --json "

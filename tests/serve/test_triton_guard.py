@@ -13,7 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from puzzle_trtllm.serve.triton.process import GuardedProcess, children_of, is_alive
+from puzzle_trtllm.serve.triton.process import (
+    GuardedProcess,
+    StoppedProcesses,
+    children_of,
+    is_alive,
+)
 from tests.serve.scripted import wait_until
 
 # A "server" that starts a grandchild in a session of its own, writes all pids, and ignores SIGTERM if told to.
@@ -102,8 +107,45 @@ def test_the_server_ends_when_the_guard_itself_is_killed(tmp_path: Path) -> None
     wait_until(lambda: not is_alive(started.process.pid), what="the server ended")
     for pid in started.pids[1:]:  # Triton's stubs watch their server; these do not
         os.kill(pid, signal.SIGKILL)
-    started.shm.unlink()
-    started.process.stop()
+    assert started.process.stop() == -signal.SIGKILL
+    started.assert_all_gone()
+
+
+def test_a_process_can_wait_for_its_parents_end(tmp_path: Path) -> None:
+    """As a stub does, whose engine would hold its memory for a server that was killed."""
+    inner = (
+        "import os, sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from puzzle_trtllm.serve.triton.process import when_orphaned\n"
+        "when_orphaned(lambda: os._exit(0)); print(os.getpid(), flush=True); time.sleep(600)"
+    )
+    outer = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', *sys.argv[1:]]).wait()"
+    root = Path(__file__).parents[2]
+    parent = subprocess.Popen([sys.executable, "-c", outer, inner, str(root)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert is_alive(child)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    wait_until(lambda: not is_alive(child), what="the child's end")
+
+
+def test_a_process_that_is_stopped_for_good_is_told_from_one_that_goes_on() -> None:
+    child = subprocess.Popen(["sleep", "600"])
+    watch = StoppedProcesses(max_looks=3)
+    try:
+        os.kill(child.pid, signal.SIGSTOP)
+        wait_until(lambda: watch.given_up(child.pid), what="three looks in a row")
+        os.kill(child.pid, signal.SIGCONT)
+        wait_until(lambda: not watch.given_up(child.pid), what="it goes on")
+        assert not any(watch.given_up(child.pid) for _ in range(9))
+        os.kill(child.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+        assert [watch.given_up(child.pid) for _ in range(3)] == [False, False, True]
+    finally:
+        child.kill()
+        child.wait()
+    assert not watch.given_up(child.pid)
 
 
 def test_only_the_command_gets_the_environment_and_its_output_goes_to_the_log(tmp_path: Path) -> None:

@@ -56,6 +56,10 @@ def serving(engine) -> Iterator:
         each.end()
 
 
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 async def stream_until_it_breaks(url: str, break_it) -> ServeError:
     """Read a stream, call `break_it` after its first chunk, return how it ended."""
     async with TritonLlmClient(url) as client:
@@ -104,6 +108,15 @@ def test_restart_serves_again_and_kill_9_leaves_nothing(serving) -> None:
     running.assert_all_gone()
 
 
+def test_a_guard_that_is_killed_leaves_no_stub_and_no_engine(serving) -> None:
+    """They would hold the memory that a restart needs."""
+    running = serving()
+    running.wait_ready()
+    os.kill(parent_of(running.ready["pid"]), signal.SIGKILL)
+    running.assert_all_gone()
+    assert running.process.wait(timeout=EXIT_S) == 1
+
+
 def test_sigterm_stops_cleanly_with_exit_code_0(serving) -> None:
     running = serving()
     running.wait_ready()
@@ -140,6 +153,16 @@ def test_folders_of_pythonpath_are_found_from_where_the_server_works(monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"modules:{os.pathsep}/others")
     assert python_path({})["PYTHONPATH"].split(os.pathsep)[-2:] == [str(tmp_path / "modules"), "/others"]
+
+
+def test_requests_of_a_server_that_somebody_else_stops_are_told_too(serving) -> None:
+    running = serving(drain_s=1)
+    running.wait_ready()
+    stop = partial(os.kill, running.ready["pid"], signal.SIGTERM)
+    error = asyncio.run(stream_until_it_breaks(running.ready["url"], stop))
+    assert (error.status, "the server is stopping" in str(error)) == ("UNAVAILABLE", True)
+    assert running.process.wait(timeout=30) == 1
+    running.assert_all_gone()
 
 
 def test_sigint_while_starting_is_no_failure(serving, monkeypatch, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 
 from puzzle_trtllm.serve.runtimes.api import EngineDeadError
+from puzzle_trtllm.serve.triton import metrics as metrics_module
 from puzzle_trtllm.serve.triton.metrics import KvBlocks, MetricsThread, kv_blocks, num_active, num_steps
 from tests.serve.fake_session import begin, open_service
 from tests.serve.scripted import wait_until
@@ -58,6 +60,7 @@ def test_metrics_tell_waiting_from_running_and_count_tokens(service, metrics) ->
     first.push("b", None)
     second.push(RuntimeError("odd"))
     wait_until(lambda: service.session.queue_lengths() == (0, 0), what="the ends")
+    wait_until(lambda: service.outbox.answers_sent == 1, what="the answer has left")
     metrics.publish()
     metrics.publish()
     expected = {
@@ -118,6 +121,60 @@ def test_the_metrics_notice_that_the_engines_process_has_gone(service, metrics) 
     service.llm.engine_pid = gone.pid
     metrics._watch_engine()
     wait_until(lambda: service.session.death == "its process has ended", what="the death")
+
+
+# --- an engine that lives and makes no steps ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def look(service, monkeypatch) -> Callable[..., float]:
+    """`look(seconds, steps)`: the thread's next look, so much later, at an engine that has made so many steps; returns
+    the metric. After ten seconds without a step it is dead."""
+    now_s = [1000.0]
+    monkeypatch.setattr(metrics_module, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    Family.values = {}
+    thread = MetricsThread(
+        service.session, service.outbox, service.llm, metric_family=Family, step_timeout_s=10, log=lambda m: None
+    )
+
+    def look(seconds: float, steps: int | None) -> float:
+        now_s[0] += seconds
+        service.llm.stats = [] if steps is None else [{"iter": steps}]
+        thread._watch_engine()
+        thread._watch_steps()
+        thread.publish()
+        return Family.values["puzzle_seconds_without_step"]
+
+    return look
+
+
+def test_an_engine_that_ends_no_step_while_requests_wait_is_dead(service, look) -> None:
+    sender, _ = begin(service)
+    assert [look(3, steps) for steps in (5, 6, 6, 6, 7, 7)] == [0, 0, 3, 6, 0, 3]
+    assert service.session.death is None
+    look(3, 7), look(4, 7)
+    assert sender.error == ("UNAVAILABLE", "the engine is dead: no step of it ended in 10 s")
+
+
+def test_an_engine_without_requests_need_not_make_steps(service, look) -> None:
+    assert [look(4, 5) for _ in range(9)] == [0] * 9
+    _, result = begin(service)
+    assert look(4, 5) == 4
+    result.push("a", None)
+    wait_until(lambda: service.session.queue_lengths() == (0, 0), what="the end")
+    assert look(4, 5) == 0 and service.session.death is None
+
+
+def test_a_runtime_that_counts_no_steps_is_not_accused(service, look) -> None:
+    begin(service)
+    assert [look(4, None) for _ in range(9)] == [0] * 9
+
+
+def test_a_model_that_was_stopped_itself_accuses_nobody(service, look) -> None:
+    """The whole machine may have slept."""
+    begin(service)
+    look(1, 5)
+    assert look(3600, 5) == 5 and service.session.death is None
 
 
 def test_kv_blocks_come_as_dicts_or_json() -> None:

@@ -46,6 +46,7 @@ def test_model_yaml_holds_the_llms_arguments_and_tritons(engine, tmp_path: Path)
             "cancellation_check_period_ms": 50.0,
             "runtime": "reference",
             "max_open_requests": 7,
+            "step_timeout_s": 600.0,
             "vocab_size": VOCAB_SIZE,
         },
     }

@@ -47,6 +47,7 @@ def test_without_streaming_there_is_one_response(service) -> None:
     result.push("a", "b", None)
     wait_until(lambda: sender.final, what="the end")
     assert sender.responses == [({"text_output": [b"ab"]}, 1)]
+    wait_until(lambda: service.outbox.answers_sent == 1, what="counted as answered")
 
 
 @pytest.mark.parametrize(("streaming", "stops"), [(True, ("ab",)), (False, ())])
@@ -147,6 +148,16 @@ def test_a_large_answer_that_cannot_be_sent_is_an_error_not_silence(service, str
     sender, result = begin(service, streaming=streaming, sender=Sender(room=0))
     result.push("x" * LARGE, None)
     assert sender.error[0] == "INTERNAL" and "shared memory" in sender.error[1]
+    wait_until(lambda: service.session.totals.ends == {"internal": 1}, what="it counts as failed")
+    assert service.outbox.answers_sent == 0
+
+
+def test_an_answer_that_is_lost_without_a_word_is_not_counted_as_one(service) -> None:
+    """Shared memory can fill up between the look at it and the send, which has then closed the sender."""
+    sender, result = begin(service, sender=Sender(room=0, room_for_errors=0))
+    result.push("ab", None)
+    wait_until(lambda: service.session.totals.ends == {"internal": 1}, what="it counts as failed")
+    assert sender.responses == [] and (service.outbox.answers_sent, service.outbox.responses_sent) == (0, 0)
 
 
 def test_a_large_answer_that_cannot_be_sent_ends_without_words_where_only_one_response_may_be_sent(service) -> None:

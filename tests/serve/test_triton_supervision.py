@@ -9,8 +9,9 @@ import errno
 import os
 import signal
 import socket
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -18,10 +19,11 @@ from typing import ClassVar
 import pytest
 
 from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.serve.openai.process import OpenAiFront
 from puzzle_trtllm.serve.triton import server as supervision
 from puzzle_trtllm.serve.triton.launch import TritonServer
-from puzzle_trtllm.serve.triton.probe import http_status, read_metrics
-from puzzle_trtllm.serve.triton.server import serve_engine
+from puzzle_trtllm.serve.triton.probe import hangs_up, http_status, read_metrics
+from puzzle_trtllm.serve.triton.server import serve_engine, watch
 from tests.serve.scripted import scripted_engine
 
 
@@ -227,6 +229,84 @@ def test_a_signal_ends_the_pause_before_the_next_try(engine, history, monkeypatc
 def test_every_start_has_a_log_of_its_own(engine) -> None:
     """Servers of a supervisor come and go, and their addresses in memory come again."""
     assert len({TritonServer(engine).log_file for _ in range(6)}) == 6
+
+
+# --- what ends the watch ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def watched(monkeypatch) -> Iterator[SimpleNamespace]:
+    """A tritonserver and a stub that only sleep, whose endpoints answer with nothing but silence."""
+    monkeypatch.setattr(supervision, "_POLL_S", 0.01)
+    server, stub = (subprocess.Popen(["sleep", "600"]) for _ in range(2))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        yield SimpleNamespace(
+            pid=server.pid,
+            exit_code=server.poll,
+            stub_pids=lambda: {stub.pid},
+            metrics_url=url,
+            http_url=url,
+            stub=stub,
+        )
+    for process in (server, stub):
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("which", ["tritonserver", "the model's process"])
+def test_a_process_that_is_stopped_for_good_ends_the_watch(watched, which: str) -> None:
+    """It holds all requests, and no connection of it breaks."""
+    pid = watched.pid if which == "tritonserver" else watched.stub.pid
+    os.kill(pid, signal.SIGSTOP)
+    assert watch(watched) == f"{which} (pid {pid}) was stopped and does not go on"
+
+
+def test_a_front_that_is_stopped_for_good_has_failed(watched) -> None:
+    front = OpenAiFront()
+    front._process = watched
+    assert not any(front.failure() for _ in range(20))
+    os.kill(watched.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, watched.pid, os.WSTOPPED)
+    failures = [front.failure() for _ in range(16)]
+    assert failures == [None] * 15 + ["the OpenAI front was stopped and does not go on"]
+
+
+def test_a_tritonserver_that_was_told_to_stop_hangs_up(watched) -> None:
+    watched.http_url = served_once(b"")
+    watched.metrics_url = served_once(b"HTTP/1.1 200 OK\r\n\r\npuzzle_engine_up 1\n")
+    assert watch(watched) == "tritonserver was told to stop by somebody else"
+
+
+def test_a_server_that_dies_is_not_taken_for_one_that_was_told_to_stop(watched) -> None:
+    """Its connections break before its end is known."""
+    watched.http_url = watched.metrics_url = served_once(b"")
+    os.kill(watched.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, watched.pid, os.WEXITED | os.WNOWAIT)
+    codes = iter([None, None, 137])
+    watched.exit_code = lambda: next(codes)
+    assert watch(watched) == "tritonserver ended with code 137"
+
+
+def test_what_is_open_is_told_whatever_ends_a_server_that_lives(engine, history, monkeypatch) -> None:
+    monkeypatch.setattr(FakeServer, "exit_code", lambda self: None)
+    monkeypatch.setattr(supervision, "watch", lambda *_: "the OpenAI front ended with code 1")
+    assert serve_engine(engine, beside=FakeFront(history), quiet=True) == 1
+    assert history == ["start", "front start", "keep log", "drain", "stop", "front stop"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "hung_up"), [(b"", True), (b"HTTP/1.1 503 Busy\r\n\r\n", False), (b"not http\r\n\r\n", False)]
+)
+def test_to_hang_up_is_to_say_nothing(answer: bytes, hung_up: bool) -> None:
+    assert hangs_up(served_once(answer)) == hung_up
+
+
+def test_nobody_there_is_hung_up_too_and_somebody_busy_is_not() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        url = f"http://127.0.0.1:{busy.getsockname()[1]}/"
+        assert not hangs_up(url, timeout_s=0.1)
+    assert hangs_up(url)
 
 
 HALF_ANSWERS = [
