@@ -132,8 +132,9 @@ class MetricsThread:
         self._num_active = 0
         self._step_timeout_s = step_timeout_s
         self._steps: int | None = None
-        """The engine's, as far as is known, and those of the look before."""
-        self._steps_before: int | None = None
+        """The engine's, as far as is known."""
+        self._progress: tuple[int | None, int] = None, 0
+        """They and the tokens that it has generated, at the look before; steps alone may be lost on their way here."""
         self._looked_s = time.monotonic()
         self._without_step_s = 0.0
         self._labels = {"model": "tensorrt_llm", **(labels or {})}
@@ -195,7 +196,7 @@ class MetricsThread:
         except TimeoutError:
             pass  # a busy engine is no news
         except Exception as error:
-            self._stats_wanted = False
+            self._stats_wanted, self._steps = False, None
             self._log(f"the runtime gives no statistics: {type(error).__name__}: {error}")
         else:
             if (active := num_active(stats)) is not None:
@@ -213,12 +214,13 @@ class MetricsThread:
     def _watch_steps(self) -> None:
         now_s = time.monotonic()
         look_s, self._looked_s = min(now_s - self._looked_s, _LONGEST_LOOK_S), now_s
-        if self._steps != self._steps_before or self._steps is None or not any(self._session.queue_lengths()):
-            self._steps_before, self._without_step_s = self._steps, 0.0
+        progress = self._steps, self._session.totals.output_tokens
+        if progress != self._progress or self._steps is None or not any(self._session.queue_lengths()):
+            self._progress, self._without_step_s = progress, 0.0
             return
         self._without_step_s += look_s
         if self._session.death is None and 0 < self._step_timeout_s <= self._without_step_s:
-            self._session.engine_died(f"no step of it ended in {self._without_step_s:.0f} s")
+            self._session.engine_died(f"no step of it ended in {self._without_step_s:.0f} s (step_timeout_s)")
 
     def _set(self, name: str, value: float) -> None:
         if name not in self._metrics:

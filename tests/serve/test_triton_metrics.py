@@ -153,7 +153,7 @@ def test_an_engine_that_ends_no_step_while_requests_wait_is_dead(service, look) 
     assert [look(3, steps) for steps in (5, 6, 6, 6, 7, 7)] == [0, 0, 3, 6, 0, 3]
     assert service.session.death is None
     look(3, 7), look(4, 7)
-    assert sender.error == ("UNAVAILABLE", "the engine is dead: no step of it ended in 10 s")
+    assert sender.error == ("UNAVAILABLE", "the engine is dead: no step of it ended in 10 s (step_timeout_s)")
 
 
 def test_an_engine_without_requests_need_not_make_steps(service, look) -> None:
@@ -168,6 +168,22 @@ def test_an_engine_without_requests_need_not_make_steps(service, look) -> None:
 def test_a_runtime_that_counts_no_steps_is_not_accused(service, look) -> None:
     begin(service)
     assert [look(4, None) for _ in range(9)] == [0] * 9
+
+
+def test_an_engine_whose_tokens_arrive_makes_steps_whatever_its_statistics_say(service, look) -> None:
+    _, result = begin(service)
+    for count in (1, 2, 3):
+        look(4, 5)
+        result.push("a")
+        wait_until(lambda count=count: service.session.totals.output_tokens == count, what="the token")
+        assert look(4, 5) == 0
+
+
+def test_a_runtime_that_stops_giving_statistics_is_not_accused(service, look, monkeypatch) -> None:
+    begin(service)
+    assert [look(4, 5), look(4, 5)] == [0, 4]
+    monkeypatch.setattr(service.llm, "get_stats", lambda timeout: 1 / 0)
+    assert [look(4, 5) for _ in range(9)] == [0] * 9
 
 
 def test_a_model_that_was_stopped_itself_accuses_nobody(service, look) -> None:
