@@ -221,10 +221,10 @@ def kv_command(
         ("scale rule", report.scale_rule),
         ("FP8 saves", saved),
         ("report", str(out / "kv_report.html")),
-        ("next", f"puzzle-trtllm build {out} ENGINE --config NAME"),
     ]
     if report.held_out is None:
         facts.append(("quality", f"not measured: {report.held_out_missing}"))
+    facts.append(("next", f"puzzle-trtllm build {out} ENGINE --config NAME"))
     print_table(scales_table(report), *held_out_tables(report), facts_table("calibrated", facts))
 
 

@@ -80,7 +80,7 @@ def _explain(checkpoint: str, config: str, *, as_json: bool) -> None:
     from puzzle_trtllm.build.derived_values import to_nested
     from puzzle_trtllm.build.engine_build import explain
 
-    values = explain(checkpoint, config=config)
+    values = explain(checkpoint, config=config, quiet=False)
     if as_json:
         print_json({"llm_args": to_nested(values), "reasons": {key: reason for key, _, reason in values}})
         return

@@ -167,6 +167,12 @@ def test_explain_needs_no_weights(parent: Path) -> None:
     assert "fp8" in value["reasons"]["kv_cache_config.dtype"]
 
 
+def test_explain_warns_as_build_does() -> None:
+    config = ROOT / "tests" / "data" / "gpt-oss-puzzle-88b.config.json"
+    result = invoke("build", config, "--config", "h100x1-long", "--explain")
+    assert "warning: FP8 KV with attention sinks on Hopper is unverified" in result.stderr
+
+
 @pytest.fixture
 def engine(parent: Path, tmp_path: Path) -> Path:
     assert invoke(*build_arguments(parent, tmp_path)).exit_code == 0
