@@ -47,8 +47,9 @@ def test_make_test_sets_up_lints_types_and_ends_with_pytest() -> None:
 
 
 def test_make_bench_says_what_it_needs() -> None:
-    done = subprocess.run(["make", "bench"], cwd=ROOT, capture_output=True, text=True, check=False, env=ENVIRONMENT)
-    assert (done.returncode, done.stdout) == (2, "")
+    command = ["make", "-n", "bench"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 2
     assert "which engine? make bench ENGINE=folder" in done.stderr
 
 
