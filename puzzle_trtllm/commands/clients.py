@@ -147,7 +147,8 @@ def evaluate_command(
     engine: EngineOption = None,
     tokenizer: TokenizerOption = None,
     effort: Annotated[
-        list[str] | None, typer.Option("--effort", metavar="EFFORT ...", help="Default: all three.")
+        list[str] | None,
+        typer.Option("--effort", metavar="EFFORT ...", help="Some of low, medium, high (default: all)."),
     ] = None,
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Problems in flight.")] = 16,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="For reasoning and answer.")] = 4096,

@@ -153,6 +153,7 @@ def test_a_demo_sized_model_is_compared_at_the_lengths_it_has(make_checkpoint: M
     [
         (("--gpu", "h100", *LONG), ("gpu: unknown GPU", "found h100", "h100-80gb", "b200-180gb")),
         (("--isl", "65536"), ("--osl: missing",)),
+        ((), ("--isl, --osl: missing", "such as --isl 4096 --osl 4096")),
         (("--isl", "65536", "--osl", "99999999"), ("isl + osl", "longer than the model's positions")),
         (("--isl", "0", "--osl", "5"), ("isl: must be at least 1",)),
         (("--gpus", "0", *LONG), ("gpus: must be at least 1",)),
