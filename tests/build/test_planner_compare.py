@@ -162,7 +162,10 @@ def test_a_demo_sized_model_is_compared_at_the_lengths_it_has(make_checkpoint: M
         (("--gpus", "8", "--parallel", "tp3", *LONG), ("does not divide the GPUs", "divisor of 8")),
         (("--gpus", "128", "--parallel", "dep128", *LONG), ("moe_expert_parallel_size", "64 experts of layer 15")),
         (("--allocator", "paged", *LONG), ("unknown cache-allocation scheme", "trtllm_v1_tuned")),
-        (("--gpu", "l40s-48gb", *LONG), ("1 x l40s-48gb, tp1: no room for one sequence of 131072 tokens",)),
+        (
+            ("--gpu", "l40s-48gb", *LONG),
+            ("1 x l40s-48gb, tp1: no room for one sequence of 131072 tokens beside 46.56 GiB of weights",),
+        ),
         (("--gpus", "8", "--batch", "4000", *LONG), ("no room for 4000 sequences",)),
         (("--out", "map.svg", *LONG), ("--out: goes with --compare",)),
         (("--parent-kv", "fp8", *LONG), ("--parent-kv: goes with --compare",)),
