@@ -169,7 +169,7 @@ def kv_command(
     ] = True,
     seq_len: Annotated[
         list[int] | None,
-        typer.Option("--seq-len", min=1, help="Length at which to tell what FP8 saves; may be repeated."),
+        typer.Option("--seq-len", min=1, metavar="N ...", help="Lengths at which to tell what FP8 saves."),
     ] = None,
     dtype: Annotated[ComputeDtype, typer.Option(help="What the model computes in.")] = ComputeDtype.float32,
     ranks: Annotated[

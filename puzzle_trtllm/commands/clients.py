@@ -59,7 +59,9 @@ def generate_command(
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, help="Equal seeds draw equal tokens. Default: a new one each time.")
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop string; may be given several times.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="Stop string; may be given several times.")
+    ] = None,
     ca_cert: CaCertOption = None,
     client_cert: ClientCertOption = None,
     client_key: ClientKeyOption = None,
