@@ -32,7 +32,7 @@ lint: setup  ## ruff and mypy
 	$(BIN)/python -m mypy -m bootstrap -m requirements.machine -m requirements.lock
 
 bench: setup  ## measure a running server: make bench ENGINE=folder [URL=localhost:8001] [SCENARIO=cpu-demo]
-	@$(BIN)/puzzle-trtllm bench --engine $(ENGINE) --url $(or $(URL),localhost:8001) --scenario $(or $(SCENARIO),cpu-demo)
+	@$(BIN)/puzzle-trtllm bench --engine $(or $(ENGINE),$(error which engine? make bench ENGINE=folder)) --url $(or $(URL),localhost:8001) --scenario $(or $(SCENARIO),cpu-demo)
 
 lock: setup  ## resolve requirements/cpu-py311.in anew into cpu-py311.txt (Python 3.11)
 	$(BIN)/python requirements/lock.py

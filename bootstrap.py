@@ -353,7 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             say("\ninterrupted; the next run goes on from here")
             return 130
-    say(f"Set up in {time.monotonic() - started:.0f} s")
+    say(f"Set up in {time.monotonic() - started:.0f} s; `. {VENV}/bin/activate` puts puzzle-trtllm on the PATH")
     return 0
 
 

@@ -76,9 +76,7 @@ def build_engine(
     values = _derive(source.architecture, settings, label)
     mode = _choose_fold(source, settings, fold or settings.fold, allow_unit_scale, label)
     folding = fold_scales(source, mode, quantized_q=settings.quantized_q)
-    warnings = [*folding.warnings, *_runtime_warnings(source.architecture, settings, mode)]
-    if settings.runtime == "tensorrt_llm":
-        warnings += warn_of_cut(source.architecture, to_nested(values))
+    warnings = [*folding.warnings, *_runtime_warnings(source.architecture, settings, mode, values)]
     for line in warnings:
         warn(line, quiet=quiet)
     out = Path(out)
@@ -100,16 +98,22 @@ def build_engine(
     return Engine.open(out)
 
 
-def explain(config_json_or_checkpoint: str | Path, *, config: EngineConfig | str | Path) -> list[DerivedValue]:
+def explain(
+    config_json_or_checkpoint: str | Path, *, config: EngineConfig | str | Path, quiet: bool = True
+) -> list[DerivedValue]:
     """Every LLM argument that `build_engine` would write: (dotted key, value, reason).
 
     Needs only an architecture: a config.json, a folder with one, or a hub id. `to_nested` turns the result into the
-    arguments themselves. Raises the errors that building would, as far as they show without weights.
+    arguments themselves. Warnings and errors are those of building, as far as they show without weights.
     """
     path = Path(config_json_or_checkpoint)
     path = path if path.is_file() else resolve_folder(config_json_or_checkpoint, weights=False)
     settings, label = _load_config(config)
-    return _derive(PuzzleArchitecture.from_path(path), settings, label)
+    architecture = PuzzleArchitecture.from_path(path)
+    values = _derive(architecture, settings, label)
+    for line in _runtime_warnings(architecture, settings, settings.fold, values):
+        warn(line, quiet=quiet)
+    return values
 
 
 def render_llm_args(values: list[DerivedValue]) -> str:
@@ -169,7 +173,10 @@ def _choose_fold(
     return wanted
 
 
-def _runtime_warnings(architecture: PuzzleArchitecture, config: EngineConfig, mode: FoldName) -> list[str]:
+def _runtime_warnings(
+    architecture: PuzzleArchitecture, config: EngineConfig, mode: FoldName, values: list[DerivedValue]
+) -> list[str]:
+    """What is unverified, or less than it could be, about an engine with these arguments."""
     warnings = []
     if config.kv_dtype == "fp8" and mode == "none":
         warnings.append("the FP8 KV cache runs at unit scale: nothing was folded")
@@ -177,6 +184,8 @@ def _runtime_warnings(architecture: PuzzleArchitecture, config: EngineConfig, mo
         warnings.append(
             "FP8 KV with attention sinks on Hopper is unverified in TensorRT-LLM: measure kv_dtype bf16 too"
         )
+    if config.runtime == "tensorrt_llm":
+        warnings += warn_of_cut(architecture, to_nested(values))
     return warnings
 
 

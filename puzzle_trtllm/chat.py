@@ -42,7 +42,7 @@ class ChatTokenizer:
         folder = Path(folder)
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise CheckpointError("missing", file=file)
+            raise CheckpointError("missing", file=file, expected="a checkpoint folder, such as an engine's model/")
         try:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises bare Exception

@@ -191,7 +191,9 @@ def resolve_folder(path: str | Path, *, weights: bool = True) -> Path:
         return folder
     if folder.exists() or not _HUB_ID.match(str(path)):
         raise CheckpointError(
-            "no such checkpoint folder", file=path, expected="a folder, or a hub id such as openai/gpt-oss-120b"
+            "a file, not a checkpoint folder" if folder.exists() else "no such checkpoint folder",
+            file=path,
+            expected="a folder, or a hub id such as openai/gpt-oss-120b",
         )
     from huggingface_hub import snapshot_download
 

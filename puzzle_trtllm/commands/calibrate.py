@@ -169,7 +169,7 @@ def kv_command(
     ] = True,
     seq_len: Annotated[
         list[int] | None,
-        typer.Option("--seq-len", min=1, help="Length at which to tell what FP8 saves; may be repeated."),
+        typer.Option("--seq-len", min=1, metavar="N ...", help="Lengths at which to tell what FP8 saves."),
     ] = None,
     dtype: Annotated[ComputeDtype, typer.Option(help="What the model computes in.")] = ComputeDtype.float32,
     ranks: Annotated[
@@ -221,10 +221,10 @@ def kv_command(
         ("scale rule", report.scale_rule),
         ("FP8 saves", saved),
         ("report", str(out / "kv_report.html")),
-        ("next", f"puzzle-trtllm build {out} ENGINE --config NAME"),
     ]
     if report.held_out is None:
         facts.append(("quality", f"not measured: {report.held_out_missing}"))
+    facts.append(("next", f"puzzle-trtllm build {out} ENGINE --config NAME"))
     print_table(scales_table(report), *held_out_tables(report), facts_table("calibrated", facts))
 
 

@@ -59,7 +59,9 @@ def generate_command(
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, help="Equal seeds draw equal tokens. Default: a new one each time.")
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop string; may be given several times.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="Stop string; may be given several times.")
+    ] = None,
     ca_cert: CaCertOption = None,
     client_cert: ClientCertOption = None,
     client_key: ClientKeyOption = None,
@@ -147,7 +149,8 @@ def evaluate_command(
     engine: EngineOption = None,
     tokenizer: TokenizerOption = None,
     effort: Annotated[
-        list[str] | None, typer.Option("--effort", metavar="EFFORT ...", help="Default: all three.")
+        list[str] | None,
+        typer.Option("--effort", metavar="EFFORT ...", help="Some of low, medium, high (default: all)."),
     ] = None,
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Problems in flight.")] = 16,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="For reasoning and answer.")] = 4096,

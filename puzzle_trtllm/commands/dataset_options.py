@@ -43,7 +43,9 @@ def _options(max_tokens: int) -> dict[str, inspect.Parameter]:
         "default: the checkpoint's own calibration.jsonl, else a few bundled conversations."
     )
     effort = typer.Option(
-        "--effort", help="Reasoning efforts, in turn, for conversations that name none: --effort low medium high."
+        "--effort",
+        metavar="EFFORT ...",
+        help="Reasoning efforts, in turn, for conversations that name none: --effort low medium high.",
     )
     column = typer.Option(help="Its column with messages, text or token ids; default: the one of that name.")
     pack = typer.Option("--pack", help="Fill rows of --sequence-length with several records.")

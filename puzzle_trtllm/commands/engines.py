@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from puzzle_trtllm.engine import Engine
     from puzzle_trtllm.serve.openai.process import OpenAiFront
+    from puzzle_trtllm.serve.triton.security import GrpcTls
     from puzzle_trtllm.serve.triton.server import TritonServer
 
 
@@ -80,7 +81,7 @@ def _explain(checkpoint: str, config: str, *, as_json: bool) -> None:
     from puzzle_trtllm.build.derived_values import to_nested
     from puzzle_trtllm.build.engine_build import explain
 
-    values = explain(checkpoint, config=config)
+    values = explain(checkpoint, config=config, quiet=False)
     if as_json:
         print_json({"llm_args": to_nested(values), "reasons": {key: reason for key, _, reason in values}})
         return
@@ -199,12 +200,8 @@ def serve_command(
         if as_json:
             print_json({**urls, "pid": server.pid})
         else:
-            hint = f"puzzle-trtllm generate PROMPT --url {server.grpc_url} --tokenizer {engine / 'model'}"
-            if tls is not None:
-                hint += (
-                    " --ca-cert CA" if tls.root_cert is None else " --ca-cert CA --client-cert CERT --client-key KEY"
-                )
-            print_table(facts_table("ready; Ctrl-C stops", [*urls.items(), ("try", hint)]))
+            steps = next_steps(engine, server.grpc_url, tls=tls, has_secret=restriction is not None)
+            print_table(facts_table("ready; Ctrl-C stops", [*urls.items(), *steps]))
 
     code = serve_engine(
         engine,
@@ -223,6 +220,22 @@ def serve_command(
         beside=front,
     )
     raise typer.Exit(code)
+
+
+def next_steps(engine: Path, url: str, *, tls: GrpcTls | None, has_secret: bool) -> list[tuple[str, str]]:
+    """Commands for a server that is ready: one that tries it, and one that measures it under the engine's own load."""
+    from puzzle_trtllm.engine import Engine
+
+    scenario = Engine.open(engine).manifest.provenance.get("engine_config", {}).get("scenario", "NAME")
+    options = ""
+    if tls is not None:
+        options += " --ca-cert CA" if tls.root_cert is None else " --ca-cert CA --client-cert CERT --client-key KEY"
+    if has_secret:
+        options += " --secret FILE"
+    return [
+        ("try", f"puzzle-trtllm generate PROMPT --url {url} --tokenizer {engine / 'model'}{options}"),
+        ("measure", f"puzzle-trtllm bench --url {url} --engine {engine} --scenario {scenario}{options}"),
+    ]
 
 
 def _openai_front(

@@ -21,6 +21,7 @@ from puzzle_trtllm.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from puzzle_trtllm.architecture import KvDtype
     from puzzle_trtllm.build.fitting import Fit
     from puzzle_trtllm.build.verify import VerificationReport
     from puzzle_trtllm.inspection import Inspection
@@ -58,7 +59,11 @@ def inspect_command(
         value = inspection.to_json()
         print_json(value if gpu is None else {**value, "fits": [fit.to_json() for fit in fits]})
     else:
-        print_table(layers_table(inspection), totals_table(inspection), *([fits_table(fits)] if fits else []))
+        print_table(
+            layers_table(inspection),
+            totals_table(inspection),
+            *([fits_table(fits, inspection.kv_dtype)] if fits else []),
+        )
 
 
 def _fits(inspection: Inspection, gpu: str, num_gpus: int) -> tuple[Fit, ...]:
@@ -74,12 +79,13 @@ def _fits(inspection: Inspection, gpu: str, num_gpus: int) -> tuple[Fit, ...]:
     )
 
 
-def fits_table(fits: tuple[Fit, ...]) -> Table:
+def fits_table(fits: tuple[Fit, ...], kv_dtype: KvDtype) -> Table:
     """One row a layout: bytes of one GPU, and the sequences that all of them hold."""
     from rich.table import Table
 
     first = fits[0]
-    title = f"on {first.layout.num_gpus} x {first.gpu.product}; sequences as TensorRT-LLM holds them, see `plan`"
+    gpus = f"{first.layout.num_gpus} x {first.gpu.product}"
+    title = f"on {gpus}, {kv_dtype} KV; sequences as TensorRT-LLM holds them, see `plan`"
     table = Table(title=title, title_justify="left")
     table.add_column("layout")
     for column in ("weights a GPU", "KV pool a GPU", *(f"at {tokens:,} tokens" for tokens, _ in first.max_sequences)):

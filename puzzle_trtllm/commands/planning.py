@@ -116,7 +116,10 @@ def _plan(
     from puzzle_trtllm.gpus import load_gpu
 
     if isl is None or osl is None:
-        raise PuzzleError("missing", key="--isl" if isl is None else "--osl", expected="tokens; or --compare PARENT")
+        missing = [option for option, value in (("--isl", isl), ("--osl", osl)) if value is None]
+        raise PuzzleError(
+            "missing", key=", ".join(missing), expected="tokens, such as --isl 4096 --osl 4096; or --compare PARENT"
+        )
     card = load_gpu(gpu)
     return plan(
         model,

@@ -73,5 +73,5 @@ GRADERS: Mapping[str, Grader] = {"exact": grade_exact, "numeric": grade_numeric,
 def find_grader(name: str) -> Grader:
     """Raises ConfigError listing the known graders."""
     if name not in GRADERS:
-        raise ConfigError("unknown grader", found=repr(name), expected=", ".join(GRADERS))
+        raise ConfigError("unknown grader", key="--grader", found=repr(name), expected=", ".join(GRADERS))
     return GRADERS[name]

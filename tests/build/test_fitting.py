@@ -49,7 +49,10 @@ def test_a_model_that_does_not_fit_says_so():
 def test_the_command():
     result = invoke("inspect", CHILD_CONFIG, "--kv", "fp8", "--seq-len", "8192", "--gpu", "h100-80gb", "--gpus", "8")
     assert result.exit_code == 0
-    assert "on 8 x NVIDIA H100" in result.stdout and "at 8,192 tokens" in result.stdout
+    assert "on 8 x NVIDIA H100 SXM5 80 GB, fp8 KV; sequences as TensorRT-LLM holds them" in " ".join(
+        result.stdout.split()
+    )
+    assert "at 8,192 tokens" in " ".join(result.stdout.split())
     value = last_json(invoke("inspect", CHILD_CONFIG, "--gpu", "l40s-48gb", "--json").stdout)
     assert [(one["gpu"], one["num_gpus"], one["kv_pool_bytes_per_gpu"]) for one in value["fits"]] == [
         ("l40s-48gb", 1, 0)

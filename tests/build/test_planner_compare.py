@@ -153,6 +153,7 @@ def test_a_demo_sized_model_is_compared_at_the_lengths_it_has(make_checkpoint: M
     [
         (("--gpu", "h100", *LONG), ("gpu: unknown GPU", "found h100", "h100-80gb", "b200-180gb")),
         (("--isl", "65536"), ("--osl: missing",)),
+        ((), ("--isl, --osl: missing", "such as --isl 4096 --osl 4096")),
         (("--isl", "65536", "--osl", "99999999"), ("isl + osl", "longer than the model's positions")),
         (("--isl", "0", "--osl", "5"), ("isl: must be at least 1",)),
         (("--gpus", "0", *LONG), ("gpus: must be at least 1",)),
@@ -161,7 +162,10 @@ def test_a_demo_sized_model_is_compared_at_the_lengths_it_has(make_checkpoint: M
         (("--gpus", "8", "--parallel", "tp3", *LONG), ("does not divide the GPUs", "divisor of 8")),
         (("--gpus", "128", "--parallel", "dep128", *LONG), ("moe_expert_parallel_size", "64 experts of layer 15")),
         (("--allocator", "paged", *LONG), ("unknown cache-allocation scheme", "trtllm_v1_tuned")),
-        (("--gpu", "l40s-48gb", *LONG), ("1 x l40s-48gb, tp1: no room for one sequence of 131072 tokens",)),
+        (
+            ("--gpu", "l40s-48gb", *LONG),
+            ("1 x l40s-48gb, tp1: no room for one sequence of 131072 tokens beside 46.56 GiB of weights",),
+        ),
         (("--gpus", "8", "--batch", "4000", *LONG), ("no room for 4000 sequences",)),
         (("--out", "map.svg", *LONG), ("--out: goes with --compare",)),
         (("--parent-kv", "fp8", *LONG), ("--parent-kv: goes with --compare",)),

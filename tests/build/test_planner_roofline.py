@@ -151,7 +151,7 @@ def test_what_has_no_room_is_counted_as_its_allocator_counts() -> None:
     """Equal pools waste most of the memory: the bytes would hold 19 sequences."""
     gpu, load = load_gpu("h100-80gb"), Load(isl=65536, osl=65536)
     message = (
-        r"no room for 10 sequences .*found 6 in \d+ bytes of KV cache a GPU, cut by trtllm_v1_equal, expected 10 of "
+        r"no room for 10 sequences .*found 6 in [\d.]+ GiB of KV cache a GPU, cut by trtllm_v1_equal, expected 10 of "
     )
     with pytest.raises(ConfigError, match=message):
         plan(CHILD, gpu=gpu, num_gpus=1, load=load, allocator="trtllm_v1_equal", batch=10)

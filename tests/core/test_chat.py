@@ -93,7 +93,10 @@ def test_text_round_trips(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json: missing"),
+        (
+            lambda f: (f / "tokenizer.json").unlink(),
+            r"tokenizer\.json: missing \(expected a checkpoint folder, such as an engine's model/",
+        ),
         (lambda f: (f / "tokenizer.json").write_text("{}"), r"tokenizer\.json: cannot be read"),
         (lambda f: (f / "tokenizer_config.json").write_text("{"), r"tokenizer_config\.json: cannot be read"),
         (lambda f: (f / "tokenizer_config.json").write_text("[" * 10**5), r"tokenizer_config\.json: cannot be read"),

@@ -145,6 +145,11 @@ class TestFingerprint:
 class TestDamagedFolders:
     def test_no_such_folder(self, tmp_path):
         refused(tmp_path / "nowhere", match="no such checkpoint folder")
+        (tmp_path / "config.json").touch()
+        refused(
+            tmp_path / "config.json",
+            match=r"config\.json: a file, not a checkpoint folder \(expected a folder, or a hub",
+        )
 
     def test_no_config(self, folder):
         (folder / "config.json").unlink()

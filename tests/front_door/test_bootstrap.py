@@ -199,7 +199,9 @@ def test_a_disk_without_locks_is_noted_and_no_obstacle(
     monkeypatch.setattr(bootstrap.fcntl, "flock", refuse)
     monkeypatch.setattr(bootstrap, "set_up_with_the_best_torch", lambda: None)
     assert bootstrap.main([]) == 0
-    assert "note  this disk has no locks" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "note  this disk has no locks" in told
+    assert told.endswith(f"`. {project}/.venv/bin/activate` puts puzzle-trtllm on the PATH\n")
 
 
 @pytest.mark.parametrize("file", ["pyproject.toml", "requirements/cpu-py311.txt", "requirements/numpy1.txt"])

@@ -20,9 +20,11 @@ from puzzle_trtllm.calibration.tensor_file import write_tensors
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.commands import front
 from puzzle_trtllm.commands.clients import show_result
+from puzzle_trtllm.commands.engines import next_steps
 from puzzle_trtllm.errors import PuzzleError
 from puzzle_trtllm.serve.evaluate import runner
 from puzzle_trtllm.serve.evaluate.result import EvaluationResult
+from puzzle_trtllm.serve.triton.security import GrpcTls
 from tests.front_door.cli import ROOT, assert_user_error, invoke, last_json, run
 from tests.serve.measurements import EMPTY_EVALUATION
 
@@ -167,6 +169,12 @@ def test_explain_needs_no_weights(parent: Path) -> None:
     assert "fp8" in value["reasons"]["kv_cache_config.dtype"]
 
 
+def test_explain_warns_as_build_does() -> None:
+    config = ROOT / "tests" / "data" / "gpt-oss-puzzle-88b.config.json"
+    result = invoke("build", config, "--config", "h100x1-long", "--explain")
+    assert "warning: FP8 KV with attention sinks on Hopper is unverified" in result.stderr
+
+
 @pytest.fixture
 def engine(parent: Path, tmp_path: Path) -> Path:
     assert invoke(*build_arguments(parent, tmp_path)).exit_code == 0
@@ -184,6 +192,14 @@ def test_build_shows_the_limits_of_the_engine_and_the_next_step(parent: Path, tm
     built = " ".join(invoke(*build_arguments(parent, tmp_path)).stdout.split())
     assert "max_batch_size" in built and "max_seq_len" in built
     assert "next │ puzzle-trtllm serve" in built
+
+
+def test_serve_shows_how_to_try_and_to_measure_the_engine(engine: Path) -> None:
+    (_, generate), (_, bench) = next_steps(engine, "h:1", tls=None, has_secret=False)
+    assert generate == f"puzzle-trtllm generate PROMPT --url h:1 --tokenizer {engine}/model"
+    assert bench == f"puzzle-trtllm bench --url h:1 --engine {engine} --scenario cpu-demo"
+    secured = next_steps(engine, "h:1", tls=GrpcTls(cert=Path("c"), key=Path("k")), has_secret=True)
+    assert all(command.endswith(" --ca-cert CA --secret FILE") for _, command in secured)
 
 
 def test_a_port_in_use(engine: Path) -> None:

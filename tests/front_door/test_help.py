@@ -67,6 +67,11 @@ def test_arguments_are_named_in_capitals_as_in_the_examples() -> None:
     assert names == {"ARCHITECTURE", "CHECKPOINT", "CHILD", "ENGINE", "OUT", "PARENT", "PATH", "PROMPT"}
 
 
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_speaks_no_python(command: tuple[str, ...]) -> None:
+    assert "list[" not in invoke(*command, "--help").stdout
+
+
 def test_the_flags_are_frozen() -> None:
     """Scripts of users depend on them: adding one means adding it here, dropping one means a new major version."""
     group = get_command(app)

@@ -46,6 +46,13 @@ def test_make_test_sets_up_lints_types_and_ends_with_pytest() -> None:
     assert commands[-1] == ".venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder"
 
 
+def test_make_bench_says_what_it_needs() -> None:
+    command = ["make", "-n", "bench"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 2
+    assert "which engine? make bench ENGINE=folder" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "last"),
     [

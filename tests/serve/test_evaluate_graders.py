@@ -134,5 +134,5 @@ def test_what_a_grader_cannot_grade_is_an_error():
         find_grader("regex")("12", "a{99999999999999}")
     with pytest.raises(ConfigError, match="the exact grader needs a text"):
         find_grader("exact")("", " ")
-    with pytest.raises(ConfigError, match=r"unknown grader \(found 'llm', expected exact, numeric, regex\)"):
+    with pytest.raises(ConfigError, match=r"--grader: unknown grader \(found 'llm', expected exact, numeric, regex\)"):
         find_grader("llm")

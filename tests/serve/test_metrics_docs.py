@@ -1,4 +1,4 @@
-"""docs/measurement.md says of every metric what the catalogue computes, and of every field what results hold."""
+"""The pages say of every metric what the code computes, and of every field what results hold."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from puzzle_trtllm.serve.bench.sweep import KNEE_FRACTION, MIN_REQUESTS
 from puzzle_trtllm.serve.metrics.catalogue import METRICS, Metric, ScalarMetric
 from puzzle_trtllm.serve.metrics.queue import GROWTH_SIGMAS, OfferedLoad
+from puzzle_trtllm.serve.triton import metrics as triton_metrics
 
 PAGE = (Path(__file__).parents[2] / "docs" / "measurement.md").read_text(encoding="utf-8")
 
@@ -36,3 +37,11 @@ def test_the_constants_are_those_of_the_code():
     assert f"by more than {GROWTH_SIGMAS:.0f} x sqrt(smaller of the first and the window's arrivals)" in PAGE
     assert f"at least {KNEE_FRACTION:.0%} of\nthe sweep's best" in PAGE
     assert f"at least {MIN_REQUESTS} requests" in PAGE
+
+
+def test_the_servers_metrics_are_listed_for_who_runs_it():
+    page = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `puzzle_")]
+    described = triton_metrics._GAUGES | triton_metrics._COUNTERS
+    assert rows[:-1] == [f"| `{name}` | {text} |" for name, text in described.items()]
+    assert rows[-1].startswith("| `puzzle_requests_total` |")
