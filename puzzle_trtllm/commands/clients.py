@@ -6,6 +6,7 @@ import asyncio
 import sys
 from collections.abc import Callable
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,9 +17,11 @@ from puzzle_trtllm.commands.output import JsonOption, print_json, print_table
 from puzzle_trtllm.errors import PuzzleError
 
 if TYPE_CHECKING:
+    from puzzle_trtllm.chat import ChatTokenizer
     from puzzle_trtllm.serve.client.request import GenerationRequest, GenerationResult
     from puzzle_trtllm.serve.client.triton_client import TritonLlmClient
     from puzzle_trtllm.serve.metrics.result_file import ResultFile
+    from puzzle_trtllm.serve.openai.answers import AnswerStream
 
 UrlOption = Annotated[str, typer.Option("--url", help="host:port of the server's gRPC endpoint.")]
 EngineOption = Annotated[
@@ -70,12 +73,12 @@ def generate_command(
 ) -> None:
     """Continue a prompt on a running server.
 
-    The text is printed as it streams in, reasoning and answer in one, without the special tokens between them; Ctrl-C
-    cancels the generation on the server too.
+    The text is printed as it streams in; in a chat only the answer goes to stdout, the reasoning before it to stderr.
+    Ctrl-C cancels the generation on the server too.
     """
     from puzzle_trtllm.serve.client.request import GenerationRequest
 
-    text, input_ids = prompt, None
+    text, input_ids, chat = prompt, None, None
     if tokenizer is not None:
         from puzzle_trtllm.chat import ChatTokenizer
 
@@ -98,7 +101,7 @@ def generate_command(
     if as_json:
         print_json(result_json(asyncio.run(_generate(connection, request))))
     else:
-        asyncio.run(_stream(connection, request))
+        asyncio.run(_stream(connection, request, chat))
 
 
 def connector(
@@ -120,15 +123,34 @@ async def _generate(connection: TritonLlmClient, request: GenerationRequest) -> 
         return await client.generate(request)
 
 
-async def _stream(connection: TritonLlmClient, request: GenerationRequest) -> None:
-    last = None
-    async with connection as client, aclosing(client.stream(request)) as chunks:
-        async for chunk in chunks:
-            print(chunk.text, end="", flush=True)
-            last = chunk
+async def _stream(connection: TritonLlmClient, request: GenerationRequest, chat: ChatTokenizer | None) -> None:
+    from puzzle_trtllm.harmony import speaks_harmony
+    from puzzle_trtllm.serve.openai.answers import AnswerStream
+
+    async with connection as client:
+        harmony = None
+        if chat is not None and client.gives_token_ids and speaks_harmony(chat.tokenizer):
+            harmony = chat.tokenizer
+        own = request if harmony is None else replace(request, stop=None)
+        answer = AnswerStream(client, own, harmony=harmony, stops=request.stop or ())
+        await _show(answer)
+    num_tokens = f"{answer.usage.completion_tokens} tokens, " if client.gives_token_ids else ""
+    print(f"{num_tokens}finish reason: {answer.finish_reason}", file=sys.stderr)
+
+
+async def _show(answer: AnswerStream) -> None:
+    reasons = False
+    async with aclosing(answer.parts()) as parts:
+        async for part in parts:
+            print(part.reasoning, end="", file=sys.stderr, flush=True)
+            reasons = reasons or bool(part.reasoning)
+            if part.content and reasons:
+                print("\n", file=sys.stderr, flush=True)
+                reasons = False
+            print(part.content, end="", flush=True)
+    if reasons:
+        print(file=sys.stderr, flush=True)
     print()
-    if last is not None and last.num_output_tokens is not None:
-        print(f"{last.num_output_tokens} tokens, finish reason: {last.finish_reason}", file=sys.stderr)
 
 
 def result_json(result: GenerationResult) -> dict[str, object]:

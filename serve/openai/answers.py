@@ -11,10 +11,11 @@ from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from tokenizers import Tokenizer
+
 from puzzle_trtllm.harmony import ANALYSIS, HarmonyDecoder, Piece
 from puzzle_trtllm.serve.bench.target import Target
 from puzzle_trtllm.serve.client.request import GenerationRequest
-from puzzle_trtllm.serve.openai.model_card import ModelCard
 from puzzle_trtllm.serve.triton.response import hold_back
 
 
@@ -40,12 +41,15 @@ class AnswerStream:
     """Iterate over `parts()`; `usage` and `finish_reason` are complete when it has ended."""
 
     def __init__(
-        self, card: ModelCard, target: Target, request: GenerationRequest, *, channels: bool, stops: Iterable[str] = ()
+        self, target: Target, request: GenerationRequest, *, harmony: Tokenizer | None, stops: Iterable[str] = ()
     ) -> None:
-        """channels: read the model's channels (a chat), else show its text as it is. stops: of the content."""
+        """harmony: reads the model's channels (a chat); None: its text as it is, to whose stops the server sees.
+
+        stops: of the content.
+        """
         self._target = target
         self._request = request
-        self._decoder = HarmonyDecoder(card.tokenizer.tokenizer) if channels else None
+        self._decoder = HarmonyDecoder(harmony) if harmony else None
         self._stops = StopWatch(tuple(stops))
         self.usage = Usage(prompt_tokens=len(request.input_ids or ()))
         self.finish_reason = "stop"

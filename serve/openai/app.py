@@ -78,8 +78,8 @@ def make_app(
         body = _parsed(content, card, ChatRequest)
         reply = Reply.begin(model=card.name, chat=True)
         generation = await in_thread(request, len(content), card.of_chat, body, reply.id)
-        stops = body.stops if card.has_channels else ()
-        answer = AnswerStream(card, app.state.target, generation, channels=card.has_channels, stops=stops)
+        harmony = card.tokenizer.tokenizer if card.has_channels else None
+        answer = AnswerStream(app.state.target, generation, harmony=harmony, stops=body.stops)
         return await _respond(request, reply, [answer], body)
 
     async def completions(request: Request) -> Response:
@@ -89,7 +89,7 @@ def make_app(
         prompts = body.prompts()
         read = card.of_completion
         generations = [await in_thread(request, len(content), read, body, prompt, reply.id) for prompt in prompts]
-        answers = [AnswerStream(card, app.state.target, each, channels=False) for each in generations]
+        answers = [AnswerStream(app.state.target, each, harmony=None) for each in generations]
         return await _respond(request, reply, answers, body)
 
     async def models(request: Request) -> Response:

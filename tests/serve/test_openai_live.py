@@ -22,6 +22,7 @@ from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.serve.client.triton_client import generate
 from puzzle_trtllm.serve.evaluate.answers import final_answer_of_tokens
 from puzzle_trtllm.serve.triton.process import children_of, is_alive
+from tests.front_door.cli import invoke
 from tests.serve.scripted import wait_until
 
 SECRET = "only-for-this-test-0123456789"
@@ -86,6 +87,21 @@ def test_a_completion_continues_the_text_and_stops_at_a_string(served):
 def test_the_template_refuses_in_one_clear_400(served):
     with pytest.raises(openai.BadRequestError, match="abacus knows the roles user and assistant, found system"):
         ask(served, messages=[{"role": "system", "content": "be brief"}])
+
+
+def test_the_command_line_takes_it_apart_too(served):
+    """What a script reads is the answer."""
+    ask_for = ("generate", "4821+1967=", "--url", served.grpc_url, "--tokenizer", ABACUS, "--effort", "high")
+    whole = invoke(*ask_for)
+    thought, blank, facts = whole.stderr.splitlines()
+    assert (whole.stdout, thought) == (
+        "6788\n",
+        ask(served, reasoning_effort="high").choices[0].message.reasoning_content,
+    )
+    assert (blank, facts.endswith("tokens, finish reason: stop")) == ("", True)
+    assert invoke(*ask_for, "--stop", "7").stdout == "6\n"  # the thinking before it is full of them
+    cut = invoke(*ask_for, "--max-tokens", "20")
+    assert (cut.stdout, cut.stderr.splitlines()[-1]) == ("\n", "20 tokens, finish reason: length")
 
 
 def test_without_the_key_nobody_gets_in(served):
