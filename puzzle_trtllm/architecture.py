@@ -36,6 +36,7 @@ from puzzle_trtllm.config_values import (
 )
 from puzzle_trtllm.errors import ArchitectureError
 from puzzle_trtllm.families import GPT_OSS_PUZZLE, family_of
+from puzzle_trtllm.plain_file import read_plain
 from puzzle_trtllm.rope import RopeConfig
 
 ExpertsFormat = Literal["mxfp4", "bf16"]
@@ -192,7 +193,7 @@ class PuzzleArchitecture:
 def read_json_object(file: Path) -> dict[str, Any]:
     """Read a JSON file that must hold one object. Raises ArchitectureError naming the file."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_plain(file).decode("utf-8")
         value = json.loads(text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=unique_keys)
     except OSError as error:
         raise ArchitectureError(f"cannot be read: {error.strerror}", file=file) from None

@@ -65,7 +65,7 @@ class Checkpoint:
         folder = resolve_folder(path)
         if not (folder / "config.json").is_file():
             raise CheckpointError("missing", file=folder / "config.json", expected="a Hugging Face checkpoint folder")
-        _check_links(folder)
+        _check_entries(folder)
         tensors: dict[str, TensorEntry] = {}
         for file in _shard_files(folder):
             for name, entry in read_header(file)[0].items():
@@ -218,11 +218,15 @@ def read_weight_map(index_file: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_links(folder: Path) -> None:
-    """The hub's cache links into its own files; one that is gone would look like a file that the model never had."""
+def _check_entries(folder: Path) -> None:
+    """What is no file would look like one that the model never had. The hub's cache links into its own files."""
     for file in sorted(folder.iterdir()):
-        if file.is_symlink() and not file.exists() and not file.name.startswith("."):  # an editor's lock is one
+        if file.name.startswith("."):  # an editor's lock is a link to nothing
+            continue
+        if file.is_symlink() and not file.exists():
             raise CheckpointError("links to a file that is not there", file=file, found=file.readlink())
+        if not (file.is_file() or file.is_dir()):
+            raise CheckpointError("is a pipe or a device, not a file", file=file)
 
 
 def _shard_files(folder: Path) -> list[Path]:

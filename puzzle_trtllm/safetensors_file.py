@@ -18,6 +18,7 @@ from typing import Any
 
 from puzzle_trtllm.config_values import RepeatedKeyError, unique_keys
 from puzzle_trtllm.errors import CheckpointError
+from puzzle_trtllm.plain_file import check_plain
 from puzzle_trtllm.tensors import DTYPE_BYTES
 
 MAX_HEADER_BYTES = 100_000_000
@@ -40,6 +41,7 @@ class TensorEntry:
 def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Read `file`'s tensors and metadata. Raises CheckpointError in one line for anything damaged."""
     try:
+        check_plain(file)
         size = file.stat().st_size
         with file.open("rb") as stream:
             prefix = stream.read(8)

@@ -30,6 +30,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.plain_file import read_plain
 from puzzle_trtllm.yaml_files import first_problem
 
 MOONCAKE_BLOCK_TOKENS = 512
@@ -129,7 +130,7 @@ def read_trace(
 def _read(file: Path) -> bytes:
     """Once: a pipe, as a shell's <(zcat trace.gz) is one, has nothing left for a second time."""
     try:
-        return file.read_bytes()
+        return read_plain(file, named_pipes=True)
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
 

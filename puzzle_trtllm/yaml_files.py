@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from puzzle_trtllm.errors import ConfigError, PuzzleError
+from puzzle_trtllm.plain_file import read_plain
 
 Model = TypeVar("Model", bound=BaseModel)
 Error = TypeVar("Error", bound=PuzzleError)
@@ -29,7 +30,7 @@ def resolve_name(name_or_path: str | Path, folder: Path, kind: str) -> Path:
 def read_mapping(file: Path) -> dict[Any, Any]:
     """The mapping in a YAML file. Raises ConfigError in one line."""
     try:
-        value = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+        value = yaml.load(read_plain(file).decode("utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
     # ValueError: bytes that are not UTF-8, or what looks like a date and is none; YAML nested too deep recurses.

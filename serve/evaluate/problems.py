@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.plain_file import read_plain
 
 
 class Problem(BaseModel):
@@ -52,7 +53,7 @@ def load_problems(
     """
     file = Path(path)
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON strings may hold U+2028
+        lines = read_plain(file).decode("utf-8").split("\n")  # not splitlines: JSON strings may hold U+2028
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
     except UnicodeDecodeError:
