@@ -62,6 +62,21 @@ class ChatTokenizer:
     def has_template(self) -> bool:
         return (self.folder / "chat_template.jinja").is_file() or isinstance(self.config.get("chat_template"), str)
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises CheckpointError for tokens that the model does not have."""
+        if self.largest_id >= vocab_size:
+            raise CheckpointError(
+                "has tokens outside the model's vocabulary (another model's tokenizer?)",
+                file=self.folder / "tokenizer.json",
+                found=f"token id {self.largest_id}",
+                expected=f"below {vocab_size}",
+            )
+
+    def check_template(self) -> None:
+        """Raises CheckpointError for a chat template that is none; what it does with a conversation is not known."""
+        if self.has_template:
+            _ = self._template
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` as it stands: special tokens in it are recognised, none are added.
 

@@ -164,6 +164,10 @@ class TestTheServingCopy:
     def test_ends_tool_calls(self, child, tmp_path):
         file = child / "tokenizer.json"
         tokenizer = json.loads(file.read_text())
+        vocabulary = tokenizer["model"]["vocab"]
+        last = next(token for token, token_id in vocabulary.items() if token_id == 95)
+        del vocabulary[last]
+        vocabulary["<|call|>"] = 95
         tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 95, "content": "<|call|>"})
         file.write_text(json.dumps(tokenizer))
         engine = build_engine(child, tmp_path / "e", config=config())
@@ -309,6 +313,18 @@ class TestRefusals:
     def test_a_companion_with_a_wrong_value(self, child, tmp_path, name, change, match):
         (child / name).write_text(json.dumps(change))
         self.refused(child, tmp_path, CheckpointError, rf"{name}: {match}")
+
+    @pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+    def test_a_chat_template_that_is_none(self, child, tmp_path, name):
+        template = "{% for message in messages %}"
+        (child / "chat_template.jinja").unlink()
+        (child / name).write_text(template if name.endswith("jinja") else json.dumps({"chat_template": template}))
+        self.refused(child, tmp_path, CheckpointError, "chat template, line 1: not a template: Unexpected end")
+
+    def test_another_models_tokenizer(self, make_checkpoint, tmp_path):
+        child = make_checkpoint(MIXED, kv_scales=SCALES, vocab_size=40)
+        match = r"tokenizer\.json: has tokens outside the model's vocabulary .*\(found token id 95, expected below 40\)"
+        self.refused(child, tmp_path, CheckpointError, match)
 
     def test_a_truncated_shard(self, child, tmp_path):
         shard = sorted(child.glob("*.safetensors"))[-1]
