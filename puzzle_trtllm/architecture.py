@@ -198,7 +198,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise ArchitectureError(f"cannot be read: {error.strerror}", file=file) from None
     except RepeatedKeyError as error:
-        raise ArchitectureError("occurs twice", file=file, key=str(error)) from None
+        raise ArchitectureError("occurs twice", file=file, key=error.key) from None
     except (ValueError, RecursionError) as error:
         raise ArchitectureError(f"not valid JSON: {error}", file=file) from None
     if not isinstance(value, dict):

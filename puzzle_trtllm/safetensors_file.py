@@ -80,7 +80,7 @@ def _parse(raw: bytes, file: Path) -> dict[str, Any]:
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
     except RepeatedKeyError as error:
-        raise CheckpointError("occurs twice in the header", file=file, key=str(error)) from None
+        raise CheckpointError("occurs twice in the header", file=file, key=error.key) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"corrupt header: {error}", file=file) from None
     if not isinstance(header, dict):
