@@ -251,6 +251,12 @@ class TestRefusals:
         match = r"layers\.0\.self_attn\.k_scale: the same KV scale under two names .*self_attn\.k_proj\.k_scale"
         self.refused(with_a_second_name(child, tmp_path), tmp_path, CheckpointError, match)
 
+    def test_scales_for_another_kind_of_cache(self, child, tmp_path):
+        file = child / "hf_quant_config.json"
+        file.write_text(json.dumps({"quantization": {"kv_cache_quant_algo": "NVFP4"}}))
+        match = r"hf_quant_config\.json: quantization\.kv_cache_quant_algo: .*another cache .found NVFP4, expected FP8"
+        self.refused(child, tmp_path, CheckpointError, match)
+
     def test_channel_fold_without_its_file(self, child, tmp_path):
         self.refused(child, tmp_path, CheckpointError, "--fold channel needs it", fold="channel")
 
