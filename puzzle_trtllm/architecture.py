@@ -47,6 +47,17 @@ KV_BYTES_PER_VALUE: Mapping[KvDtype, int] = {"bf16": 2, "fp8": 1}
 SWIGLU_ALPHA = 1.702
 """Factor in the sigmoid of the experts' gate."""
 
+_INHERITED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "experts_per_token",
+)
+"""What a child has of its parent, whatever its blocks are."""
+
 MAX_LAYERS = 10_000
 """Where nothing but a number says how many: each is an object here."""
 
@@ -218,12 +229,17 @@ def read_blocks(path: str | Path, parent: PuzzleArchitecture) -> tuple[BlockConf
     """Read a child architecture file: `{"block_configs": [...]}` or a whole config.json, and hold it to its parent.
 
     Raises ArchitectureError naming the layer when the layer count, an expert count (0, above the parent's, below top-k)
-    or a window cannot be the child's.
+    or a window cannot be the child's, and naming the key for the whole config of a model of other dimensions.
     """
     file = Path(path)
     config = read_json_object(file)
     if "block_configs" not in config and "model_type" not in config:
         raise ArchitectureError("no such key", file=file, key="block_configs", expected="one entry a layer")
+    for key in _INHERITED:
+        found, expected = config.get(key), getattr(parent, key)
+        if found not in (None, expected):
+            found = json.dumps(found, default=str)
+            raise ArchitectureError("is not the parent's", file=file, key=key, found=found, expected=expected)
     blocks = read_block_configs(config, file)
     if len(blocks) != parent.num_layers:
         raise ArchitectureError(
