@@ -109,6 +109,7 @@ class Checkpoint:
 
     def validate(self) -> None:
         """Hold every tensor against the architecture. Raises CheckpointError at the first that does not fit."""
+        self._check_dtype()
         expected = tensor_table(self.architecture)
         for name, spec in expected.items():
             if name not in self.tensors:
@@ -121,6 +122,15 @@ class Checkpoint:
         for name, entry in self.tensors.items():
             if name not in expected and kv_scale_of(name) is None:
                 raise CheckpointError("no such tensor in this architecture", file=entry.file, key=name)
+
+    def _check_dtype(self) -> None:
+        """Engines compute in what config.json says, and in float16 a gpt-oss overflows. The tensors below are BF16."""
+        for key in ("dtype", "torch_dtype"):
+            found = self.config.get(key)
+            if found not in (None, "bfloat16"):
+                message = "is not that of the tensors"
+                file = self.path / "config.json"
+                raise CheckpointError(message, file=file, key=key, found=json.dumps(found), expected='"bfloat16"')
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """The tensor's bytes, memory-mapped, uint8 `[num_bytes]`."""
