@@ -117,6 +117,11 @@ class Load(BaseModel):
         return self.trace.longest_sequence if self.trace is not None else sum(self._longest)
 
     @property
+    def longest_input(self) -> int:
+        """Tokens of the longest prompt that a file's scenario has."""
+        return self._longest[0]
+
+    @property
     def longest_sequence(self) -> str:
         """What `sequence_tokens` is made of, in words."""
         return "the trace's longest request" if self.trace is not None else "{} in + {} out".format(*self._longest)

@@ -251,6 +251,10 @@ class TestRefusals:
         match = r"layers\.0\.self_attn\.k_scale: the same KV scale under two names .*self_attn\.k_proj\.k_scale"
         self.refused(with_a_second_name(child, tmp_path), tmp_path, CheckpointError, match)
 
+    def test_a_fold_asked_for_a_cache_that_has_none(self, child, tmp_path):
+        match = r"kv_dtype: --fold needs an FP8 KV cache \(found bf16"
+        self.refused(child, tmp_path, ConfigError, match, config=config(kv_dtype="bf16"), fold="channel")
+
     def test_scales_for_another_kind_of_cache(self, child, tmp_path):
         file = child / "hf_quant_config.json"
         file.write_text(json.dumps({"quantization": {"kv_cache_quant_algo": "NVFP4"}}))
