@@ -60,7 +60,7 @@ class Recording(BaseModel):
     def load(cls, file: str | Path) -> Recording:
         """Read a recording. Raises ConfigError in one line."""
         try:
-            return cls.model_validate_json(read_plain(Path(file)), strict=True)
+            return cls.model_validate_json(read_plain(Path(file)).decode("utf-8"), strict=True)
         except OSError as error:
             raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
         except UnicodeDecodeError:
