@@ -85,7 +85,8 @@ def build_engine(
         warn(line, quiet=quiet)
     out = Path(out)
     num_bytes = bytes_to_write(source, out)
-    check_output_folder(out, source=source.path, num_bytes=num_bytes)
+    others = (None if isinstance(config, EngineConfig) else config, settings.scenario)
+    check_output_folder(out, source=source.path, num_bytes=num_bytes, others=others)
     with atomic_folder(out, overwrite=overwrite) as folder:
         model = folder / "model"
         model.mkdir()

@@ -346,6 +346,18 @@ class TestRefusals:
             build_engine(child, child, config=config(), overwrite=True)
         assert Checkpoint.open(child).kv_scales
 
+    @pytest.mark.parametrize("name", ["mine.yaml", "load.yaml"])
+    def test_an_output_that_would_replace_its_config_or_scenario(self, child, tmp_path, name):
+        (tmp_path / "e").mkdir()
+        places = {"mine.yaml": tmp_path, "load.yaml": tmp_path} | {name: tmp_path / "e"}
+        scenario = {"name": "s", "input_tokens": 8, "output_tokens": 8, "concurrency": 2, "num_requests": 4}
+        files = {file: folder / file for file, folder in places.items()}
+        files["load.yaml"].write_text(yaml.safe_dump(scenario))
+        files["mine.yaml"].write_text(yaml.safe_dump(config(scenario=str(files["load.yaml"])).model_dump()))
+        with pytest.raises(PuzzleError, match=rf"would replace a file it is made from \(found .*{name}\)"):
+            build_engine(child, tmp_path / "e", config=files["mine.yaml"], overwrite=True)
+        assert files[name].is_file()
+
     def test_an_existing_engine_is_kept_unless_overwritten(self, child, tmp_path):
         build_engine(child, tmp_path / "e", config=config())
         with pytest.raises(PuzzleError, match="exists and is not empty"):

@@ -278,6 +278,17 @@ def test_a_trace_is_not_replaced_by_what_was_measured_with_it(parent: Path, tmp_
     assert_user_error(invoke(*bench), "--out: would replace the trace", "trace.jsonl")
 
 
+def test_a_result_replaces_neither_the_scenario_nor_another_result(parent: Path, tmp_path: Path) -> None:
+    scenario = tmp_path / "mine.yaml"
+    scenario.write_text(
+        "name: x\ninput_tokens: 1\noutput_tokens: 1\nconcurrency: 1\nnum_requests: 1\n", encoding="utf-8"
+    )
+    bench = ("bench", "--url", "127.0.0.1:1", "--tokenizer", parent, "--scenario", scenario)
+    assert_user_error(invoke(*bench, "--out", scenario), "--out: would replace the scenario", "mine.yaml")
+    one = tmp_path / "one"
+    assert_user_error(invoke(*bench, "--sweep", "1", "--out", one, "--csv", one), "--csv: would replace --out")
+
+
 def test_options_that_need_another() -> None:
     assert_user_error(invoke("generate", "hello", "--effort", "low"), "--effort", "--tokenizer")
     assert_user_error(invoke("evaluate", "--problems", "x.jsonl"), "--tokenizer", "--engine")
