@@ -24,7 +24,7 @@ from puzzle_trtllm.errors import PuzzleError
 from puzzle_trtllm.serve.evaluate import runner
 from puzzle_trtllm.serve.evaluate.result import EvaluationResult
 from tests.front_door.cli import ROOT, assert_user_error, invoke, last_json, run
-from tests.serve.measurements import EMPTY_EVALUATION
+from tests.serve.measurements import EMPTY_EVALUATION, family
 
 MakeCheckpoint = Callable[..., Path]
 BLOCKS = [(8, 16), (8, None)]
@@ -208,6 +208,10 @@ def test_results_that_cannot_be_compared(tmp_path: Path) -> None:
     assert_user_error(invoke("report", "--baseline", f"a={other}", "--child", other), "other.json", "shopping list")
     missing = tmp_path / "missing.json"
     assert_user_error(invoke("report", "--baseline", f"a={missing}", "--child", other), "missing.json")
+    one = family()[0].save(tmp_path / "one.json")
+    twice = invoke("report", "--baseline", f"a={one}", "--child", one, "--out", tmp_path / "report")
+    assert_user_error(twice, "one.json: the same file for two engines (found a and child)")
+    assert not (tmp_path / "report").exists()
 
 
 def test_a_result_file_that_cannot_be_written_is_told_before_anything_is_measured(parent: Path, tmp_path: Path) -> None:
