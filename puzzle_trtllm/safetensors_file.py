@@ -23,6 +23,8 @@ from puzzle_trtllm.tensors import DTYPE_BYTES
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
+LFS_PREFIX = b"version "
+"""Of what a clone without Git LFS has in a shard's place: `version https://git-lfs.github.com/spec/v1`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,10 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             prefix = stream.read(8)
             if len(prefix) < 8:
                 raise CheckpointError("truncated: no header", file=file, found=f"{size} bytes")
+            if prefix == LFS_PREFIX:
+                raise CheckpointError(
+                    "a Git LFS pointer, not the file itself", file=file, expected="`git lfs pull` first"
+                )
             (length,) = struct.unpack("<Q", prefix)
             if length > min(MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError("truncated or corrupt: the header runs past the file", file=file)
