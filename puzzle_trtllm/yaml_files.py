@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,8 +42,20 @@ def read_mapping(file: Path) -> dict[Any, Any]:
     return value
 
 
+_OTHER_BASES = re.compile(r"[-+]?(0[0-7_]+|[1-9][0-9_]*(:[0-5]?[0-9])+)")
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML's own rule is that keys are unique; PyYAML lets the last one win."""
+    """YAML's own rule is that keys are unique; PyYAML lets the last one win.
+
+    Integers as YAML 1.1 has them and nobody means them are refused: 0100 is 64 there, and 1:30 is 90.
+    """
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if _OTHER_BASES.fullmatch(node.value):
+            problem = f"{node.value} is no decimal integer: YAML 1.1 takes it for octal or base 60"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return int(super().construct_yaml_int(node))
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -53,6 +66,9 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.composer.ComposerError(None, None, f"key {key.value!r} occurs twice", key.start_mark)
                 seen.add(key.value)
         return node
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def load_model(file: Path, model: type[Model]) -> Model:

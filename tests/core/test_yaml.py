@@ -69,6 +69,8 @@ GOOD = "name: x\ninput_tokens: 1\noutput_tokens: 1\nconcurrency: 1\nnum_requests
         (GOOD.replace("input_tokens: 1", "input_tokens: '1'"), "input_tokens: .*valid integer .found '1'"),
         (GOOD.replace("input_tokens: 1", "input_tokens: 1.0"), "input_tokens: .*valid integer .found 1.0"),
         (GOOD.replace("num_requests: 1", f"num_requests: {2**31}"), "num_requests: .*less than or equal to 2147483647"),
+        (GOOD.replace("num_requests: 1", "num_requests: 0100"), "not valid YAML: 0100 is no decimal integer.*line 5"),
+        (GOOD.replace("num_requests: 1", "num_requests: 1:30"), "not valid YAML: 1:30 is no decimal integer"),
         (GOOD + "max_ttft_ms: true\n", "max_ttft_ms: .*valid number .found True"),
         (GOOD.replace("name: x", "name: 7"), "name: .*valid string .found 7"),
         (GOOD + "input_spread: {width: 1}\n", r"input_spread\.width: unknown key$"),
