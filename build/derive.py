@@ -87,7 +87,7 @@ def derive(
         child_architecture = replace(child_architecture, experts_format=experts)
     plan = plan_child(source, child_architecture, scores.kept_experts(blocks), dropped)
     out = Path(out)
-    check_not_source(out, source=source.path)
+    check_not_source(out, source=source.path, others=(architecture, importance))
     needed = plan.num_bytes + sum(file.stat().st_size for file in _companions(source))
     where: _Target = {"job": _job(source, plan, max_shard_bytes), "keep": SHARD_PATTERN, "overwrite": overwrite}
     if finished := finished_bytes(out, **where):

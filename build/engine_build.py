@@ -74,6 +74,8 @@ def build_engine(
     source = Checkpoint.open(checkpoint)
     source.validate()
     values = _derive(source.architecture, settings, label)
+    if fold in ("tensor", "channel") and settings.kv_dtype != "fp8":
+        raise ConfigError("--fold needs an FP8 KV cache", file=label, key="kv_dtype", found=settings.kv_dtype)
     mode = _choose_fold(source, settings, fold or settings.fold, allow_unit_scale, label)
     folding = fold_scales(source, mode, quantized_q=settings.quantized_q)
     warnings = [*folding.warnings, *_runtime_warnings(source.architecture, settings, mode, values)]
@@ -81,7 +83,8 @@ def build_engine(
         warn(line, quiet=quiet)
     out = Path(out)
     num_bytes = bytes_to_write(source, out)
-    check_output_folder(out, source=source.path, num_bytes=num_bytes)
+    others = (None if isinstance(config, EngineConfig) else config, settings.scenario)
+    check_output_folder(out, source=source.path, num_bytes=num_bytes, others=others)
     with atomic_folder(out, overwrite=overwrite) as folder:
         model = folder / "model"
         model.mkdir()

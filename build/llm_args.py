@@ -46,6 +46,7 @@ from puzzle_trtllm.sharding import count_shard_bytes, shards_of
 DEFAULT_MAX_NUM_TOKENS = 8192
 MIN_TOKENS_PER_BLOCK = 8
 DTYPE_KEY = "kv_cache_config.dtype"
+CACHE_BYTES_KEY = "kv_cache_config.max_gpu_total_bytes"
 _COUNTS = (
     "tensor_parallel_size",
     "pipeline_parallel_size",
@@ -67,6 +68,8 @@ def derive_llm_args(
     if "model" in config.llm_args:
         raise ConfigError("is passed by the loader of the engine", file=file, key="llm_args.model")
     check_llm_args(config.llm_args, target=config.target, file=f"{file}: llm_args")
+    if config.gpu is not None:
+        the_gpu(config, file)
     if config.runtime == "tensorrt_llm":
         check_fixed_values(architecture, file=file)
     values = Values(config.llm_args)
@@ -82,13 +85,14 @@ def derive_llm_args(
     else:
         _batch(values, scenario.concurrency, f"scenario {scenario.name}: concurrency")
         room = None
-    _kv_cache(values, architecture, config)
+    _kv_cache(values, architecture, config, file)
     if room is not None:
         _divide_memory(values, config, room)
     result = list(values.finish())
     nested = to_nested(result)
     if config.runtime == "tensorrt_llm":
         check_expert_layout(architecture, nested, file=file)
+        _check_kernels(nested, scenario, file)
     _check_windows(architecture, nested, file)
     _check_memory(architecture, config, nested, file)
     check_llm_args(nested, target=config.target, file=file)
@@ -142,9 +146,30 @@ def _check_decisions(values: Values, config: EngineConfig, file: str) -> None:
     for key, value, decided_by, decision in decided:
         found = values.get(key, value)
         if found != value:
-            message = f"disagrees with {decided_by}: {decision} of the engine config"
-            expected = f"{json.dumps(value)}; to change it, set {decided_by}"
-            raise ConfigError(message, file=file, key=key, found=json.dumps(found), expected=expected)
+            raise _disagrees(key, found, value, decided_by, decision, file)
+
+
+def _disagrees(key: str, found: object, value: object, decided_by: str, decision: object, file: str) -> ConfigError:
+    message = f"disagrees with {decided_by}: {decision} of the engine config"
+    expected = f"{json.dumps(value)}; to change it, set {decided_by}"
+    return ConfigError(message, file=file, key=key, found=json.dumps(found), expected=expected)
+
+
+def _check_kernels(llm_args: Mapping[str, Any], scenario: Scenario, file: str) -> None:
+    """Overrides with which TensorRT-LLM starts, and serves wrong numbers or none of the scenario's requests."""
+    block = llm_args["kv_cache_config"]["tokens_per_block"]
+    if block & (block - 1):
+        key = "kv_cache_config.tokens_per_block"
+        raise ConfigError("its kernels need a power of two", file=file, key=key, found=block)
+    dtype = llm_args.get("dtype", "auto")
+    if dtype not in ("auto", "bfloat16"):
+        message = "gpt-oss is BF16, and overflows float16"
+        raise ConfigError(message, file=file, key="dtype", found=dtype, expected="auto or bfloat16")
+    prompt, step = min(scenario.longest_input, llm_args["max_seq_len"]), llm_args["max_num_tokens"]
+    if not llm_args["enable_chunked_prefill"] and prompt > step:
+        expected = f"true, or max_num_tokens of at least {prompt}, the longest prompt of scenario {scenario.name}"
+        message = f"a prompt must fit in one step of {step} tokens"
+        raise ConfigError(message, file=file, key="enable_chunked_prefill", found="false", expected=expected)
 
 
 def _cache_dtype(config: EngineConfig) -> str:
@@ -202,7 +227,7 @@ def _divide_memory(values: Values, config: EngineConfig, room: Room) -> None:
         values.merge("env_overrides", {"TRTLLM_WINDOW_SIZE_SHARES": format_shares(room.shares)}, reason)
 
 
-def _kv_cache(values: Values, a: PuzzleArchitecture, config: EngineConfig) -> None:
+def _kv_cache(values: Values, a: PuzzleArchitecture, config: EngineConfig, file: str) -> None:
     max_seq_len = values.get("max_seq_len")
     values.put(DTYPE_KEY, _cache_dtype(config), f"kv_dtype: {config.kv_dtype} of the engine config")
     windows = [min(block.sliding_window or max_seq_len, max_seq_len) for block in a.blocks]
@@ -217,7 +242,9 @@ def _kv_cache(values: Values, a: PuzzleArchitecture, config: EngineConfig) -> No
         weight_bytes = _weight_bytes_of_a_rank(a, config, to_nested(list(values.finish())))
         left = config.memory_bytes - weight_bytes
         reason = f"memory_bytes {config.memory_bytes} - {weight_bytes} of weights"
-        values.put("kv_cache_config.max_gpu_total_bytes", left, reason)
+        given = values.put(CACHE_BYTES_KEY, left, reason)
+        if given != left:
+            raise _disagrees(CACHE_BYTES_KEY, given, left, "memory_bytes", config.memory_bytes, file)
 
 
 def _tokens_per_block(a: PuzzleArchitecture, config: EngineConfig) -> tuple[int, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from puzzle_trtllm.errors import PuzzleError
@@ -17,9 +18,10 @@ HEADER_ALLOWANCE_BYTES = 16 * 2**20
 """For shard headers, the index, config.json and our own records."""
 
 
-def check_output_folder(out: Path, *, source: Path, num_bytes: int) -> None:
-    """Raise PuzzleError if `out` would replace `source`, or if `num_bytes` and a little more do not fit on its disk."""
-    check_not_source(out, source=source)
+def check_output_folder(out: Path, *, source: Path, num_bytes: int, others: Iterable[str | Path | None] = ()) -> None:
+    """Raise PuzzleError if `out` would replace what it is made from, or if `num_bytes` and a little more do not fit on
+    its disk."""
+    check_not_source(out, source=source, others=others)
     check_disk_space(out, num_bytes=num_bytes)
 
 

@@ -21,9 +21,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from puzzle_trtllm.architecture import read_json_object
 from puzzle_trtllm.checkpoint import Checkpoint
+from puzzle_trtllm.config_values import section
 from puzzle_trtllm.engine import LayerFold
-from puzzle_trtllm.errors import CheckpointError
+from puzzle_trtllm.errors import ArchitectureError, CheckpointError
 from puzzle_trtllm.kv_scales import (
     KV_CALIBRATION_NAME,
     channel_exponents,
@@ -95,6 +97,7 @@ def channel_scales(checkpoint: Checkpoint) -> list[LayerScales]:
 
 def read_scales(checkpoint: Checkpoint) -> list[tuple[float, float]]:
     """(k_scale, v_scale) of every layer, as calibrated. Raises CheckpointError naming what is missing or broken."""
+    _check_algorithm(checkpoint.path / "hf_quant_config.json")
     result = []
     for layer in range(checkpoint.architecture.num_layers):
         pair = []
@@ -106,6 +109,20 @@ def read_scales(checkpoint: Checkpoint) -> list[tuple[float, float]]:
             pair.append(_read_scalar(checkpoint, entry))
         result.append((pair[0], pair[1]))
     return result
+
+
+def _check_algorithm(file: Path) -> None:
+    """Scales for another kind of cache have the same names and map onto another range."""
+    try:
+        config = read_json_object(file) if file.is_file() else {}
+        algorithm = section(config, "quantization", file).get("kv_cache_quant_algo")
+    except ArchitectureError as error:
+        raise CheckpointError(str(error)) from None
+    if algorithm not in (None, "FP8"):
+        key = "quantization.kv_cache_quant_algo"
+        raise CheckpointError(
+            "the KV scales are for another cache", file=file, key=key, found=algorithm, expected="FP8"
+        )
 
 
 def read_amax(file: Path, checkpoint: Checkpoint) -> dict[tuple[int, str], NDArray[np.float32]]:

@@ -20,6 +20,7 @@ from typing import Any
 from puzzle_trtllm.architecture import PuzzleArchitecture, read_json_object
 from puzzle_trtllm.build.companions import GENERATION_CONFIG, companions
 from puzzle_trtllm.build.fold import Folding
+from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import PlannedTensor, Progress, copy_companions, rewrite_checkpoint
 from puzzle_trtllm.errors import ArchitectureError, CheckpointError
@@ -73,7 +74,12 @@ def bytes_to_write(checkpoint: Checkpoint, out: Path) -> int:
 def write_serving_copy(
     checkpoint: Checkpoint, folder: Path, folding: Folding, *, progress: Progress | None = None
 ) -> list[str]:
-    """Write the serving copy into the empty `folder` and return notes on what was changed for serving."""
+    """Write the serving copy into the empty `folder` and return notes on what was changed for serving.
+
+    Raises CheckpointError, before anything large is written, for companions that could not be served.
+    """
+    generation, notes = _generation_config(checkpoint)
+    _check_tokenizer(checkpoint)
     scales = {name: None for name in checkpoint.tensors if kv_scale_of(name) is not None}
     replace: dict[str, PlannedTensor | None] = {**scales, **folding.replace}
     rewrite_checkpoint(
@@ -85,11 +91,21 @@ def write_serving_copy(
         progress=progress,
     )
     copy_companions((file for file in companions(checkpoint) if file.name != GENERATION_CONFIG), folder)
-    return _write_generation_config(checkpoint, folder)
+    (folder / GENERATION_CONFIG).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    return notes
 
 
-def _write_generation_config(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    """generation_config.json with every token that ends a generation; made from config.json where there is none."""
+def _check_tokenizer(checkpoint: Checkpoint) -> None:
+    """It may be missing, as who has it sends token ids; one that cannot work would fail at the first request."""
+    if (checkpoint.path / "tokenizer.json").is_file():
+        tokenizer = ChatTokenizer.from_folder(checkpoint.path)
+        tokenizer.check_vocabulary(checkpoint.architecture.vocab_size)
+        tokenizer.check_template()
+
+
+def _generation_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
+    """generation_config.json with every token that ends a generation, and notes on it; made from config.json where
+    there is none."""
     file = checkpoint.path / GENERATION_CONFIG
     given = _read_json(file) if file.is_file() else {}
     vocab_size = checkpoint.architecture.vocab_size
@@ -102,9 +118,7 @@ def _write_generation_config(checkpoint: Checkpoint, folder: Path) -> list[str]:
     if call_id is not None and call_id not in ids:
         ids.append(call_id)
         notes.append(f"{GENERATION_CONFIG}: added {call_id} <|call|> to eos_token_id, so that tool calls end")
-    text = json.dumps({**given, "eos_token_id": ids}, indent=2)
-    (folder / GENERATION_CONFIG).write_text(text + "\n", encoding="utf-8")
-    return notes
+    return {**given, "eos_token_id": ids}, notes
 
 
 def _token_ids(config: Mapping[str, Any], file: Path, vocab_size: int) -> list[int]:

@@ -162,7 +162,8 @@ def calibrate_kv(
 def _calibrate(ranks: Ranks, *, options: KvOptions, num_local_ranks: int) -> KvCalibration:
     _require_device(options.device)
     source = Checkpoint.open(options.checkpoint)
-    check_not_source(options.out, source=source.path)
+    held_out = options.held_out if isinstance(options.held_out, str | Path) else None
+    check_not_source(options.out, source=source.path, others=(options.data.get("dataset"), held_out))
     if source.kv_scales and not options.overwrite:
         _, entry = next(iter(source.kv_scales.items()))
         raise CalibrationError("already has KV scales (--overwrite replaces them)", file=entry.file, key=entry.name)

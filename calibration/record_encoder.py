@@ -123,14 +123,10 @@ class RecordEncoder:
     def _read_tokenizer(self) -> ChatTokenizer:
         if self._tokenizer is None:
             tokenizer = ChatTokenizer.from_folder(self._checkpoint.path)
-            vocab_size = self._checkpoint.architecture.vocab_size
-            if tokenizer.largest_id >= vocab_size:
-                raise CalibrationError(
-                    "has tokens outside the model's vocabulary (another model's tokenizer?)",
-                    file=self._checkpoint.path / "tokenizer.json",
-                    found=f"token id {tokenizer.largest_id}",
-                    expected=f"below {vocab_size}",
-                )
+            try:
+                tokenizer.check_vocabulary(self._checkpoint.architecture.vocab_size)
+            except CheckpointError as error:
+                raise CalibrationError(str(error)) from None
             self._tokenizer = tokenizer
         return self._tokenizer
 

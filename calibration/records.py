@@ -23,6 +23,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from puzzle_trtllm.config_values import unique_keys
 from puzzle_trtllm.errors import CalibrationError
 
 SHUFFLE_BUFFER = 10_000
@@ -107,7 +108,7 @@ def _draw_lines(file: Path, max_samples: int, seed: int) -> Iterator[Record]:
 
 def _parse(line: bytes, place: str) -> Record:
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise CalibrationError(f"not valid JSON: {error}", file=place) from None
     if not isinstance(record, dict):

@@ -36,6 +36,7 @@ from puzzle_trtllm.config_values import (
 )
 from puzzle_trtllm.errors import ArchitectureError
 from puzzle_trtllm.families import GPT_OSS_PUZZLE, family_of
+from puzzle_trtllm.plain_file import read_plain
 from puzzle_trtllm.rope import RopeConfig
 
 ExpertsFormat = Literal["mxfp4", "bf16"]
@@ -45,6 +46,17 @@ KV_BYTES_PER_VALUE: Mapping[KvDtype, int] = {"bf16": 2, "fp8": 1}
 
 SWIGLU_ALPHA = 1.702
 """Factor in the sigmoid of the experts' gate."""
+
+_INHERITED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "experts_per_token",
+)
+"""What a child has of its parent, whatever its blocks are."""
 
 MAX_LAYERS = 10_000
 """Where nothing but a number says how many: each is an object here."""
@@ -192,12 +204,12 @@ class PuzzleArchitecture:
 def read_json_object(file: Path) -> dict[str, Any]:
     """Read a JSON file that must hold one object. Raises ArchitectureError naming the file."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_plain(file).decode("utf-8")
         value = json.loads(text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=unique_keys)
     except OSError as error:
         raise ArchitectureError(f"cannot be read: {error.strerror}", file=file) from None
     except RepeatedKeyError as error:
-        raise ArchitectureError("occurs twice", file=file, key=str(error)) from None
+        raise ArchitectureError("occurs twice", file=file, key=error.key) from None
     except (ValueError, RecursionError) as error:
         raise ArchitectureError(f"not valid JSON: {error}", file=file) from None
     if not isinstance(value, dict):
@@ -217,12 +229,17 @@ def read_blocks(path: str | Path, parent: PuzzleArchitecture) -> tuple[BlockConf
     """Read a child architecture file: `{"block_configs": [...]}` or a whole config.json, and hold it to its parent.
 
     Raises ArchitectureError naming the layer when the layer count, an expert count (0, above the parent's, below top-k)
-    or a window cannot be the child's.
+    or a window cannot be the child's, and naming the key for the whole config of a model of other dimensions.
     """
     file = Path(path)
     config = read_json_object(file)
     if "block_configs" not in config and "model_type" not in config:
         raise ArchitectureError("no such key", file=file, key="block_configs", expected="one entry a layer")
+    for key in _INHERITED:
+        found, expected = config.get(key), getattr(parent, key)
+        if found not in (None, expected):
+            found = json.dumps(found, default=str)
+            raise ArchitectureError("is not the parent's", file=file, key=key, found=found, expected=expected)
     blocks = read_block_configs(config, file)
     if len(blocks) != parent.num_layers:
         raise ArchitectureError(

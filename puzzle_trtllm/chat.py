@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError, meta
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -61,6 +63,21 @@ class ChatTokenizer:
     @property
     def has_template(self) -> bool:
         return (self.folder / "chat_template.jinja").is_file() or isinstance(self.config.get("chat_template"), str)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises CheckpointError for tokens that the model does not have."""
+        if self.largest_id >= vocab_size:
+            raise CheckpointError(
+                "has tokens outside the model's vocabulary (another model's tokenizer?)",
+                file=self.folder / "tokenizer.json",
+                found=f"token id {self.largest_id}",
+                expected=f"below {vocab_size}",
+            )
+
+    def check_template(self) -> None:
+        """Raises CheckpointError for a chat template that is none; what it does with a conversation is not known."""
+        if self.has_template:
+            _ = self._template
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` as it stands: special tokens in it are recognised, none are added.
@@ -141,8 +158,20 @@ def _read_config(file: Path) -> Mapping[str, Any]:
     return config
 
 
+class _Generation(Extension):
+    """`{% generation %}`, with which templates mark for training what the assistant says; here it is mere text."""
+
+    tags = frozenset({"generation"})  # type: ignore[assignment]
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+    )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_template_error
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)

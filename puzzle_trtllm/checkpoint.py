@@ -65,7 +65,7 @@ class Checkpoint:
         folder = resolve_folder(path)
         if not (folder / "config.json").is_file():
             raise CheckpointError("missing", file=folder / "config.json", expected="a Hugging Face checkpoint folder")
-        _check_links(folder)
+        _check_entries(folder)
         tensors: dict[str, TensorEntry] = {}
         for file in _shard_files(folder):
             for name, entry in read_header(file)[0].items():
@@ -109,6 +109,7 @@ class Checkpoint:
 
     def validate(self) -> None:
         """Hold every tensor against the architecture. Raises CheckpointError at the first that does not fit."""
+        self._check_dtype()
         expected = tensor_table(self.architecture)
         for name, spec in expected.items():
             if name not in self.tensors:
@@ -121,6 +122,15 @@ class Checkpoint:
         for name, entry in self.tensors.items():
             if name not in expected and kv_scale_of(name) is None:
                 raise CheckpointError("no such tensor in this architecture", file=entry.file, key=name)
+
+    def _check_dtype(self) -> None:
+        """Engines compute in what config.json says, and in float16 a gpt-oss overflows. The tensors below are BF16."""
+        for key in ("dtype", "torch_dtype"):
+            found = self.config.get(key)
+            if found not in (None, "bfloat16"):
+                message = "is not that of the tensors"
+                file = self.path / "config.json"
+                raise CheckpointError(message, file=file, key=key, found=json.dumps(found), expected='"bfloat16"')
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """The tensor's bytes, memory-mapped, uint8 `[num_bytes]`."""
@@ -222,11 +232,15 @@ def read_weight_map(index_file: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_links(folder: Path) -> None:
-    """The hub's cache links into its own files; one that is gone would look like a file that the model never had."""
+def _check_entries(folder: Path) -> None:
+    """What is no file would look like one that the model never had. The hub's cache links into its own files."""
     for file in sorted(folder.iterdir()):
-        if file.is_symlink() and not file.exists() and not file.name.startswith("."):  # an editor's lock is one
+        if file.name.startswith("."):  # an editor's lock is a link to nothing
+            continue
+        if file.is_symlink() and not file.exists():
             raise CheckpointError("links to a file that is not there", file=file, found=file.readlink())
+        if not (file.is_file() or file.is_dir()):
+            raise CheckpointError("is a pipe or a device, not a file", file=file)
 
 
 def _shard_files(folder: Path) -> list[Path]:

@@ -65,7 +65,11 @@ def section(values: Values, key: str, source: str | Path, *, prefix: str = "") -
 
 
 class RepeatedKeyError(ValueError):
-    """A JSON object with the same key twice; the text is the key."""
+    """A JSON object with the same key twice."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the key {json.dumps(key)} occurs twice")
+        self.key = key
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -161,8 +161,12 @@ def _check_manifest(engine: Engine) -> None:
         raise EngineError(str(error)) from None
     said, actual = _layer_by_layer(engine.manifest.architecture), _layer_by_layer(describe(architecture))
     pairs = {f"architecture.{key}": (value, actual.get(key)) for key, value in said.items()}
-    pairs["weight_bytes"] = (engine.manifest.weight_bytes, count_weight_bytes(architecture))
+    weight_bytes, cap = count_weight_bytes(architecture), engine.manifest.memory_bytes
+    pairs["weight_bytes"] = (engine.manifest.weight_bytes, weight_bytes)
     pairs["kv_dtype"] = (engine.manifest.kv_dtype, engine.kv_dtype)
+    if cap is not None and engine.llm_args.get("tensor_parallel_size", 1) == 1:  # a rank of several holds a part
+        cache_bytes = engine.llm_args.get("kv_cache_config", {}).get("max_gpu_total_bytes", 0)
+        pairs["memory_bytes"] = (cap, weight_bytes + cache_bytes)
     for key, (found, expected) in pairs.items():
         if found != expected:
             message = "is not what the rest of the engine folder says"

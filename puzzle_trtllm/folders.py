@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -50,11 +50,17 @@ def place_of(out: Path) -> Path:
     return place
 
 
-def check_not_source(out: Path, *, source: Path) -> None:
-    """Raise PuzzleError if writing `out` would replace `source` or a folder that holds it, or a mount point."""
+def check_not_source(out: Path, *, source: Path, others: Iterable[str | Path | None] = ()) -> None:
+    """Raise PuzzleError if writing `out` would replace `source` or a folder that holds it, or a mount point.
+
+    others: what else it is made from, files or folders; a name of something that is no path is none of them.
+    """
     resolved = place_of(out)
     if resolved == source.resolve() or resolved in source.resolve().parents:
         raise PuzzleError("the output folder would replace the checkpoint it is made from", file=out)
+    for other in others:
+        if other is not None and Path(other).exists() and resolved in Path(other).resolve().parents:
+            raise PuzzleError("the output folder would replace a file it is made from", file=out, found=other)
 
 
 @contextmanager

@@ -18,10 +18,13 @@ from typing import Any
 
 from puzzle_trtllm.config_values import RepeatedKeyError, unique_keys
 from puzzle_trtllm.errors import CheckpointError
+from puzzle_trtllm.plain_file import check_plain
 from puzzle_trtllm.tensors import DTYPE_BYTES
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
+LFS_PREFIX = b"version "
+"""Of what a clone without Git LFS has in a shard's place: `version https://git-lfs.github.com/spec/v1`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +43,16 @@ class TensorEntry:
 def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Read `file`'s tensors and metadata. Raises CheckpointError in one line for anything damaged."""
     try:
+        check_plain(file)
         size = file.stat().st_size
         with file.open("rb") as stream:
             prefix = stream.read(8)
             if len(prefix) < 8:
                 raise CheckpointError("truncated: no header", file=file, found=f"{size} bytes")
+            if prefix == LFS_PREFIX:
+                raise CheckpointError(
+                    "a Git LFS pointer, not the file itself", file=file, expected="`git lfs pull` first"
+                )
             (length,) = struct.unpack("<Q", prefix)
             if length > min(MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError("truncated or corrupt: the header runs past the file", file=file)
@@ -78,7 +86,7 @@ def _parse(raw: bytes, file: Path) -> dict[str, Any]:
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
     except RepeatedKeyError as error:
-        raise CheckpointError("occurs twice in the header", file=file, key=str(error)) from None
+        raise CheckpointError("occurs twice in the header", file=file, key=error.key) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"corrupt header: {error}", file=file) from None
     if not isinstance(header, dict):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
@@ -30,6 +30,10 @@ from puzzle_trtllm.yaml_files import load_model, resolve_name
 SCENARIO_FOLDER = Path(__file__).parent / "scenarios"
 
 Arrival = Literal["poisson", "constant"]
+
+MAX_COUNT = 2**31 - 1
+"""Requests say their lengths in 32 bits."""
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 
 
 NORMAL_CUT = 3
@@ -92,14 +96,14 @@ class Load(BaseModel):
 
     name: str
     description: str = ""
-    input_tokens: int = Field(ge=1)
+    input_tokens: Count
     """Prompt length, tokens; the mean where lengths scatter or come from a trace."""
-    output_tokens: int = Field(ge=1)
+    output_tokens: Count
     """Generated tokens a request, likewise; the end-of-sequence token is ignored so that the length is exact."""
     input_spread: Spread | None = None
     output_spread: Spread | None = None
-    num_requests: int = Field(ge=1)
-    warmup_requests: int = Field(default=0, ge=0)
+    num_requests: Count
+    warmup_requests: int = Field(default=0, ge=0, le=MAX_COUNT)
     max_ttft_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Goodput counts requests whose first token comes within this; None sets no limit."""
     max_itl_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -111,6 +115,11 @@ class Load(BaseModel):
     def sequence_tokens(self) -> int:
         """Length of the longest finished sequence: what one request may need of the KV cache at its end."""
         return self.trace.longest_sequence if self.trace is not None else sum(self._longest)
+
+    @property
+    def longest_input(self) -> int:
+        """Tokens of the longest prompt that a file's scenario has."""
+        return self._longest[0]
 
     @property
     def longest_sequence(self) -> str:
@@ -128,7 +137,7 @@ class Load(BaseModel):
 class Scenario(Load):
     """A closed-loop load: `concurrency` requests in flight until `num_requests` have ended."""
 
-    concurrency: int = Field(ge=1)
+    concurrency: Count
 
 
 class OpenScenario(Load):

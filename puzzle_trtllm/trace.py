@@ -29,7 +29,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from puzzle_trtllm.config_values import unique_keys
 from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.plain_file import read_plain
+from puzzle_trtllm.scenario import Count
 from puzzle_trtllm.yaml_files import first_problem
 
 MOONCAKE_BLOCK_TOKENS = 512
@@ -47,8 +50,8 @@ class _Line(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
     timestamp: float | None = Field(default=None, ge=0, le=MAX_TIMESTAMP, allow_inf_nan=False)
-    output_length: int = Field(ge=1)
-    input_length: int | None = Field(default=None, ge=1)
+    output_length: Count
+    input_length: Count | None = None
     hash_ids: list[int] | None = None
     input_ids: list[int] | None = Field(default=None, min_length=1)
     text_input: str | None = Field(default=None, min_length=1)
@@ -129,7 +132,7 @@ def read_trace(
 def _read(file: Path) -> bytes:
     """Once: a pipe, as a shell's <(zcat trace.gz) is one, has nothing left for a second time."""
     try:
-        return file.read_bytes()
+        return read_plain(file, named_pipes=True)
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
 
@@ -137,7 +140,7 @@ def _read(file: Path) -> bytes:
 def _lines(content: bytes, file: Path) -> Iterator[tuple[str, str]]:
     """(file:number, text) of every line that is not blank."""
     try:
-        for number, line in enumerate(io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"), 1):
+        for number, line in enumerate(io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig"), 1):
             if line.strip():
                 yield f"{file}:{number}", line
     except UnicodeDecodeError:
@@ -146,7 +149,7 @@ def _lines(content: bytes, file: Path) -> Iterator[tuple[str, str]]:
 
 def _parse(text: str, place: str, ignored: set[str]) -> _Line:
     try:
-        value: Any = json.loads(text)
+        value: Any = json.loads(text, object_pairs_hook=unique_keys)
         line = _Line.model_validate(value)
     except json.JSONDecodeError as error:
         raise ConfigError(f"not JSON: {error.msg}", file=place) from None

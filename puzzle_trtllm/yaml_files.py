@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from puzzle_trtllm.errors import ConfigError, PuzzleError
+from puzzle_trtllm.plain_file import read_plain
 
 Model = TypeVar("Model", bound=BaseModel)
 Error = TypeVar("Error", bound=PuzzleError)
@@ -29,7 +31,7 @@ def resolve_name(name_or_path: str | Path, folder: Path, kind: str) -> Path:
 def read_mapping(file: Path) -> dict[Any, Any]:
     """The mapping in a YAML file. Raises ConfigError in one line."""
     try:
-        value = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+        value = yaml.load(read_plain(file).decode("utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
     # ValueError: bytes that are not UTF-8, or what looks like a date and is none; YAML nested too deep recurses.
@@ -40,8 +42,20 @@ def read_mapping(file: Path) -> dict[Any, Any]:
     return value
 
 
+_OTHER_BASES = re.compile(r"[-+]?(0[0-7_]+|[1-9][0-9_]*(:[0-5]?[0-9])+)")
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML's own rule is that keys are unique; PyYAML lets the last one win."""
+    """YAML's own rule is that keys are unique; PyYAML lets the last one win.
+
+    Integers as YAML 1.1 has them and nobody means them are refused: 0100 is 64 there, and 1:30 is 90.
+    """
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if _OTHER_BASES.fullmatch(node.value):
+            problem = f"{node.value} is no decimal integer: YAML 1.1 takes it for octal or base 60"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return int(super().construct_yaml_int(node))
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -52,6 +66,9 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.composer.ComposerError(None, None, f"key {key.value!r} occurs twice", key.start_mark)
                 seen.add(key.value)
         return node
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def load_model(file: Path, model: type[Model]) -> Model:

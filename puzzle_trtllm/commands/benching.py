@@ -125,11 +125,14 @@ def bench_command(
         },
         scenario_is_open=isinstance(load, OpenScenario),
     )
-    for option, file in (("--out", out), ("--csv", csv)):
+    own_scenario = Path(scenario) if scenario.endswith((".yaml", ".yml")) else None
+    inputs = {"the trace": trace, "the scenario": own_scenario}
+    for option, file, others in (("--out", out, inputs), ("--csv", csv, {**inputs, "--out": out})):
         if file is not None:
             check_writable(file)
-            if trace is not None and file.resolve() == trace.resolve():
-                raise PuzzleError("would replace the trace", key=option, found=file)
+            for what, other in others.items():
+                if other is not None and file.resolve() == other.resolve():
+                    raise PuzzleError(f"would replace {what}", key=option, found=file)
     options: dict[str, Any] = {
         "num_requests": num_requests,
         "seed": seed,

@@ -7,6 +7,7 @@ that the bench results name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +39,9 @@ def report_command(
 
     names = [name_and_files(value, "--baseline") for value in baseline]
     child_name, child_files = name_and_files(child if "=" in child else f"child={child}", "--child")
-    engines = [load_measurement(name, files) for name, files in [*names, (child_name, child_files)]]
+    given = [*names, (child_name, child_files)]
+    engines = [load_measurement(name, files) for name, files in given]
+    check_distinct(given)
     document = make_report(
         engines, baselines=[name for name, _ in names], child=child_name, out=out, title=title, quiet=as_json
     )
@@ -46,6 +49,16 @@ def report_command(
         print_json(document)
     else:
         print(f"page: {out / 'report.html'}")
+
+
+def check_distinct(given: Sequence[tuple[str, Sequence[Path]]]) -> None:
+    """Raises PuzzleError for a file of two engines, which would be compared with itself."""
+    owners: dict[Path, str] = {}
+    for name, files in given:
+        for file in files:
+            owner = owners.setdefault(file.resolve(), name)
+            if owner != name:
+                raise PuzzleError("the same file for two engines", file=file, found=f"{owner} and {name}")
 
 
 def name_and_files(value: str, option: str) -> tuple[str, list[Path]]:

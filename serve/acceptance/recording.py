@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import BenchError, ConfigError
 from puzzle_trtllm.folders import write_atomically
+from puzzle_trtllm.plain_file import read_plain
 from puzzle_trtllm.serve.runtimes import create_llm, load_runtime
 
 NUM_SPECIAL_TOKENS = 1090
@@ -59,7 +60,7 @@ class Recording(BaseModel):
     def load(cls, file: str | Path) -> Recording:
         """Read a recording. Raises ConfigError in one line."""
         try:
-            return cls.model_validate_json(Path(file).read_text(encoding="utf-8"), strict=True)
+            return cls.model_validate_json(read_plain(Path(file)).decode("utf-8"), strict=True)
         except OSError as error:
             raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
         except UnicodeDecodeError:

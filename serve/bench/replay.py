@@ -33,9 +33,10 @@ def trace_load(
 ) -> TraceLoad:
     """The load of a trace: closed with a `concurrency`, open with a `request_rate`, else at the trace's own moments.
 
-    `fields` are Load's (warmup_requests, limits). Raises BenchError for a trace without moments, or without a span of
-    time between them, and for a concurrency that its requests cannot reach.
+    `fields` are Load's (warmup_requests, limits). Raises BenchError for token ids of another model, for a trace without
+    moments, or without a span of time between them, and for a concurrency that its requests cannot reach.
     """
+    _check_token_ids(trace, tokenizer.largest_id)
     inputs = [_input_length(request, tokenizer) for request in trace.requests]
     outputs = [request.output_length for request in trace.requests]
     fields |= {
@@ -68,6 +69,18 @@ def trace_load(
             expected="a rate or a concurrency",
         )
     return ReplayScenario(speed=speed or 1.0, **fields)
+
+
+def _check_token_ids(trace: Trace, largest_id: int) -> None:
+    largest = max((max(request.input_ids) for request in trace.requests if request.input_ids), default=0)
+    if largest > largest_id:
+        raise BenchError(
+            "a token id that the tokenizer does not have (another model's trace?)",
+            file=trace.file,
+            key="input_ids",
+            found=largest,
+            expected=f"at most {largest_id}",
+        )
 
 
 def replay_times_ns(trace: Trace, *, speed: float) -> list[int]:

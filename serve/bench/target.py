@@ -62,8 +62,16 @@ def check_length(load: Load, engine: str | Path | None) -> None:
 
 
 def prompt_tokenizer(*, engine: str | Path | None, tokenizer_folder: str | Path | None) -> ChatTokenizer:
-    """The given tokenizer, or the engine's own. Raises BenchError when there is neither."""
-    if tokenizer_folder is None and engine is None:
+    """The given tokenizer, or the engine's own.
+
+    Raises BenchError when there is neither, CheckpointError for one with tokens that the engine does not have.
+    """
+    opened = None if engine is None else Engine.open(str(engine))
+    if tokenizer_folder is None and opened is not None:
+        tokenizer_folder = opened.model_path
+    if tokenizer_folder is None:
         raise BenchError("missing: prompts need a tokenizer", key="--tokenizer", expected="it or --engine")
-    folder = Path(tokenizer_folder) if tokenizer_folder is not None else Engine.open(str(engine)).model_path
-    return ChatTokenizer.from_folder(folder)
+    tokenizer = ChatTokenizer.from_folder(tokenizer_folder)
+    if opened is not None:
+        tokenizer.check_vocabulary(opened.architecture.vocab_size)
+    return tokenizer

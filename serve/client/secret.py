@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.plain_file import read_plain
 
 SECRET_HEADER = "puzzle-secret"
 _SECRET = re.compile(r"[A-Za-z0-9_-]{16,}")
@@ -18,7 +19,7 @@ _SECRET = re.compile(r"[A-Za-z0-9_-]{16,}")
 def read_secret(file: Path) -> str:
     """The secret in `file`. Raises ServeError for a file that cannot be read or holds no proper secret."""
     try:
-        secret = file.read_text(encoding="utf-8", errors="replace").strip()
+        secret = read_plain(file).decode("utf-8", errors="replace").strip()
     except OSError as error:
         raise ServeError(f"cannot be read: {error.strerror}", file=file) from None
     if _SECRET.fullmatch(secret) is None:

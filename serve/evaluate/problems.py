@@ -19,7 +19,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from puzzle_trtllm.config_values import unique_keys
 from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.plain_file import read_plain
 
 
 class Problem(BaseModel):
@@ -52,7 +54,7 @@ def load_problems(
     """
     file = Path(path)
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON strings may hold U+2028
+        lines = read_plain(file).decode("utf-8-sig").split("\n")  # not splitlines: JSON strings may hold U+2028
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
     except UnicodeDecodeError:
@@ -71,7 +73,7 @@ def load_problems(
 def _problem(line: str, file: Path, number: int, prompt_key: str, answer_key: str) -> Problem:
     place = f"{file}:{number}"
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=unique_keys)
         json.dumps(record, ensure_ascii=False).encode()
     except RecursionError:
         raise ConfigError("nested too deeply", file=place) from None

@@ -19,7 +19,7 @@ from puzzle_trtllm.errors import BenchError, ConfigError, PuzzleError
 from puzzle_trtllm.serve.bench.load import Answer, errors_of, hold_concurrency
 from puzzle_trtllm.serve.bench.progress import LoadProgress
 from puzzle_trtllm.serve.bench.result import TokenCounts
-from puzzle_trtllm.serve.bench.target import Connect, connect_triton
+from puzzle_trtllm.serve.bench.target import Connect, connect_triton, prompt_tokenizer
 from puzzle_trtllm.serve.bench.token_counts import count_by_tokenizer
 from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.evaluate.answers import final_answer, final_answer_of_tokens
@@ -75,10 +75,9 @@ def evaluate(
     """
     grade = find_grader(grader)
     problem_set = load_problems(problems, limit=limit, prompt_key=prompt_key, answer_key=answer_key)
-    for problem in problem_set.problems:
-        grade("", problem.answer)  # a problem this grader cannot grade is an error now, not after an hour
+    _check_answers(problem_set, grade)
     _check_efforts(efforts)
-    tokenizer = ChatTokenizer.from_folder(tokenizer_folder)
+    tokenizer = prompt_tokenizer(engine=engine, tokenizer_folder=tokenizer_folder)
     result = EvaluationResult(
         name=name or url,
         url=url,
@@ -115,6 +114,15 @@ def _go_on_from(file: Path, result: EvaluationResult) -> EvaluationResult:
             message = "holds another evaluation; remove it or write elsewhere"
             raise BenchError(message, file=file, key=key, found=found, expected=expected)
     return result.model_copy(update={"efforts": earlier.efforts, "token_counts": earlier.token_counts})
+
+
+def _check_answers(problem_set: ProblemSet, grade: Grader) -> None:
+    """A problem that this grader cannot grade is an error now, not after an hour."""
+    for problem in problem_set.problems:
+        try:
+            grade("", problem.answer)
+        except ConfigError as error:
+            raise ConfigError(f"problem {problem.id}: {error}", file=problem_set.file) from None
 
 
 def _check_efforts(efforts: Sequence[str]) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from puzzle_trtllm.architecture import read_json_object
 from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.engine import Engine
@@ -20,9 +22,21 @@ from puzzle_trtllm.harmony import speaks_harmony
 from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.openai.errors import ApiError, unsupported
 from puzzle_trtllm.serve.openai.protocol import ChatRequest, CompletionRequest
+from puzzle_trtllm.yaml_files import as_model
 
 COMPLETION_TOKENS = 16
 """OpenAI's default of max_tokens at /v1/completions; a chat may fill the context."""
+
+
+class _Sampling(BaseModel):
+    """What generation_config.json may say of sampling, as a server takes it; null says nothing."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    do_sample: bool | None = None
+    temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0, le=2**31 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +51,16 @@ class ModelCard:
 
     @classmethod
     def of_engine(cls, engine: Engine, name: str | None = None) -> ModelCard:
-        """Raises CheckpointError without a tokenizer, ArchitectureError for a generation config that is none."""
-        config_file = engine.model_path / "generation_config.json"
-        config = read_json_object(config_file) if config_file.is_file() else {}
+        """Raises CheckpointError without a tokenizer or for impossible defaults of sampling, ArchitectureError for a
+        generation config that is none."""
+        file = engine.model_path / "generation_config.json"
+        sampling = as_model(read_json_object(file) if file.is_file() else {}, _Sampling, file, CheckpointError)
         limit = engine.max_seq_len or engine.architecture.max_position_embeddings
         return cls(
             name=name or engine.path.name,
             tokenizer=ChatTokenizer.from_folder(engine.model_path),
             max_seq_len=limit,
-            generation_config=config,
+            generation_config=sampling.model_dump(exclude_none=True),
         )
 
     @cached_property

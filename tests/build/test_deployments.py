@@ -162,6 +162,15 @@ class TestDerived:
                 {"gpu": "l40s-48gb"},
                 r"num_gpus: 1 x l40s-48gb cannot hold one sequence of 131072 tokens \(found 0.0 GiB",
             ),
+            (
+                {"llm_args": {"enable_chunked_prefill": False}},
+                r"enable_chunked_prefill: a prompt must fit in one step of 8192 .*max_num_tokens of at least 65536",
+            ),
+            (
+                {"llm_args": {"kv_cache_config": {"tokens_per_block": 48}}},
+                r"tokens_per_block: its kernels need a power of two \(found 48",
+            ),
+            ({"llm_args": {"dtype": "float16"}}, r"dtype: .*found float16, expected auto or bfloat16"),
             ({"num_gpus": 3}, r"moe_expert_parallel_size: impossible parallelism \(found 3, expected a divisor"),
             ({"num_gpus": 128}, r"expected a divisor of the 64 experts of layer 15"),
             ({"num_gpus": 16}, r"tensor_parallel_size: .*does not repeat KV heads \(found 16"),

@@ -291,6 +291,14 @@ class TestRefusals:
         )
         self.refused(PuzzleError, "No space left on device")
 
+    @pytest.mark.parametrize("option", ["architecture", "importance"])
+    def test_an_output_that_would_replace_what_it_is_made_from(self, tmp_path, option):
+        (tmp_path / "kept").mkdir()
+        file = Path(shutil.copy(self.inputs[option], tmp_path / "kept"))
+        with pytest.raises(PuzzleError, match=rf"would replace a file it is made from \(found {file}"):
+            derive(self.parent, tmp_path / "kept", **{**self.inputs, option: file}, overwrite=True)
+        assert file.is_file()
+
     @pytest.mark.parametrize("out", [".", ".."])
     def test_an_output_that_would_replace_the_parent(self, out):
         before = {file: file.read_bytes() for file in self.parent.iterdir()}

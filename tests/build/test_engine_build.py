@@ -164,6 +164,10 @@ class TestTheServingCopy:
     def test_ends_tool_calls(self, child, tmp_path):
         file = child / "tokenizer.json"
         tokenizer = json.loads(file.read_text())
+        vocabulary = tokenizer["model"]["vocab"]
+        last = next(token for token, token_id in vocabulary.items() if token_id == 95)
+        del vocabulary[last]
+        vocabulary["<|call|>"] = 95
         tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 95, "content": "<|call|>"})
         file.write_text(json.dumps(tokenizer))
         engine = build_engine(child, tmp_path / "e", config=config())
@@ -247,6 +251,16 @@ class TestRefusals:
         match = r"layers\.0\.self_attn\.k_scale: the same KV scale under two names .*self_attn\.k_proj\.k_scale"
         self.refused(with_a_second_name(child, tmp_path), tmp_path, CheckpointError, match)
 
+    def test_a_fold_asked_for_a_cache_that_has_none(self, child, tmp_path):
+        match = r"kv_dtype: --fold needs an FP8 KV cache \(found bf16"
+        self.refused(child, tmp_path, ConfigError, match, config=config(kv_dtype="bf16"), fold="channel")
+
+    def test_scales_for_another_kind_of_cache(self, child, tmp_path):
+        file = child / "hf_quant_config.json"
+        file.write_text(json.dumps({"quantization": {"kv_cache_quant_algo": "NVFP4"}}))
+        match = r"hf_quant_config\.json: quantization\.kv_cache_quant_algo: .*another cache .found NVFP4, expected FP8"
+        self.refused(child, tmp_path, CheckpointError, match)
+
     def test_channel_fold_without_its_file(self, child, tmp_path):
         self.refused(child, tmp_path, CheckpointError, "--fold channel needs it", fold="channel")
 
@@ -310,6 +324,18 @@ class TestRefusals:
         (child / name).write_text(json.dumps(change))
         self.refused(child, tmp_path, CheckpointError, rf"{name}: {match}")
 
+    @pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+    def test_a_chat_template_that_is_none(self, child, tmp_path, name):
+        template = "{% for message in messages %}"
+        (child / "chat_template.jinja").unlink()
+        (child / name).write_text(template if name.endswith("jinja") else json.dumps({"chat_template": template}))
+        self.refused(child, tmp_path, CheckpointError, "chat template, line 1: not a template: Unexpected end")
+
+    def test_another_models_tokenizer(self, make_checkpoint, tmp_path):
+        child = make_checkpoint(MIXED, kv_scales=SCALES, vocab_size=40)
+        match = r"tokenizer\.json: has tokens outside the model's vocabulary .*\(found token id 95, expected below 40\)"
+        self.refused(child, tmp_path, CheckpointError, match)
+
     def test_a_truncated_shard(self, child, tmp_path):
         shard = sorted(child.glob("*.safetensors"))[-1]
         shard.write_bytes(shard.read_bytes()[:-1])
@@ -319,6 +345,18 @@ class TestRefusals:
         with pytest.raises(PuzzleError, match="would replace the checkpoint it is made from"):
             build_engine(child, child, config=config(), overwrite=True)
         assert Checkpoint.open(child).kv_scales
+
+    @pytest.mark.parametrize("name", ["mine.yaml", "load.yaml"])
+    def test_an_output_that_would_replace_its_config_or_scenario(self, child, tmp_path, name):
+        (tmp_path / "e").mkdir()
+        places = {"mine.yaml": tmp_path, "load.yaml": tmp_path} | {name: tmp_path / "e"}
+        scenario = {"name": "s", "input_tokens": 8, "output_tokens": 8, "concurrency": 2, "num_requests": 4}
+        files = {file: folder / file for file, folder in places.items()}
+        files["load.yaml"].write_text(yaml.safe_dump(scenario))
+        files["mine.yaml"].write_text(yaml.safe_dump(config(scenario=str(files["load.yaml"])).model_dump()))
+        with pytest.raises(PuzzleError, match=rf"would replace a file it is made from \(found .*{name}\)"):
+            build_engine(child, tmp_path / "e", config=files["mine.yaml"], overwrite=True)
+        assert files[name].is_file()
 
     def test_an_existing_engine_is_kept_unless_overwritten(self, child, tmp_path):
         build_engine(child, tmp_path / "e", config=config())

@@ -203,6 +203,17 @@ class TestOverrides:
         match = f"enable_attention_dp: disagrees with parallel: {parallel} .*set parallel"
         refused(match, runtime="tensorrt_llm", parallel=parallel, llm_args={"enable_attention_dp": override})
 
+    def test_the_caches_bytes_are_memory_bytes_to_say(self):
+        """Reports tell an engine's memory by memory_bytes."""
+        override = {"kv_cache_config": {"max_gpu_total_bytes": 10**9}}
+        refused(
+            r"max_gpu_total_bytes: disagrees with memory_bytes: 3000000 ", memory_bytes=3_000_000, llm_args=override
+        )
+        assert arguments(llm_args=override)["kv_cache_config"]["max_gpu_total_bytes"] == 10**9
+
+    def test_a_gpu_that_does_not_exist_is_told_to_every_runtime(self):
+        refused(r"gpu: unknown GPU \(found h1000, expected one of: h100-80gb", runtime="reference", gpu="h1000")
+
 
 def test_a_scenario_longer_than_the_model():
     with pytest.raises(ConfigError, match=r"max_seq_len: sequences longer than the model's positions .found 131072"):

@@ -356,6 +356,7 @@ def test_the_fingerprint_names_the_tokens_not_the_file(checkpoint, tmp_path):
         ('{"text": ""}\n', "d.jsonl: no tokens"),
         ('{"text": "\\ud800"}\n', "d.jsonl:1: not text that UTF-8 can hold"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}\n', "d.jsonl:1: not text that UTF-8 can hold"),
+        ('{"text": "a", "text": "b"}\n', 'd.jsonl:1: not valid JSON: the key "text" occurs twice'),
         ("[" * 100_000 + "\n", "d.jsonl:1: not valid JSON: maximum recursion depth"),
         ('{"text": 5}\n', "d.jsonl:1: text: must be a string"),
         ('{"messages": "hello"}\n', "d.jsonl:1: messages: must be a list of messages"),

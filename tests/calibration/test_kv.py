@@ -315,6 +315,16 @@ def test_an_existing_output_folder_is_kept(child, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize("option", ["dataset", "held_out"])
+def test_an_output_that_would_replace_its_data(make_checkpoint, tmp_path, option):
+    folder = with_data(make_checkpoint(CHILD))
+    (tmp_path / "out").mkdir()
+    file = shutil.copyfile(folder / "calibration.jsonl", tmp_path / "out" / "mine.jsonl")
+    with pytest.raises(PuzzleError, match=r"would replace a file it is made from \(found .*mine\.jsonl"):
+        calibrate_kv(folder, tmp_path / "out", overwrite=True, **{option: file})
+    assert file.is_file()
+
+
 @pytest.mark.parametrize("place", ["models/child", "models"])
 def test_an_output_that_would_replace_the_checkpoint(make_checkpoint, tmp_path, place):
     folder = tmp_path / "models" / "child"

@@ -245,6 +245,20 @@ class TestChildArchitectureFile:
         with pytest.raises(ArchitectureError, match=message):
             self.read(tmp_path, {"block_configs": [{"num_local_experts": 4, "sliding_window": 16}, entry]})
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"hidden_size": 128}, "hidden_size: is not the parent's .found 128, expected 64"),
+            ({"vocab_size": "96"}, 'vocab_size: is not the parent\'s .found "96", expected 96'),
+            ({"experts_per_token": 4}, "experts_per_token: is not the parent's .found 4, expected 2"),
+        ],
+    )
+    def test_the_config_of_another_model(self, tmp_path, change, message):
+        child = self.PARENT.child_config(toy_config(self.PARENT))
+        assert self.read(tmp_path, child) == self.PARENT.blocks
+        with pytest.raises(ArchitectureError, match=message):
+            self.read(tmp_path, {**child, **change})
+
     def test_nesting_without_end(self, tmp_path):
         with pytest.raises(ArchitectureError, match=r"child\.json: not valid JSON: maximum recursion"):
             self.read(tmp_path, "[" * 200_000)

@@ -51,9 +51,14 @@ def test_prompts_and_tokens_equal_transformers(both, messages, effort, generate)
     assert ours.encode(prompt) == theirs.encode(prompt, add_special_tokens=False)
 
 
-def test_whitespace_filters_and_loop_controls_equal_transformers(folder):
+GENERATION_TEMPLATE = "{% for m in messages %}\n  {% generation %}\n  {{ m.content }}{% endgeneration %}\n.{% endfor %}"
+"""Marks what an assistant says, for training."""
+
+
+@pytest.mark.parametrize("template", [EXTRA_TEMPLATE, GENERATION_TEMPLATE], ids=["extra", "generation"])
+def test_whitespace_filters_loop_controls_and_marks_equal_transformers(folder, template):
     transformers = pytest.importorskip("transformers")
-    (folder / "chat_template.jinja").write_text(EXTRA_TEMPLATE)
+    (folder / "chat_template.jinja").write_text(template)
     messages = [{"role": "user", "content": f"é <{i}>"} for i in range(4)]
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     expected = theirs.apply_chat_template(messages, tokenize=False)

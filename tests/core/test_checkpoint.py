@@ -151,6 +151,17 @@ class TestDamagedFolders:
             match=r"config\.json: a file, not a checkpoint folder \(expected a folder, or a hub",
         )
 
+    @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+    def test_a_dtype_that_is_not_the_tensors(self, folder, key):
+        """TensorRT-LLM would compute in it."""
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, key: "float16"}))
+        refused(
+            folder,
+            match=rf'config\.json: {key}: is not that of the tensors .found "float16", expected "bfloat16"',
+            validate=True,
+        )
+
     def test_no_config(self, folder):
         (folder / "config.json").unlink()
         refused(folder, match=r"config\.json: missing")

@@ -90,6 +90,7 @@ SHORTER = {**describe(ARCHITECTURE), "block_configs": [{"num_local_experts": 4, 
         ({"architecture": {"vocab_size": 97}}, r"architecture\.vocab_size: is not .*found 97, expected 96"),
         ({"architecture": {"vocabulary": 96}}, r"architecture\.vocabulary: is not .*found 96"),
         ({"weight_bytes": 1000}, "weight_bytes: is not what the rest .*found 1000"),
+        ({"memory_bytes": 10**6}, "memory_bytes: is not what the rest .*found 1000000"),
         ({"kv_dtype": "bf16"}, "kv_dtype: is not what the rest .*found bf16, expected fp8"),
     ],
 )
@@ -97,6 +98,13 @@ def test_a_manifest_of_another_engine_is_refused(folder, change, message):
     (folder / "engine.json").write_text(json.dumps({**MANIFEST, **change}))
     with pytest.raises(EngineError, match=rf"engine\.json: {message}"):
         Engine.open(folder)
+
+
+def test_the_memory_cap_is_the_weights_and_what_the_cache_may_have(folder):
+    cache = {"dtype": "fp8", "max_gpu_total_bytes": 5000}
+    (folder / "llm_args.yaml").write_text(yaml.safe_dump({**ARGS, "kv_cache_config": cache}))
+    (folder / "engine.json").write_text(json.dumps({**MANIFEST, "memory_bytes": MANIFEST["weight_bytes"] + 5000}))
+    assert Engine.open(folder).manifest.memory_bytes == MANIFEST["weight_bytes"] + 5000
 
 
 @pytest.mark.parametrize(

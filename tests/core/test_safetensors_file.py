@@ -113,6 +113,13 @@ def test_a_file_cut_in_its_header(tmp_path, content):
         read_header(file)
 
 
+def test_what_a_clone_without_git_lfs_has_in_its_place(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4792272488\n")
+    with pytest.raises(CheckpointError, match="a Git LFS pointer, not the file itself"):
+        read_header(file)
+
+
 @settings(max_examples=100)
 @given(st.data())
 def test_any_cut_of_a_good_file_is_noticed(tmp_path_factory, data):

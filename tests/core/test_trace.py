@@ -64,6 +64,12 @@ def test_limits_take_the_first_requests_or_seconds(tmp_path):
     assert len(read_trace(file, max_seconds=0.4).requests) == 1
 
 
+def test_a_byte_order_mark_is_no_part_of_it(tmp_path):
+    file = written(tmp_path, MOONCAKE)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert read_trace(file).requests == read_trace(written(tmp_path, MOONCAKE)).requests
+
+
 GOOD = {"timestamp": 5, "input_length": 3, "output_length": 2}
 
 
@@ -84,6 +90,8 @@ GOOD = {"timestamp": 5, "input_length": 3, "output_length": 2}
         ([{"input_ids": [3, -5], "output_length": 1}], r"input_ids: no token id \(found -5, expected 0 or more"),
         ([GOOD | {"timestamp": 1e308}], r"trace\.jsonl:1: timestamp: .*less than or equal to 10{20} \(found 1e\+308"),
         ([GOOD, '{"output_length": ' + "9" * 5000 + "}"], r"trace\.jsonl:2: not readable: .*4300 digits"),
+        ([GOOD, '{"input_length": 3, "input_length": 4}'], r'trace\.jsonl:2: .*key "input_length" occurs twice'),
+        ([GOOD | {"output_length": 2**31}], r"output_length: .*less than or equal to 2147483647"),
         ([GOOD, "[" * 100_000], r"trace\.jsonl:2: not readable: .*recursion"),
         ([{"input_ids": [1], "hash_ids": [1], "output_length": 1}], r"hash_ids: belongs to input_length"),
         ([], r"trace\.jsonl: holds no request"),

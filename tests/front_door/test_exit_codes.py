@@ -26,7 +26,7 @@ from puzzle_trtllm.serve.evaluate import runner
 from puzzle_trtllm.serve.evaluate.result import EvaluationResult
 from puzzle_trtllm.serve.triton.security import GrpcTls
 from tests.front_door.cli import ROOT, assert_user_error, invoke, last_json, run
-from tests.serve.measurements import EMPTY_EVALUATION
+from tests.serve.measurements import EMPTY_EVALUATION, family
 
 MakeCheckpoint = Callable[..., Path]
 BLOCKS = [(8, 16), (8, None)]
@@ -234,6 +234,10 @@ def test_results_that_cannot_be_compared(tmp_path: Path) -> None:
     assert_user_error(invoke("report", "--baseline", f"a={other}", "--child", other), "other.json", "shopping list")
     missing = tmp_path / "missing.json"
     assert_user_error(invoke("report", "--baseline", f"a={missing}", "--child", other), "missing.json")
+    one = family()[0].save(tmp_path / "one.json")
+    twice = invoke("report", "--baseline", f"a={one}", "--child", one, "--out", tmp_path / "report")
+    assert_user_error(twice, "one.json: the same file for two engines (found a and child)")
+    assert not (tmp_path / "report").exists()
 
 
 def test_a_result_file_that_cannot_be_written_is_told_before_anything_is_measured(parent: Path, tmp_path: Path) -> None:
@@ -302,6 +306,17 @@ def test_a_trace_is_not_replaced_by_what_was_measured_with_it(parent: Path, tmp_
     trace.write_text('{"input_length": 3, "output_length": 1, "timestamp": 0}\n', encoding="utf-8")
     bench = ("bench", "--url", "127.0.0.1:1", "--tokenizer", parent, "--trace", trace, "--out", trace)
     assert_user_error(invoke(*bench), "--out: would replace the trace", "trace.jsonl")
+
+
+def test_a_result_replaces_neither_the_scenario_nor_another_result(parent: Path, tmp_path: Path) -> None:
+    scenario = tmp_path / "mine.yaml"
+    scenario.write_text(
+        "name: x\ninput_tokens: 1\noutput_tokens: 1\nconcurrency: 1\nnum_requests: 1\n", encoding="utf-8"
+    )
+    bench = ("bench", "--url", "127.0.0.1:1", "--tokenizer", parent, "--scenario", scenario)
+    assert_user_error(invoke(*bench, "--out", scenario), "--out: would replace the scenario", "mine.yaml")
+    one = tmp_path / "one"
+    assert_user_error(invoke(*bench, "--sweep", "1", "--out", one, "--csv", one), "--csv: would replace --out")
 
 
 def test_options_that_need_another() -> None:

@@ -114,6 +114,18 @@ def test_a_trace_in_which_no_time_passes_is_refused_before_anything_is_sent(tmp_
     assert client.requests == []
 
 
+def test_a_trace_of_another_models_tokens_is_refused(tmp_path, tokenizer_folder):
+    file, client = tmp_path / "t.jsonl", FakeClient(one_token_a_response)
+    file.write_text(
+        "".join(f'{{"timestamp": {i}, "input_ids": [7, {90 + 5 * i}], "output_length": 1}}\n' for i in (0, 1, 2))
+    )
+    with pytest.raises(
+        BenchError, match=r"t\.jsonl: input_ids: .*another model's trace.*found 100, expected at most 95"
+    ):
+        replay(client, read_trace(file), tokenizer_folder)
+    assert client.requests == []
+
+
 def test_no_prompt_of_the_warm_up_comes_again(tmp_path, tokenizer_folder):
     """A prefix cache would answer it, and every prompt of the trace that begins like one."""
     file = tmp_path / "t.jsonl"

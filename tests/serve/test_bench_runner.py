@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from puzzle_trtllm.errors import BenchError, ConfigError, ServeError
+from puzzle_trtllm.errors import BenchError, CheckpointError, ConfigError, ServeError
 from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.serve.bench import measure, target
 from puzzle_trtllm.serve.bench.interleaved import run_interleaved
@@ -17,6 +17,7 @@ from puzzle_trtllm.serve.evaluate.result import EvaluationResult
 from tests.serve.fake_client import FakeClient, one_token_a_response
 from tests.serve.measurements import PROVENANCE
 from tests.serve.scripted import scripted_engine
+from tests.toys import toy_architecture
 
 TINY = Scenario(name="tiny", input_tokens=6, output_tokens=4, concurrency=2, num_requests=8, warmup_requests=3)
 
@@ -52,6 +53,16 @@ def test_the_result_says_what_was_measured_and_how(tokenizer_folder):
     assert set(result.units) == set(result.formulas) >= set(result.scalars) | set(result.distributions)
     assert result.provenance.hardware.cpu_cores >= 1
     assert result.provenance.versions["puzzle-trtllm"]
+
+
+def test_a_tokenizer_of_another_model_than_the_engines_is_refused(tokenizer_folder, make_checkpoint, tmp_path):
+    client, engine = (
+        FakeClient(one_token_a_response),
+        scripted_engine(tmp_path / "e", make_checkpoint([(4, None)], vocab_size=40)),
+    )
+    with pytest.raises(CheckpointError, match="tokens outside the model's vocabulary"):
+        bench(client, tokenizer_folder, engine=engine.path)
+    assert client.requests == []
 
 
 def test_warm_up_requests_are_sent_first_and_not_measured(tokenizer_folder):
@@ -138,7 +149,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_sent(tokenizer_fo
 
 
 def test_a_scenario_that_the_engine_cannot_hold_is_refused_before_anything_is_sent(monkeypatch, tokenizer_folder):
-    engine = SimpleNamespace(max_seq_len=9)
+    engine = SimpleNamespace(max_seq_len=9, architecture=toy_architecture([(4, None)]))
     monkeypatch.setattr(target.Engine, "open", lambda path: engine)
     monkeypatch.setattr(measure.Provenance, "collect", classmethod(lambda cls, engine: PROVENANCE))
     client = FakeClient(one_token_a_response)

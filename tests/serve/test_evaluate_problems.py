@@ -75,6 +75,7 @@ def test_a_number_is_written_out(tmp_path, number, text):
             r"problems\.jsonl:2: answer: not a text \(found Infinity, .*number that is finite",
         ),
         ('{"prompt": "a", "answer": NaN}', r"problems\.jsonl:2: answer: not a text \(found NaN"),
+        ('{"prompt": "a", "answer": 1, "answer": 2}', r'problems\.jsonl:2: not JSON: the key "answer" occurs twice'),
         ("[" * 200_000, r"problems\.jsonl:2: nested too deeply"),
         ('{"prompt": "\\ud800", "answer": "1"}', r"problems\.jsonl:2: not text: half of a surrogate pair"),
         ('{"p\\ud800": "a", "answer": "1"}', r"problems\.jsonl:2: not text: half of a surrogate pair"),
@@ -84,6 +85,13 @@ def test_a_number_is_written_out(tmp_path, number, text):
 def test_a_bad_line_is_named(tmp_path, line, message):
     with pytest.raises(ConfigError, match=message):
         load_problems(write(tmp_path, problem(1), line))
+
+
+def test_a_byte_order_mark_is_no_part_of_it(tmp_path):
+    file = write(tmp_path, problem(1))
+    plain = load_problems(file)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_problems(file) == plain
 
 
 def test_no_file_and_no_problems(tmp_path):

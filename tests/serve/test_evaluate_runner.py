@@ -219,7 +219,8 @@ def test_bad_input_is_refused_before_anything_is_sent(problems, tokenizer, tmp_p
         run(client, problems, tokenizer, efforts=())
     words = tmp_path / "words.jsonl"
     words.write_text('{"id": "a", "prompt": "b", "answer": "three"}\n')
-    with pytest.raises(ConfigError, match="numeric grader needs a number"):
+    message = r"words\.jsonl: problem a: answer: the numeric grader needs a number .found 'three'"
+    with pytest.raises(ConfigError, match=message):
         run(client, words, tokenizer)
     assert client.requests == []
 

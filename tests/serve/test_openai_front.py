@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puzzle_trtllm.chat import ChatTokenizer
-from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.errors import CheckpointError, ServeError
 from puzzle_trtllm.serve.openai import app
 from puzzle_trtllm.serve.openai.__main__ import main as front_main
 from puzzle_trtllm.serve.openai.answers import StopWatch
@@ -165,6 +165,31 @@ def test_what_a_request_leaves_out_comes_from_the_model(card, config, asked, sen
     own = ModelCard(name="toy", tokenizer=card.tokenizer, max_seq_len=256, generation_config=config)
     request = own.of_chat(ChatRequest.parse({"model": "toy", "messages": USER, **asked}), "id")
     assert (request.temperature, request.top_p, request.top_k) == sent
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"temperature": "hot"}, r"generation_config\.json: temperature: .*valid number .found 'hot'"),
+        ({"top_p": 5}, "top_p: .*less than or equal to 1"),
+        ({"top_k": -1}, "top_k: .*greater than or equal to 0"),
+        ({"do_sample": "no"}, "do_sample: .*valid boolean"),
+    ],
+)
+def test_defaults_that_no_server_takes_are_told_at_the_start(make_checkpoint, tmp_path, config, message):
+    engine = scripted_engine(tmp_path / "engine", make_checkpoint([(4, None)]))
+    (engine.model_path / "generation_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        ModelCard.of_engine(engine)
+
+
+def test_null_in_a_generation_config_says_nothing(make_checkpoint, tmp_path):
+    """A top_p of null beside a temperature would be greedy."""
+    engine = scripted_engine(tmp_path / "engine", make_checkpoint([(4, None)]))
+    config = {"do_sample": True, "temperature": 0.7, "top_p": None, "eos_token_id": 1}
+    (engine.model_path / "generation_config.json").write_text(json.dumps(config))
+    request = ModelCard.of_engine(engine).of_chat(ChatRequest.parse({"model": "engine", "messages": USER}), "id")
+    assert (request.temperature, request.top_p) == (0.7, 1.0)
 
 
 def test_a_chat_without_a_limit_may_fill_the_context(front):

@@ -110,6 +110,7 @@ def test_an_existing_repository_is_only_replaced_when_told_so(engine, tmp_path: 
         ("triton_config: {max_batch_size: 4}", "triton_config.max_batch_size"),
         ("triton_config: {decupled: true}", "triton_config.decupled"),
         ("triton_config: {runtime: onnx}", "triton_config.runtime"),
+        ("triton_config: {max_open_requests: true}", "triton_config.max_open_requests"),
         ("a: [", "not valid YAML"),
     ],
 )
