@@ -82,5 +82,5 @@ _add(app, "demo", demo_command, "demo --out runs/demo")
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line of `sys.argv`."""
     app()
