@@ -15,7 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -224,7 +224,8 @@ def _progress(say: Callable[[str], None]) -> Callable[[float], None]:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    with suppress(OSError):  # whoever started us may have gone, and the server goes on
+        print(message, file=sys.stderr, flush=True)
 
 
 def _silent(message: str) -> None:

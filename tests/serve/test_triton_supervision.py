@@ -12,12 +12,15 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+import typer
 
+from puzzle_trtllm.commands.engines import serve_command
 from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.openai.process import OpenAiFront
 from puzzle_trtllm.serve.triton import server as supervision
@@ -224,6 +227,41 @@ def test_a_signal_ends_the_pause_before_the_next_try(engine, history, monkeypatc
     assert serve_engine(engine, restart=True, quiet=True) == 0
     timer.join()
     assert history[-1] == "start fails"
+
+
+@contextmanager
+def nobody_reads() -> Iterator[None]:
+    """stdout and stderr are a pipe whose reader has gone, as under `serve --json | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as pipe:
+        try:
+            with redirect_stdout(pipe), redirect_stderr(pipe):
+                yield
+        finally:  # so that what was never read can be flushed
+            with Path(os.devnull).open("wb") as nowhere:
+                os.dup2(nowhere.fileno(), writer)
+
+
+def test_a_server_restarts_though_nobody_reads_what_it_says(engine, history, monkeypatch) -> None:
+    monkeypatch.setattr(FakeServer, "starts", [True, False, True, KeyboardInterrupt()])
+    with pytest.raises(KeyboardInterrupt), nobody_reads():
+        serve_engine(engine, restart=True)
+    assert [event for event in history if "start" in event] == ["start", "start fails", "start", "start fails"]
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_start_counts_though_nobody_reads_its_urls(monkeypatch, as_json: bool) -> None:
+    """A restart was tried again for ever."""
+
+    def serve(engine, *, on_ready: Callable[[object], None], **options: object) -> int:
+        on_ready(SimpleNamespace(grpc_url="localhost:1", http_url="", metrics_url="", pid=1))
+        return 0
+
+    monkeypatch.setattr(supervision, "serve_engine", serve)
+    with pytest.raises(typer.Exit) as end, nobody_reads():
+        serve_command(Path("engine"), as_json=as_json)
+    assert end.value.exit_code == 0
 
 
 def test_every_start_has_a_log_of_its_own(engine) -> None:
