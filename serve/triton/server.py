@@ -186,7 +186,7 @@ def _word_of(server: TritonServer) -> str | None:
     metrics = read_metrics(server.metrics_url)
     if metrics is not None and 0 in values_of(metrics, "puzzle_engine_up"):
         return "the engine died"
-    if hangs_up(server.http_url) and is_alive(server.pid):
+    if hangs_up(f"{server.http_url}/v2/health/live") and is_alive(server.pid):
         return "tritonserver was told to stop by somebody else"
     return None
 
