@@ -310,6 +310,21 @@ def test_a_front_that_is_stopped_for_good_has_failed(watched) -> None:
     assert failures == [None] * 15 + ["the OpenAI front was stopped and does not go on"]
 
 
+@pytest.mark.parametrize("code", [None, 134])
+def test_the_log_of_a_front_that_has_ended_by_itself_is_kept_and_named(watched, code: int | None) -> None:
+    """It is what says why; the server's does not."""
+    front = OpenAiFront()
+    front._log_file.write_text("first words\nlast words\n")
+    front._process = SimpleNamespace(pid=watched.pid, exit_code=lambda: code, stop=lambda: None)
+    try:
+        named = f"the OpenAI front ended with code 134: last words ({front._log_file})"
+        assert front.failure() == (None if code is None else named)
+        front.stop()
+        assert front._log_file.exists() == (code is not None)
+    finally:
+        front._log_file.unlink(missing_ok=True)
+
+
 def test_a_tritonserver_that_was_told_to_stop_hangs_up(watched) -> None:
     watched.http_url = served_once(b"")
     watched.metrics_url = served_once(b"HTTP/1.1 200 OK\r\n\r\npuzzle_engine_up 1\n")
