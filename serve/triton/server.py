@@ -173,7 +173,7 @@ def watch(server: TritonServer, beside: Beside | None = None) -> str:
                 return f"{name} (pid {pid}) died"
             if stopped.given_up(pid):
                 return f"{name} (pid {pid}) was stopped and does not go on"
-        failure = None if stopped.any else _word_of(server)
+        failure = None if stopped.any_now else _word_of(server)
         if failure is None and beside is not None:
             failure = beside.failure()
         if failure is not None:
