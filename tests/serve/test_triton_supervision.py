@@ -26,8 +26,9 @@ from puzzle_trtllm.serve.openai.process import OpenAiFront
 from puzzle_trtllm.serve.triton import server as supervision
 from puzzle_trtllm.serve.triton.launch import TritonServer
 from puzzle_trtllm.serve.triton.probe import hangs_up, http_status, read_metrics
+from puzzle_trtllm.serve.triton.process import is_alive
 from puzzle_trtllm.serve.triton.server import serve_engine, watch
-from tests.serve.scripted import scripted_engine
+from tests.serve.scripted import scripted_engine, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +299,7 @@ def test_a_process_that_is_stopped_for_good_ends_the_watch(watched, which: str) 
     pid = watched.pid if which == "tritonserver" else watched.stub.pid
     os.kill(pid, signal.SIGSTOP)
     assert watch(watched) == f"{which} (pid {pid}) was stopped and does not go on"
+    wait_until(lambda: not is_alive(pid), what="its end, so that nobody waits for its requests")
 
 
 def test_a_front_that_is_stopped_for_good_has_failed(watched) -> None:
@@ -332,12 +334,18 @@ def test_a_tritonserver_that_was_told_to_stop_hangs_up(watched) -> None:
 
 
 def test_a_server_that_dies_is_not_taken_for_one_that_was_told_to_stop(watched) -> None:
-    """Its connections break before its end is known."""
+    """Its connections break first, then it is gone, and a moment later its code is known."""
     watched.http_url = watched.metrics_url = served_once(b"")
-    os.kill(watched.pid, signal.SIGKILL)
-    os.waitid(os.P_PID, watched.pid, os.WEXITED | os.WNOWAIT)
-    codes = iter([None, None, 137])
-    watched.exit_code = lambda: next(codes)
+    looks: list[None] = []
+
+    def exit_code() -> int | None:
+        looks.append(None)
+        if len(looks) == 2:
+            os.kill(watched.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, watched.pid, os.WEXITED | os.WNOWAIT)
+        return 137 if len(looks) == 4 else None
+
+    watched.exit_code = exit_code
     assert watch(watched) == "tritonserver ended with code 137"
 
 
