@@ -87,7 +87,7 @@ _add(app, "demo", demo_command, "demo --out runs/demo")
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line of `sys.argv`."""
     # The processes that we start import nothing that happens to lie in the user's folder.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -197,6 +198,11 @@ def serve_command(
     def on_ready(server: TritonServer) -> None:
         urls = {"grpc_url": server.grpc_url, "http_url": server.http_url, "metrics_url": server.metrics_url}
         urls |= {} if front is None else {"openai_url": front.url}
+        # Whoever read this may have gone before a restart, on which rich would end the program.
+        with contextlib.suppress(OSError, SystemExit):
+            tell(server, urls)
+
+    def tell(server: TritonServer, urls: Mapping[str, str]) -> None:
         if as_json:
             print_json({**urls, "pid": server.pid})
         else:

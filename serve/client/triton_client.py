@@ -36,6 +36,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.use_local_subchannel_pool", 1),  # channels of their own connection, not one shared behind our back
     ("grpc.enable_http_proxy", 0),
+    # After a server that loaded for minutes, gRPC would wait up to two more until it looks again.
+    ("grpc.max_reconnect_backoff_ms", 5000),
 )
 
 

@@ -83,11 +83,14 @@ class OpenAiFront:
             given_up = self._stopped.given_up(self._process.pid)
             return "the OpenAI front was stopped and does not go on" if given_up else None
         lines = self._log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return f"the OpenAI front ended with code {code}" + (f": {lines[-1]}" if lines else "")
+        words = f": {lines[-1]}" if lines else ""
+        return f"the OpenAI front ended with code {code}{words} ({self._log_file})"
 
     def stop(self) -> None:
-        """End it: open answers get a moment to finish."""
+        """End it: open answers get a moment to finish. The log of one that has ended by itself is kept."""
         if self._process is not None:
             process, self._process = self._process, None
+            ended = process.exit_code() is not None
             process.stop()
-            self._log_file.unlink(missing_ok=True)
+            if not ended:
+                self._log_file.unlink(missing_ok=True)

@@ -7,6 +7,9 @@ that pipe, and the kernel closes it even if the starter was killed with -9. Shou
 server gets SIGKILL (PR_SET_PDEATHSIG), its stubs end themselves (service.py), and the starter, if there is one, removes
 their files. (PDEATHSIG in the starter would not do: it fires when the *thread* that forked ends.)
 
+A container that runs out of memory loses all its processes at once, us too, and its shared memory may outlive it: the
+guard that starts next removes what belongs to no living one. A file beside it, which its guard has locked, tells which.
+
 stdout gets the server's pid in one line; the server's own output goes to stderr, a log file opened for appending. The
 exit code is the server's, 128 + signal if it was killed. Afterwards FOLDER and the shared memory /dev/shm/SHM_PREFIX*
 are removed, which a killed server leaves behind. Standard library only, so that it starts in 20 ms and needs no
@@ -40,6 +43,8 @@ _MAX_FILES = 1 << 16
 _LOG_LIMIT = 64 << 20
 _LOG_BEGINNING = 1 << 20
 _LOG_AGE_S = 86_400
+_SHARED_MEMORY = Path("/dev/shm")
+_MARK = "guarded"
 
 
 def main(arguments: list[str]) -> int:
@@ -49,6 +54,9 @@ def main(arguments: list[str]) -> int:
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     _allow_many_files()
     _keep_from_cleaners(folder)
+    with contextlib.suppress(OSError):  # it may be full, or not there
+        _remove_what_the_dead_left()
+        _lock(_SHARED_MEMORY / f"{shm_prefix}{_MARK}", os.O_CREAT, fcntl.LOCK_SH)
     stops: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stops.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -71,9 +79,20 @@ def main(arguments: list[str]) -> int:
 
 def remove_files(shm_prefix: str, folder: Path) -> None:
     """What a server leaves that was killed."""
-    for leftover in Path("/dev/shm").glob(f"{shm_prefix}*"):
-        leftover.unlink(missing_ok=True)
+    _remove_shared_memory(shm_prefix)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_shared_memory(prefix: str) -> None:
+    for leftover in _SHARED_MEMORY.glob(f"{prefix}*"):
+        leftover.unlink(missing_ok=True)
+
+
+def _remove_what_the_dead_left() -> None:
+    for mark in _SHARED_MEMORY.glob(f"puzzle_*_{_MARK}"):
+        with contextlib.suppress(OSError):  # its guard lives, or it is another user's
+            os.close(_lock(mark, 0, fcntl.LOCK_EX))
+            _remove_shared_memory(mark.name.removesuffix(_MARK))
 
 
 def _wait(server: int, grace_s: float, stops: list[int]) -> int:
@@ -103,7 +122,18 @@ def _allow_many_files() -> None:
 def _keep_from_cleaners(folder: Path) -> None:
     """systemd-tmpfiles takes from /tmp what is ten days old, but nothing in a folder that is locked."""
     with contextlib.suppress(OSError):  # a file system without locks
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _lock(folder, 0, fcntl.LOCK_SH)
+
+
+def _lock(path: Path, flags: int, how: int) -> int:
+    """The open file that holds the lock. Raises OSError where another one does."""
+    file = os.open(path, os.O_RDONLY | flags, 0o600)
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        raise
+    return file
 
 
 def _tend_log(log: int) -> None:

@@ -16,7 +16,7 @@ def hold_ports(host: str, wanted: dict[str, int]) -> Iterator[dict[str, int]]:
 
     Within the block no other process is given one of them when it asks for any free port, and a server that names one
     can listen on it: Linux allows that beside a socket which is bound, with SO_REUSEADDR on both, and does not listen.
-    Raises ServeError naming a port that is in use.
+    Raises ServeError naming a port that is in use, or held by another server that is still starting.
     """
     with ExitStack() as held:
         ports: dict[str, int] = {}
@@ -24,6 +24,7 @@ def hold_ports(host: str, wanted: dict[str, int]) -> Iterator[dict[str, int]]:
             if port in ports.values():
                 raise _in_use(port, purpose)
             ports[purpose] = int(held.enter_context(_bind(host, port, purpose)).getsockname()[1])
+            held.enter_context(_claim(host, ports[purpose], purpose))
         yield ports
 
 
@@ -47,6 +48,18 @@ def _bind(host: str, port: int, purpose: str) -> socket.socket:
             raise _in_use(port, purpose) from None
         raise ServeError(f"cannot listen on {host}:{port} ({purpose}): {error.strerror}") from None
     return bound
+
+
+def _claim(host: str, port: int, purpose: str) -> socket.socket:
+    """A name of the network namespace, gone with its socket: for minutes of loading nobody listens on the port, and
+    another server of ours could hold it as well."""
+    name = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        name.bind(f"\0puzzle-trtllm {host} {port}")
+    except OSError:
+        name.close()
+        raise _in_use(port, purpose) from None
+    return name
 
 
 def _in_use(port: int, purpose: str) -> ServeError:

@@ -118,7 +118,7 @@ class StoppedProcesses:
         """How many looks in a row found each of them stopped."""
 
     @property
-    def any(self) -> bool:
+    def any_now(self) -> bool:
         """Whether one of them was found stopped when it was last looked at."""
         return any(self._looks.values())
 

@@ -10,12 +10,13 @@ new HTTP connections, and later cuts off what is open: before that the model is 
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -163,6 +164,7 @@ def watch(server: TritonServer, beside: Beside | None = None) -> str:
     """Block until the server, a stub, the engine or what runs beside it dies; returns which, in words."""
     stubs = server.stub_pids()
     stopped = StoppedProcesses()
+    hang_ups = 0
     while True:
         code = server.exit_code()
         if code is not None:
@@ -172,23 +174,20 @@ def watch(server: TritonServer, beside: Beside | None = None) -> str:
             if pid in stubs and not is_alive(pid):
                 return f"{name} (pid {pid}) died"
             if stopped.given_up(pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)  # or the requests would be given their time to end
                 return f"{name} (pid {pid}) was stopped and does not go on"
-        failure = None if stopped.any else _word_of(server)
-        if failure is None and beside is not None:
-            failure = beside.failure()
+        if not stopped.any_now:
+            metrics = read_metrics(server.metrics_url)
+            if metrics is not None and 0 in values_of(metrics, "puzzle_engine_up"):
+                return "the engine died"
+            hang_ups = hang_ups + 1 if hangs_up(f"{server.http_url}/v2/health/live") and is_alive(server.pid) else 0
+            if hang_ups == 2:  # the first may be of a process that is about to be dead
+                return "tritonserver was told to stop by somebody else"
+        failure = None if beside is None else beside.failure()
         if failure is not None:
             return failure
         time.sleep(_POLL_S)
-
-
-def _word_of(server: TritonServer) -> str | None:
-    """What its metrics say of the engine's death, or its silence of its own end."""
-    metrics = read_metrics(server.metrics_url)
-    if metrics is not None and 0 in values_of(metrics, "puzzle_engine_up"):
-        return "the engine died"
-    if hangs_up(server.http_url) and is_alive(server.pid):
-        return "tritonserver was told to stop by somebody else"
-    return None
 
 
 @contextmanager
@@ -224,7 +223,8 @@ def _progress(say: Callable[[str], None]) -> Callable[[float], None]:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    with suppress(OSError):  # whoever started us may have gone, and the server goes on
+        print(message, file=sys.stderr, flush=True)
 
 
 def _silent(message: str) -> None:

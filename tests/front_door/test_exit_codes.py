@@ -412,3 +412,19 @@ def test_interrupting_ends_quietly_with_130() -> None:
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout, stderr) == (130, "", "")
+
+
+def test_interrupting_while_it_still_imports_ends_quietly_with_130() -> None:
+    """As a person does who sees at once that the line was wrong."""
+    program = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from puzzle_trtllm.__main__ import main\n"
+        "class Interrupt:\n    def find_spec(name, *_):\n"
+        "        if name == 'typer':\n            signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt)\n"
+        "sys.argv = ['puzzle-trtllm', '--version']\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

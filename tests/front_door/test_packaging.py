@@ -102,7 +102,7 @@ def test_metadata(wheel: Path) -> None:
         "[console_scripts]",
         "puzzle-trtllm",
         "=",
-        "puzzle_trtllm.cli:main",
+        "puzzle_trtllm.__main__:main",
     ]
 
 

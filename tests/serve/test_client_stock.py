@@ -71,10 +71,10 @@ class StockServer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
 
 @asynccontextmanager
-async def stock_server(*script) -> AsyncIterator[tuple[StockServer, str]]:
+async def stock_server(*script, port: int = 0) -> AsyncIterator[tuple[StockServer, str]]:
     service, server = StockServer(script), grpc.aio.server()
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     try:
         yield service, f"127.0.0.1:{port}"
@@ -259,3 +259,29 @@ def test_cancelling_the_task_cancels_the_call() -> None:
             await service.cancelled.wait()
 
     run(scenario())
+
+
+@pytest.mark.slow
+def test_a_server_that_was_away_for_long_is_found_again_soon() -> None:
+    """An engine loads for minutes, in which an OpenAI front on another machine goes on asking: it fails 28 s long."""
+
+    async def scenario() -> tuple[float, str]:
+        loop = asyncio.get_running_loop()
+        async with stock_server("a") as (_, url):
+            client = TritonLlmClient(url)
+            await client.__aenter__()
+        back_s = loop.time() + 28
+        while loop.time() < back_s:
+            with pytest.raises(ServeError):
+                await client.generate(GenerationRequest(prompt="x"))
+            await asyncio.sleep(0.2)
+        async with stock_server("a", port=int(url.rpartition(":")[2])):
+            while True:
+                try:
+                    text = (await client.generate(GenerationRequest(prompt="x"))).text
+                    return loop.time() - back_s, text
+                except ServeError:
+                    await asyncio.sleep(0.2)
+
+    away_s, text = asyncio.run(asyncio.wait_for(scenario(), 90))
+    assert (text, away_s < 8) == ("a", True)

@@ -93,6 +93,16 @@ def test_an_engine_that_is_stopped_for_a_moment_goes_on(child):
         assert len(request.result(timeout=30).outputs[0].token_ids) == 230
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_at_once_leaves_the_engine_to_its_front(child, number):
+    """A terminal's Ctrl-C, or a service manager that stops `serve`, whose open requests still have time to end."""
+    with LLM(child, **ARGS) as llm:
+        request = llm.generate_async(PROMPT, LONG)
+        os.kill(llm.engine_pid, number)
+        assert len(request.result(timeout=30).outputs[0].token_ids) == 230
+    assert not is_alive(llm.engine_pid)
+
+
 def test_an_llm_that_is_dropped_takes_its_engine_along_but_not_under_a_request(child):
     llm = LLM(child, **ARGS)
     pid = llm.engine_pid

@@ -111,6 +111,23 @@ def test_the_server_ends_when_the_guard_itself_is_killed(tmp_path: Path) -> None
     started.assert_all_gone()
 
 
+def test_shared_memory_that_no_living_guard_has_is_removed_by_the_next(tmp_path: Path) -> None:
+    """A container that runs out of memory loses guard and starter at once, and its /dev/shm may outlive it."""
+    names = {who: f"puzzle_test_{who}{uuid.uuid4().hex[:8]}_" for who in ("dead", "living")}
+    files = {who: [Path("/dev/shm", name + what) for what in ("guarded", "region")] for who, name in names.items()}
+    for file in (*files["dead"], *files["living"]):
+        file.write_bytes(b"")
+    with files["living"][0].open() as mark:
+        fcntl.flock(mark, fcntl.LOCK_SH)
+        started = Started(tmp_path)
+        own = Path("/dev/shm") / f"{started.shm.name.removesuffix('region')}guarded"
+        found = [file.exists() for file in (own, *files["dead"], *files["living"])]
+        started.process.stop()
+    for file in files["living"]:
+        file.unlink()
+    assert found == [True, False, False, True, True] and not own.exists()
+
+
 def test_a_process_can_wait_for_its_parents_end(tmp_path: Path) -> None:
     """As a stub does, whose engine would hold its memory for a server that was killed."""
     inner = (
@@ -186,9 +203,10 @@ def test_a_server_may_open_as_many_files_as_the_hard_limit_allows(tmp_path: Path
 def test_a_log_that_gets_long_keeps_its_beginning_and_what_came_last(tmp_path: Path) -> None:
     """Connections that cannot be accepted are worth ten megabytes a second to libevent."""
     code = (
-        "import time; print('first words', flush=True)\n"
+        "import os, time; print('first words', flush=True)\n"
         "for _ in range(65): print('x' * (1 << 20), flush=True)\n"
-        "time.sleep(1); print('last words')"
+        "while os.fstat(1).st_size > 2 << 20: time.sleep(0.01)\n"
+        "print('last words')"
     )
     log = log_of(code, tmp_path)
     assert log.startswith("first words\nxxx") and log.endswith("xlast words\n") and len(log) < 2 << 20

@@ -220,6 +220,15 @@ def test_a_held_port_is_the_servers_and_given_to_nobody_else() -> None:
             assert ports["a"] not in given
 
 
+def test_a_port_of_a_server_that_is_still_starting_is_in_use() -> None:
+    """The engine may load for minutes before it listens; then the other one would, and say that it serves."""
+    with hold_ports("127.0.0.1", {"gRPC": 0}) as ports:
+        with pytest.raises(ServeError, match=rf"^port {ports['gRPC']} \(gRPC\) is in use"):
+            choose_ports("127.0.0.1", ports)
+        assert choose_ports("127.0.0.2", ports) == ports
+    assert choose_ports("127.0.0.1", ports) == ports
+
+
 def test_an_address_that_is_not_ours(engine) -> None:
     with pytest.raises(ServeError, match=r"cannot listen on 203\.0\.113\.1"):
         TritonServer(engine, host="203.0.113.1").start()

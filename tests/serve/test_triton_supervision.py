@@ -12,19 +12,23 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+import typer
 
+from puzzle_trtllm.commands.engines import serve_command
 from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.openai.process import OpenAiFront
 from puzzle_trtllm.serve.triton import server as supervision
 from puzzle_trtllm.serve.triton.launch import TritonServer
 from puzzle_trtllm.serve.triton.probe import hangs_up, http_status, read_metrics
+from puzzle_trtllm.serve.triton.process import is_alive
 from puzzle_trtllm.serve.triton.server import serve_engine, watch
-from tests.serve.scripted import scripted_engine
+from tests.serve.scripted import scripted_engine, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +230,41 @@ def test_a_signal_ends_the_pause_before_the_next_try(engine, history, monkeypatc
     assert history[-1] == "start fails"
 
 
+@contextmanager
+def nobody_reads() -> Iterator[None]:
+    """stdout and stderr are a pipe whose reader has gone, as under `serve --json | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as pipe:
+        try:
+            with redirect_stdout(pipe), redirect_stderr(pipe):
+                yield
+        finally:  # so that what was never read can be flushed
+            with Path(os.devnull).open("wb") as nowhere:
+                os.dup2(nowhere.fileno(), writer)
+
+
+def test_a_server_restarts_though_nobody_reads_what_it_says(engine, history, monkeypatch) -> None:
+    monkeypatch.setattr(FakeServer, "starts", [True, False, True, KeyboardInterrupt()])
+    with pytest.raises(KeyboardInterrupt), nobody_reads():
+        serve_engine(engine, restart=True)
+    assert [event for event in history if "start" in event] == ["start", "start fails", "start", "start fails"]
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_start_counts_though_nobody_reads_its_urls(monkeypatch, as_json: bool) -> None:
+    """A restart was tried again for ever."""
+
+    def serve(engine, *, on_ready: Callable[[object], None], **options: object) -> int:
+        on_ready(SimpleNamespace(grpc_url="localhost:1", http_url="", metrics_url="", pid=1))
+        return 0
+
+    monkeypatch.setattr(supervision, "serve_engine", serve)
+    with pytest.raises(typer.Exit) as end, nobody_reads():
+        serve_command(Path("engine"), as_json=as_json)
+    assert end.value.exit_code == 0
+
+
 def test_every_start_has_a_log_of_its_own(engine) -> None:
     """Servers of a supervisor come and go, and their addresses in memory come again."""
     assert len({TritonServer(engine).log_file for _ in range(6)}) == 6
@@ -260,6 +299,7 @@ def test_a_process_that_is_stopped_for_good_ends_the_watch(watched, which: str) 
     pid = watched.pid if which == "tritonserver" else watched.stub.pid
     os.kill(pid, signal.SIGSTOP)
     assert watch(watched) == f"{which} (pid {pid}) was stopped and does not go on"
+    wait_until(lambda: not is_alive(pid), what="its end, so that nobody waits for its requests")
 
 
 def test_a_front_that_is_stopped_for_good_has_failed(watched) -> None:
@@ -272,6 +312,21 @@ def test_a_front_that_is_stopped_for_good_has_failed(watched) -> None:
     assert failures == [None] * 15 + ["the OpenAI front was stopped and does not go on"]
 
 
+@pytest.mark.parametrize("code", [None, 134])
+def test_the_log_of_a_front_that_has_ended_by_itself_is_kept_and_named(watched, code: int | None) -> None:
+    """It is what says why; the server's does not."""
+    front = OpenAiFront()
+    front._log_file.write_text("first words\nlast words\n")
+    front._process = SimpleNamespace(pid=watched.pid, exit_code=lambda: code, stop=lambda: None)
+    try:
+        named = f"the OpenAI front ended with code 134: last words ({front._log_file})"
+        assert front.failure() == (None if code is None else named)
+        front.stop()
+        assert front._log_file.exists() == (code is not None)
+    finally:
+        front._log_file.unlink(missing_ok=True)
+
+
 def test_a_tritonserver_that_was_told_to_stop_hangs_up(watched) -> None:
     watched.http_url = served_once(b"")
     watched.metrics_url = served_once(b"HTTP/1.1 200 OK\r\n\r\npuzzle_engine_up 1\n")
@@ -279,12 +334,18 @@ def test_a_tritonserver_that_was_told_to_stop_hangs_up(watched) -> None:
 
 
 def test_a_server_that_dies_is_not_taken_for_one_that_was_told_to_stop(watched) -> None:
-    """Its connections break before its end is known."""
+    """Its connections break first, then it is gone, and a moment later its code is known."""
     watched.http_url = watched.metrics_url = served_once(b"")
-    os.kill(watched.pid, signal.SIGKILL)
-    os.waitid(os.P_PID, watched.pid, os.WEXITED | os.WNOWAIT)
-    codes = iter([None, None, 137])
-    watched.exit_code = lambda: next(codes)
+    looks: list[None] = []
+
+    def exit_code() -> int | None:
+        looks.append(None)
+        if len(looks) == 2:
+            os.kill(watched.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, watched.pid, os.WEXITED | os.WNOWAIT)
+        return 137 if len(looks) == 4 else None
+
+    watched.exit_code = exit_code
     assert watch(watched) == "tritonserver ended with code 137"
 
 

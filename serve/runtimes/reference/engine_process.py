@@ -51,8 +51,9 @@ _log = logging.getLogger(__name__)
 def main(fd: int) -> int:
     """Lead or follow until the front says that it is over, or is gone (0), or something fails (1)."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
-    # Ctrl-C reaches the whole process group; who stops the engine is its front.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a service manager's stop reach all processes at once; who stops the engine is its front.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     front = Connection(fd)
     threading.Thread(target=_wait_for_end, args=(front,), daemon=True).start()
     try:
