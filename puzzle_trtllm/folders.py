@@ -75,7 +75,8 @@ def claimed_sibling(out: Path, *, suffix: str, overwrite: bool) -> Iterator[Path
     try:
         yield sibling
     except OSError as error:
-        raise PuzzleError(f"writing failed: {error.strerror or error}", file=error.filename or out) from error
+        file = error.filename2 or error.filename or out  # of a copy the second one is the one written
+        raise PuzzleError(f"writing failed: {error.strerror or error}", file=file) from error
     finally:
         shutil.rmtree(sibling, ignore_errors=True)
         os.close(lock)

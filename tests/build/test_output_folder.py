@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from puzzle_trtllm.build import output_folder
+from puzzle_trtllm import output_folder
 from puzzle_trtllm.build.derive import derive
-from puzzle_trtllm.build.output_folder import check_disk_space, check_output_folder
 from puzzle_trtllm.errors import PuzzleError
+from puzzle_trtllm.output_folder import check_disk_space, check_output_folder
 
 
 def test_exactly_what_is_needed_is_enough(tmp_path, monkeypatch):
