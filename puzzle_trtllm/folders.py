@@ -51,9 +51,11 @@ def place_of(out: Path) -> Path:
 
 
 def check_not_source(out: Path, *, source: Path) -> None:
-    """Raise PuzzleError if writing `out` would replace `source` or a folder that holds it, or a mount point."""
-    resolved = place_of(out)
-    if resolved == source.resolve() or resolved in source.resolve().parents:
+    """Raise PuzzleError if writing `out` would replace `source`, a folder that its files are links into, or one that
+    holds either; or a mount point."""
+    place = place_of(out)
+    read = {Path(os.path.realpath(source)), *(Path(os.path.realpath(file)).parent for file in source.glob("*"))}
+    if any(folder.is_relative_to(place) for folder in read):
         raise PuzzleError("the output folder would replace the checkpoint it is made from", file=out)
 
 

@@ -31,6 +31,19 @@ def test_a_mount_point_is_refused(tmp_path):
         check_output_folder(Path("/proc"), source=tmp_path, num_bytes=0)
 
 
+def test_what_the_files_of_the_source_are_links_to_is_not_replaced(tmp_path):
+    """As in the hub's cache: snapshots/COMMIT/config.json is a link into blobs/."""
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "abc", tmp_path / "hub" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "123").touch()
+    (snapshot / "config.json").symlink_to("../../blobs/123")
+    for out in (blobs, tmp_path / "hub"):
+        with pytest.raises(PuzzleError, match="would replace the checkpoint it is made from"):
+            check_output_folder(out, source=snapshot, num_bytes=0)
+    check_output_folder(blobs / "out", source=snapshot, num_bytes=0)
+
+
 def test_a_link_to_itself_has_a_disk_too(tmp_path):
     (tmp_path / "out").symlink_to("out")
     check_output_folder(tmp_path / "out", source=tmp_path / "parent", num_bytes=0)
