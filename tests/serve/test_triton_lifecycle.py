@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from puzzle_trtllm.serve.triton.log import find_reason
 from puzzle_trtllm.serve.triton.ports import choose_ports, hold_ports
 from puzzle_trtllm.serve.triton.process import children_of, is_alive
 from puzzle_trtllm.serve.triton.server import TritonServer, serve_engine
-from tests.serve.scripted import SCRIPTED, scripted_engine, wait_until
+from tests.serve.scripted import SCRIPTED, metric, scripted_engine, wait_until
 from tests.serve.serving import Serving
 
 EXIT_S = 5.0
@@ -195,6 +196,30 @@ def test_a_held_port_is_the_servers_and_given_to_nobody_else() -> None:
             for other in others:
                 other.close()
             assert ports["a"] not in given
+
+
+def has_ipv6() -> bool:
+    with suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", pytest.param("::1", marks=needs_ipv6), pytest.param("::", marks=needs_ipv6)]
+)
+def test_a_server_listens_on_names_and_on_ipv6(engine, host: str) -> None:
+    """Triton's HTTP front knows no names, and each of its fronts writes IPv6 in a way of its own."""
+    with TritonServer(engine, host=host, startup_timeout_s=60, **SCRIPTED) as server:
+        assert generate("hello", url=server.grpc_url, max_tokens=5).text == "hello"
+        assert metric(server, "puzzle_engine_up") == 1
+
+
+def test_a_name_that_nobody_knows(engine) -> None:
+    with pytest.raises(ServeError, match=r"^cannot listen on no\.such\.host: Name or service not known$"):
+        TritonServer(engine, host="no.such.host").start()
 
 
 def test_an_address_that_is_not_ours(engine) -> None:
