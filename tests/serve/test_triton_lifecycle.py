@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -305,6 +307,17 @@ def test_the_wheels_backend_is_put_together_for_this_python(only_wheel, tmp_path
     assert stub.parent.name == f"{sys.version_info.major}.{sys.version_info.minor}"
     assert (Path(folder) / "python" / "libtriton_python.so").is_file()
     assert found.environment["PATH"].split(":")[0] == str(Path(sys.executable).parent)
+
+
+def test_an_editable_install_that_would_kill_the_wheels_stub_is_refused(only_wheel, monkeypatch, tmp_path) -> None:
+    package = tmp_path / "pytriton"
+    shutil.copytree(find_triton().wheel, package / "tritonserver", copy_function=os.symlink)
+    monkeypatch.setattr(install.importlib.util, "find_spec", lambda name: Mock(submodule_search_locations=[package]))
+    (tmp_path / "_editable_impl_puzzle_trtllm.pth").write_text("/home/juergen/puzzle")
+    find_triton()
+    (tmp_path / "_editable_impl_puzzle_trtllm.pth").write_text("/home/jürgen/puzzle")
+    with pytest.raises(ServeError, match=r"puzzle_trtllm\.pth: Triton's Python stub reads only ASCII here"):
+        find_triton()
 
 
 def test_no_server_anywhere_says_how_to_get_one(only_wheel, monkeypatch) -> None:
