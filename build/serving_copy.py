@@ -26,7 +26,7 @@ from puzzle_trtllm.checkpoint_writer import PlannedTensor, Progress, copy_compan
 from puzzle_trtllm.errors import ArchitectureError, CheckpointError
 from puzzle_trtllm.families import GPT_OSS, GPT_OSS_PUZZLE, Family
 from puzzle_trtllm.rope import RopeConfig
-from puzzle_trtllm.tensors import is_expert_tensor, kv_scale_of
+from puzzle_trtllm.tensors import kv_scale_of
 
 _NOT_FOR_SERVING = ("auto_map", "per_layer_config", "num_experts", "rope_parameters")
 """Remote code is not shipped here, per_layer_config would compete with block_configs, num_experts triggers a legacy
@@ -59,16 +59,6 @@ def serving_family(a: PuzzleArchitecture) -> Family:
     """Whose class runs it: engines' own gpt-oss where it can, with equal layers and windows on the even ones."""
     alternating = all((block.sliding_window is None) == (i % 2 == 1) for i, block in enumerate(a.blocks))
     return GPT_OSS if alternating and not a.is_heterogeneous else GPT_OSS_PUZZLE
-
-
-def bytes_to_write(checkpoint: Checkpoint, out: Path) -> int:
-    """Bytes that cannot be hard-linked into `out`."""
-    parent = out.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    same_disk = checkpoint.path.resolve().stat().st_dev == parent.stat().st_dev
-    mixed = {e.file for name, e in checkpoint.tensors.items() if not is_expert_tensor(name)}
-    return sum(e.num_bytes for e in checkpoint.tensors.values() if e.file in mixed or not same_disk)
 
 
 def write_serving_copy(

@@ -48,11 +48,12 @@ from puzzle_trtllm.calibration.rank_processes import run_ranks
 from puzzle_trtllm.calibration.ranks import ALONE, Ranks, require_enough, torchrun_ranks
 from puzzle_trtllm.calibration.tensor_file import write_tensors
 from puzzle_trtllm.checkpoint import Checkpoint
-from puzzle_trtllm.checkpoint_writer import rewrite_checkpoint, tensor_of
+from puzzle_trtllm.checkpoint_writer import bytes_to_write, rewrite_checkpoint, tensor_of
 from puzzle_trtllm.errors import CalibrationError
-from puzzle_trtllm.folders import atomic_folder, check_not_source, write_atomically
+from puzzle_trtllm.folders import atomic_folder, write_atomically
 from puzzle_trtllm.kv_scales import KV_CALIBRATION_NAME
 from puzzle_trtllm.models.huggingface.loading import load_causal_lm
+from puzzle_trtllm.output_folder import check_output_folder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -162,8 +163,11 @@ def calibrate_kv(
 def _calibrate(ranks: Ranks, *, options: KvOptions, num_local_ranks: int) -> KvCalibration:
     _require_device(options.device)
     source = Checkpoint.open(options.checkpoint)
-    held_out = options.held_out if isinstance(options.held_out, str | Path) else None
-    check_not_source(options.out, source=source.path, others=(options.data.get("dataset"), held_out))
+    if ranks.is_first:
+        held_out = options.held_out if isinstance(options.held_out, str | Path) else None
+        others = (options.data.get("dataset"), held_out)
+        num_bytes = bytes_to_write(source, options.out)
+        check_output_folder(options.out, source=source.path, num_bytes=num_bytes, others=others)
     if source.kv_scales and not options.overwrite:
         _, entry = next(iter(source.kv_scales.items()))
         raise CalibrationError("already has KV scales (--overwrite replaces them)", file=entry.file, key=entry.name)

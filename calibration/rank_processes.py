@@ -8,6 +8,7 @@ an equal part of this process's threads.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 import tempfile
@@ -104,6 +105,7 @@ def _run_rank(
     signal.signal(signal.SIGTERM, _leave)  # so that what was half written is removed
     end_with_parent()
     torch.set_num_threads(num_threads)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are here; by itself gloo asks what the host's name means
     try:
         with joined_ranks(init_method, rank=rank, size=size) as ranks:
             result = function(ranks, **options)

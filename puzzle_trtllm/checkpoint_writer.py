@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from puzzle_trtllm.checkpoint import INDEX_NAME, Checkpoint
 from puzzle_trtllm.file_range import BUFFER_BYTES, FileRange, write_all
 from puzzle_trtllm.folders import link_or_copy
+from puzzle_trtllm.output_folder import nearest_folder
 from puzzle_trtllm.safetensors_file import TensorEntry, encode_header, read_header
 from puzzle_trtllm.tensors import TensorSpec, is_expert_tensor
 
@@ -147,6 +148,14 @@ def rewrite_checkpoint(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if companions:
         copy_companions(source.companion_files(), folder)
+
+
+def bytes_to_write(source: Checkpoint, out: Path) -> int:
+    """Bytes that `rewrite_checkpoint` cannot hard-link into `out`, where it changes no expert."""
+    disk = nearest_folder(out).stat().st_dev
+    files = {entry.file: entry.file.stat().st_dev == disk for entry in source.tensors.values()}
+    files |= {entry.file: False for name, entry in source.tensors.items() if not is_expert_tensor(name)}
+    return sum(entry.num_bytes for entry in source.tensors.values() if not files[entry.file])
 
 
 def copy_companions(files: Iterable[Path], folder: Path) -> None:

@@ -51,15 +51,17 @@ def place_of(out: Path) -> Path:
 
 
 def check_not_source(out: Path, *, source: Path, others: Iterable[str | Path | None] = ()) -> None:
-    """Raise PuzzleError if writing `out` would replace `source` or a folder that holds it, or a mount point.
+    """Raise PuzzleError if writing `out` would replace `source`, a folder that its files are links into, or one that
+    holds either; or a mount point.
 
     others: what else it is made from, files or folders; a name of something that is no path is none of them.
     """
-    resolved = place_of(out)
-    if resolved == source.resolve() or resolved in source.resolve().parents:
+    place = place_of(out)
+    read = {Path(os.path.realpath(source)), *(Path(os.path.realpath(file)).parent for file in source.glob("*"))}
+    if any(folder.is_relative_to(place) for folder in read):
         raise PuzzleError("the output folder would replace the checkpoint it is made from", file=out)
     for other in others:
-        if other is not None and Path(other).exists() and resolved in Path(other).resolve().parents:
+        if other is not None and Path(other).exists() and place in Path(other).resolve().parents:
             raise PuzzleError("the output folder would replace a file it is made from", file=out, found=other)
 
 
@@ -81,7 +83,8 @@ def claimed_sibling(out: Path, *, suffix: str, overwrite: bool) -> Iterator[Path
     try:
         yield sibling
     except OSError as error:
-        raise PuzzleError(f"writing failed: {error.strerror or error}", file=error.filename or out) from error
+        file = error.filename2 or error.filename or out  # of a copy the second one is the one written
+        raise PuzzleError(f"writing failed: {error.strerror or error}", file=file) from error
     finally:
         shutil.rmtree(sibling, ignore_errors=True)
         os.close(lock)

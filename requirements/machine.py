@@ -107,6 +107,13 @@ def check_glibc(version: str) -> Check:
     return Check(version)
 
 
+def check_path(folder: Path) -> Check:
+    """Triton's Python stub knows only ASCII, the scripts that pip makes take $ for a variable, PATH ends at a colon."""
+    if re.fullmatch(r"[^$`\":\\\x00-\x1f\x7f-\U0010ffff]+", str(folder)):
+        return Check(f"set up in {folder}")
+    return Check(f"set up in {folder}: not with these characters", 'clone to a path of ASCII without $ ` " : and \\')
+
+
 def check_disk(folder: Path, needed: int, mend: str) -> Check:
     """Room for what will be written into `folder`, bytes."""
     free = shutil.disk_usage(str(folder)).free
@@ -142,6 +149,7 @@ def all_checks(root: Path, *, resuming: bool) -> list[Check]:
     return [
         *checks,
         check_glibc(_glibc_version()),
+        check_path(root),
         check_disk(root, needed, "free some space, or clone onto a larger disk"),
         check_disk(Path(tempfile.gettempdir()), RESUME_BYTES, "set TMPDIR to a folder with more room"),
         check_shm(Path("/dev/shm")),

@@ -62,6 +62,10 @@ def _from_wheel(package: Path) -> TritonInstall:
     server = wheel / "bin" / "tritonserver"
     if not server.is_file():
         raise ServeError("missing in the nvidia-pytriton wheel", file=server)
+    for paths in package.parent.glob("*.pth"):
+        if not paths.read_bytes().isascii():  # the stub would die at its start, and the server wait for it for ever
+            expected = "the checkout that it names in a folder with such a name"
+            raise ServeError("Triton's Python stub reads only ASCII here", file=paths, expected=expected)
     libraries = [str(package.parent / "nvidia_pytriton.libs"), str(_libpython_folder())]
     environment = {
         "LD_LIBRARY_PATH": os.pathsep.join([*libraries, *_set("LD_LIBRARY_PATH")]),

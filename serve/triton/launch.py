@@ -26,7 +26,7 @@ from puzzle_trtllm.serve.triton.contract import MODEL_NAME
 from puzzle_trtllm.serve.triton.install import TritonInstall, find_triton
 from puzzle_trtllm.serve.triton.log import explain_failure
 from puzzle_trtllm.serve.triton.notice import give_notice
-from puzzle_trtllm.serve.triton.ports import choose_ports, hold_ports
+from puzzle_trtllm.serve.triton.ports import choose_ports, hold_ports, numeric_address
 from puzzle_trtllm.serve.triton.probe import http_status
 from puzzle_trtllm.serve.triton.process import GuardedProcess, children_of
 from puzzle_trtllm.serve.triton.repository import write_repository
@@ -193,12 +193,14 @@ class TritonServer:
 
     def _options(self, shm_prefix: str) -> list[str]:
         gpu_metrics = self.engine.manifest.runtime == "tensorrt_llm"
+        # Its HTTP front knows no names: it would listen nowhere, without a word.
+        address, http_address = numeric_address(self.host), numeric_address(self._http_host)
         options: dict[str, object] = {
-            "http-address": self._http_host,
+            "http-address": f"ipv6:{http_address}" if ":" in http_address else http_address,
             "http-port": self._ports["HTTP"],
-            "grpc-address": self.host,
+            "grpc-address": f"[{address}]" if ":" in address else address,
             "grpc-port": self._ports["gRPC"],
-            "metrics-address": self.host,
+            "metrics-address": f"ipv6:{address}" if ":" in address else address,
             "metrics-port": self._ports["metrics"],
             "allow-gpu-metrics": str(gpu_metrics).lower(),
             "exit-timeout-secs": round(self._drain_s) + _EXIT_MARGIN_S,

@@ -34,14 +34,23 @@ def choose_ports(host: str, wanted: dict[str, int]) -> dict[str, int]:
         return ports
 
 
+def numeric_address(host: str) -> str:
+    """What to listen on for a name, as IPv4 if it has that. Raises ServeError for one that nobody knows."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ServeError(f"cannot listen on {host}: {error.strerror}") from None
+    return str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])
+
+
 def _bind(host: str, port: int, purpose: str) -> socket.socket:
     """A socket on the port; not listening, so it only fails where somebody listens."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    address = numeric_address(host)
+    bound = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
     # As servers do: a port in TIME_WAIT is free, one that is listened on is not.
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        bound.bind((host, port))
+        bound.bind((address, port))
     except OSError as error:
         bound.close()
         if error.errno == errno.EADDRINUSE:
@@ -55,7 +64,7 @@ def _claim(host: str, port: int, purpose: str) -> socket.socket:
     another server of ours could hold it as well."""
     name = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        name.bind(f"\0puzzle-trtllm {host} {port}")
+        name.bind(f"\0puzzle-trtllm {numeric_address(host)} {port}")
     except OSError:
         name.close()
         raise _in_use(port, purpose) from None

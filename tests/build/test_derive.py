@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import puzzle_trtllm.build.derive
-import puzzle_trtllm.build.output_folder
+import puzzle_trtllm.output_folder
 from puzzle_trtllm.build.derivation import read_derivation
 from puzzle_trtllm.build.derive import derive
 from puzzle_trtllm.build.importance import best_experts
@@ -277,7 +277,7 @@ class TestRefusals:
 
     def test_a_full_disk_is_noticed_before_the_first_byte(self, monkeypatch):
         usage = shutil.disk_usage(self.parent)._replace(free=1000)
-        monkeypatch.setattr(puzzle_trtllm.build.output_folder.shutil, "disk_usage", lambda folder: usage)
+        monkeypatch.setattr(puzzle_trtllm.output_folder.shutil, "disk_usage", lambda folder: usage)
         monkeypatch.setattr("puzzle_trtllm.build.derive.write_shards", lambda *a, **k: pytest.fail("wrote"))
         self.refused(PuzzleError, r"not enough disk space .found 0\.00 GiB")
 

@@ -195,7 +195,7 @@ class TestWhatIsTakenUp:
 
     def test_a_disk_too_small_for_the_rest_keeps_what_is_there(self, job, monkeypatch):
         finished = shards_of(job.workplace / "folder")
-        monkeypatch.setattr("puzzle_trtllm.build.output_folder.HEADER_ALLOWANCE_BYTES", 2**60)
+        monkeypatch.setattr("puzzle_trtllm.output_folder.HEADER_ALLOWANCE_BYTES", 2**60)
         with pytest.raises(PuzzleError, match="not enough disk space"):
             job.run()
         assert shards_of(job.workplace / "folder") == finished

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from puzzle_trtllm.build import output_folder
+from puzzle_trtllm import output_folder
 from puzzle_trtllm.build.derive import derive
-from puzzle_trtllm.build.output_folder import check_disk_space, check_output_folder
 from puzzle_trtllm.errors import PuzzleError
+from puzzle_trtllm.output_folder import check_disk_space, check_output_folder
 
 
 def test_exactly_what_is_needed_is_enough(tmp_path, monkeypatch):
@@ -29,6 +29,19 @@ def test_exactly_what_is_needed_is_enough(tmp_path, monkeypatch):
 def test_a_mount_point_is_refused(tmp_path):
     with pytest.raises(PuzzleError, match="/proc: is a mount point"):
         check_output_folder(Path("/proc"), source=tmp_path, num_bytes=0)
+
+
+def test_what_the_files_of_the_source_are_links_to_is_not_replaced(tmp_path):
+    """As in the hub's cache: snapshots/COMMIT/config.json is a link into blobs/."""
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "abc", tmp_path / "hub" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "123").touch()
+    (snapshot / "config.json").symlink_to("../../blobs/123")
+    for out in (blobs, tmp_path / "hub"):
+        with pytest.raises(PuzzleError, match="would replace the checkpoint it is made from"):
+            check_output_folder(out, source=snapshot, num_bytes=0)
+    check_output_folder(blobs / "out", source=snapshot, num_bytes=0)
 
 
 def test_a_link_to_itself_has_a_disk_too(tmp_path):

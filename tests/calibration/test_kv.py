@@ -334,6 +334,14 @@ def test_an_output_that_would_replace_the_checkpoint(make_checkpoint, tmp_path, 
     assert not Checkpoint.open(folder).kv_scales
 
 
+def test_a_disk_without_room_is_told_before_anything_is_calibrated(child, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(total=0, used=0, free=1000))
+    monkeypatch.setattr("puzzle_trtllm.calibration.kv.observe", None)
+    with pytest.raises(PuzzleError, match=r"out: not enough disk space \(found 0\.00 GiB, 1,000 bytes"):
+        calibrate_kv(child, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("value", "found"), [(float("nan"), "NaN"), (float("inf"), "infinity")])
 def test_activations_that_are_not_finite_name_the_layer(make_checkpoint, tmp_path, value, found):
     folder = with_data(make_checkpoint(CHILD, seed=2))

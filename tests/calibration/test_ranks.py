@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from puzzle_trtllm.calibration import ranks as ranks_module
@@ -170,6 +171,23 @@ def test_ranks_end_when_the_command_is_killed():
         assert [command.stdout.readline() for _ in range(2)] == ["working\n"] * 2
         command.terminate()
         assert command.communicate(timeout=30) == ("", None)  # their stdout is its own: all have ended
+
+
+def addresses(ranks: Ranks) -> set[str]:
+    ranks.wait()
+    return {connection.laddr.ip for connection in psutil.Process().net_connections()}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may rename a machine")
+def test_ranks_of_one_machine_talk_over_its_loopback_whatever_its_name_means():
+    program = (
+        "from puzzle_trtllm.calibration.rank_processes import run_ranks\n"
+        "from tests.calibration.test_ranks import addresses\n"
+        "print(run_ranks(2, addresses, {}))\n"
+    )
+    renamed = ["unshare", "--uts", "sh", "-c", 'hostname nobody.example && exec "$@"', "sh"]
+    done = subprocess.run([*renamed, sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("{'127.0.0.1'}\n", "")
 
 
 def be_slow_to_leave(ranks: Ranks) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from puzzle_trtllm.checkpoint import INDEX_NAME, Checkpoint
 from puzzle_trtllm.checkpoint_writer import (
     PlannedTensor,
+    bytes_to_write,
     copy_of,
     rewrite_checkpoint,
     rows_of,
@@ -139,3 +143,20 @@ def test_companions_are_copied_not_linked(source, tmp_path):
     for file in source.companion_files():
         copy = tmp_path / file.name
         assert copy.read_bytes() == file.read_bytes() and not copy.samefile(file)
+
+
+def test_what_cannot_be_linked_is_written(source, tmp_path):
+    """Shards with other tensors than experts, and all that lies on another disk, also behind links."""
+    _, others = shards_by_kind(source)
+    mixed = sum(e.num_bytes for e in source.tensors.values() if e.file.name in others)
+    assert bytes_to_write(source, source.path.parent / "new" / "out") == mixed < source.weight_bytes
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other_disk:
+        assert bytes_to_write(source, Path(other_disk) / "out") == source.weight_bytes
+        there = Path(other_disk) / "there"
+        shutil.copytree(source.path, there)
+        (tmp_path / "links").mkdir()
+        for file in there.iterdir():
+            (tmp_path / "links" / file.name).symlink_to(file)
+        linked = Checkpoint.open(tmp_path / "links")
+        assert bytes_to_write(linked, tmp_path / "out") == source.weight_bytes
+        assert bytes_to_write(linked, Path(other_disk) / "out") == mixed

@@ -146,6 +146,15 @@ class TestAPlaceThatFillsMeanwhile:
         assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["old"]
 
 
+def test_a_copy_that_fails_names_what_could_not_be_written(tmp_path):
+    failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "what is read", None, "what is written")
+    with (
+        pytest.raises(PuzzleError, match=r"^what is written: writing failed: No space left on device$"),
+        atomic_folder(tmp_path / "out"),
+    ):
+        raise failure  # as `shutil.copyfile` does
+
+
 @both_kinds
 class TestALinkOrMountPoint:
     def test_a_link_is_followed_and_stays(self, tmp_path, kind):

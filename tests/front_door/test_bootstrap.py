@@ -103,6 +103,21 @@ def test_platform(system: str, processor: str, passed: bool) -> None:
     assert machine.check_platform(system, processor).passed is passed
 
 
+@pytest.mark.parametrize(
+    ("folder", "passed"),
+    [
+        ("/home/me/it's a [puzzle]~1", True),
+        ("/home/jürgen/puzzle", False),
+        ("/home/$USER/puzzle", False),
+        ("/home/a:b", False),
+        ("/home/a\nb", False),
+        ('/home/"a"', False),
+    ],
+)
+def test_where_a_checkout_may_lie(folder: str, passed: bool) -> None:
+    assert machine.check_path(Path(folder)).passed is passed
+
+
 def test_low_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**12, 10**12, 2.9e9))
     checks = machine.all_checks(tmp_path, resuming=False)

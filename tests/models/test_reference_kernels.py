@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -300,6 +303,41 @@ def test_the_library_is_compiled_once_and_kept(tmp_path):
     before = library.stat().st_mtime_ns
     compiler.load_library(cache=tmp_path)
     assert [library] == list(tmp_path.iterdir()) and library.stat().st_mtime_ns == before
+
+
+@pytest.fixture
+def small_source(tmp_path, monkeypatch):
+    source = tmp_path / "small.cpp"
+    source.write_text('extern "C" int answer() { return 42; }')
+    monkeypatch.setattr(compiler, "SOURCE", source)
+
+
+@needs_compiler
+def test_a_damaged_library_is_made_anew(small_source, tmp_path):
+    compiler.load_library(cache=tmp_path / "good")
+    (good,) = (tmp_path / "good").iterdir()
+    damaged = tmp_path / "damaged" / good.name
+    damaged.parent.mkdir()
+    damaged.touch()
+    assert compiler.load_library(cache=damaged.parent).answer() == 42
+    assert damaged.stat().st_size == good.stat().st_size
+
+
+@needs_compiler
+@pytest.mark.parametrize("cache", ["/proc/nowhere", None])
+def test_without_a_cache_the_library_is_the_process_own(small_source, tmp_path, monkeypatch, cache):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(compiler, "default_cache", Mock(side_effect=RuntimeError("a user without a home")))
+    assert compiler.load_library(cache=cache and Path(cache)).answer() == 42
+    assert [file.name for file in tmp_path.iterdir()] == ["small.cpp"]
+
+
+def test_a_cache_has_an_absolute_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for setting, folder in (("/caches", "/caches"), ("caches", "/home/me/.cache"), ("", "/home/me/.cache")):
+        monkeypatch.setenv("XDG_CACHE_HOME", setting)
+        assert compiler.default_cache() == Path(folder) / "puzzle-trtllm"
 
 
 @needs_compiler

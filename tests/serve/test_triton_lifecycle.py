@@ -9,14 +9,17 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -30,7 +33,7 @@ from puzzle_trtllm.serve.triton.log import find_reason
 from puzzle_trtllm.serve.triton.ports import choose_ports, hold_ports
 from puzzle_trtllm.serve.triton.process import children_of, is_alive
 from puzzle_trtllm.serve.triton.server import TritonServer, serve_engine
-from tests.serve.scripted import SCRIPTED, scripted_engine, wait_until
+from tests.serve.scripted import SCRIPTED, metric, scripted_engine, wait_until
 from tests.serve.serving import Serving
 
 EXIT_S = 5.0
@@ -229,6 +232,30 @@ def test_a_port_of_a_server_that_is_still_starting_is_in_use() -> None:
     assert choose_ports("127.0.0.1", ports) == ports
 
 
+def has_ipv6() -> bool:
+    with suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", pytest.param("::1", marks=needs_ipv6), pytest.param("::", marks=needs_ipv6)]
+)
+def test_a_server_listens_on_names_and_on_ipv6(engine, host: str) -> None:
+    """Triton's HTTP front knows no names, and each of its fronts writes IPv6 in a way of its own."""
+    with TritonServer(engine, host=host, startup_timeout_s=60, **SCRIPTED) as server:
+        assert generate("hello", url=server.grpc_url, max_tokens=5).text == "hello"
+        assert metric(server, "puzzle_engine_up") == 1
+
+
+def test_a_name_that_nobody_knows(engine) -> None:
+    with pytest.raises(ServeError, match=r"^cannot listen on no\.such\.host: Name or service not known$"):
+        TritonServer(engine, host="no.such.host").start()
+
+
 def test_an_address_that_is_not_ours(engine) -> None:
     with pytest.raises(ServeError, match=r"cannot listen on 203\.0\.113\.1"):
         TritonServer(engine, host="203.0.113.1").start()
@@ -312,6 +339,17 @@ def test_the_wheels_backend_is_put_together_for_this_python(only_wheel, tmp_path
     assert stub.parent.name == f"{sys.version_info.major}.{sys.version_info.minor}"
     assert (Path(folder) / "python" / "libtriton_python.so").is_file()
     assert found.environment["PATH"].split(":")[0] == str(Path(sys.executable).parent)
+
+
+def test_an_editable_install_that_would_kill_the_wheels_stub_is_refused(only_wheel, monkeypatch, tmp_path) -> None:
+    package = tmp_path / "pytriton"
+    shutil.copytree(find_triton().wheel, package / "tritonserver", copy_function=os.symlink)
+    monkeypatch.setattr(install.importlib.util, "find_spec", lambda name: Mock(submodule_search_locations=[package]))
+    (tmp_path / "_editable_impl_puzzle_trtllm.pth").write_text("/home/juergen/puzzle")
+    find_triton()
+    (tmp_path / "_editable_impl_puzzle_trtllm.pth").write_text("/home/jürgen/puzzle")
+    with pytest.raises(ServeError, match=r"puzzle_trtllm\.pth: Triton's Python stub reads only ASCII here"):
+        find_triton()
 
 
 def test_no_server_anywhere_says_how_to_get_one(only_wheel, monkeypatch) -> None:

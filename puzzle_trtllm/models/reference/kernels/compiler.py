@@ -6,6 +6,7 @@ on a machine, or with a source, that it was not made for. It is written under a 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -24,12 +25,14 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-
 TIMEOUT_SECONDS = 120.0
 
 
-class CompileError(RuntimeError):
+class CompileError(Exception):
     """No library: the reason in one line."""
 
 
 def load_library(flags: Sequence[str] = FLAGS, *, cache: Path | None = None) -> ctypes.CDLL:
-    """The kernels, compiled if they have not been. Raises CompileError.
+    """The kernels, compiled if they have not been; where the cache is of no use, for this process alone.
+
+    Raises CompileError.
 
     Import torch first: its OpenMP runtime is then the one that the library binds to, and both share their threads.
     """
@@ -37,22 +40,27 @@ def load_library(flags: Sequence[str] = FLAGS, *, cache: Path | None = None) -> 
     if compiler is None:
         raise CompileError(f"no C++ compiler (looked for {', '.join(COMPILERS)})")
     try:
-        folder = cache or default_cache()
-        target = folder / f"native-{_key(compiler, flags)}.so"
-        if not target.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, flags, target)
-        return ctypes.CDLL(str(target))
-    except CompileError:
-        raise
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home
+        name = f"native-{_key(compiler, flags)}.so"
+        with contextlib.suppress(OSError, RuntimeError):  # no home; a folder not to be written, or not to be run from
+            return _load(compiler, flags, (cache or default_cache()) / name)
+        with tempfile.TemporaryDirectory() as folder:  # a library that is loaded may go
+            return _load(compiler, flags, Path(folder) / name)
+    except (OSError, subprocess.SubprocessError) as error:
         raise CompileError(f"{type(error).__name__}: {error}") from None
 
 
 def default_cache() -> Path:
-    """Where the user's caches are, by the XDG base directory specification."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "puzzle-trtllm"
+    """Where the user's caches are, by the XDG base directory specification (it ignores relative paths)."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "puzzle-trtllm"
+
+
+def _load(compiler: str, flags: Sequence[str], target: Path) -> ctypes.CDLL:
+    with contextlib.suppress(OSError):  # not there, or damaged
+        return ctypes.CDLL(str(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _compile(compiler, flags, target)
+    return ctypes.CDLL(str(target))
 
 
 def _key(compiler: str, flags: Sequence[str]) -> str:
@@ -69,6 +77,8 @@ def _compile(compiler: str, flags: Sequence[str], target: Path) -> None:
         if code != 0:
             lines = words.strip().splitlines() or [f"exit code {code}"]
             raise CompileError(f"{compiler}: {next((line for line in lines if 'error' in line), lines[0])}")
+        with made.open("rb") as library:
+            os.fsync(library.fileno())  # half a library after a power cut would be a bus error
         made.replace(target)
 
 

@@ -27,14 +27,14 @@ def check_output_folder(out: Path, *, source: Path, num_bytes: int, others: Iter
 
 def check_disk_space(out: Path, *, num_bytes: int) -> None:
     """Raise PuzzleError if `num_bytes` and a little more do not fit on the disk of `out`, which need not exist."""
-    free = shutil.disk_usage(_existing(out)).free
+    free = shutil.disk_usage(nearest_folder(out)).free
     needed = num_bytes + HEADER_ALLOWANCE_BYTES
     if free < needed:
         raise PuzzleError("not enough disk space", file=out, found=_gib(free), expected=_gib(needed))
 
 
-def _existing(path: Path) -> Path:
-    """The nearest folder above `path`, or itself, that is there."""
+def nearest_folder(path: Path) -> Path:
+    """`path`, or the nearest folder above it that is there."""
     folder = Path(os.path.realpath(path))
     while not folder.is_dir():
         folder = folder.parent
