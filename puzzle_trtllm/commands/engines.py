@@ -206,7 +206,7 @@ def serve_command(
         if as_json:
             print_json({**urls, "pid": server.pid})
         else:
-            steps = next_steps(engine, server.grpc_url, tls=tls, has_secret=restriction is not None)
+            steps = next_steps(server.engine, server.grpc_url, tls=tls, has_secret=restriction is not None)
             print_table(facts_table("ready; Ctrl-C stops", [*urls.items(), *steps]))
 
     code = serve_engine(
@@ -228,19 +228,17 @@ def serve_command(
     raise typer.Exit(code)
 
 
-def next_steps(engine: Path, url: str, *, tls: GrpcTls | None, has_secret: bool) -> list[tuple[str, str]]:
+def next_steps(engine: Engine, url: str, *, tls: GrpcTls | None, has_secret: bool) -> list[tuple[str, str]]:
     """Commands for a server that is ready: one that tries it, and one that measures it under the engine's own load."""
-    from puzzle_trtllm.engine import Engine
-
-    scenario = Engine.open(engine).manifest.provenance.get("engine_config", {}).get("scenario", "NAME")
+    scenario = engine.manifest.provenance.get("engine_config", {}).get("scenario", "NAME")
     options = ""
     if tls is not None:
         options += " --ca-cert CA" if tls.root_cert is None else " --ca-cert CA --client-cert CERT --client-key KEY"
     if has_secret:
         options += " --secret FILE"
     return [
-        ("try", f"puzzle-trtllm generate PROMPT --url {url} --tokenizer {engine / 'model'}{options}"),
-        ("measure", f"puzzle-trtllm bench --url {url} --engine {engine} --scenario {scenario}{options}"),
+        ("try", f"puzzle-trtllm generate PROMPT --url {url} --tokenizer {engine.model_path}{options}"),
+        ("measure", f"puzzle-trtllm bench --url {url} --engine {engine.path} --scenario {scenario}{options}"),
     ]
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from puzzle_trtllm.cores import run_on
 from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.process_states import StoppedProcesses
 from puzzle_trtllm.serve.triton.launch import TritonServer, python_path
 from puzzle_trtllm.serve.triton.ports import choose_ports
 from puzzle_trtllm.serve.triton.probe import http_status
-from puzzle_trtllm.serve.triton.process import GuardedProcess, StoppedProcesses
+from puzzle_trtllm.serve.triton.process import GuardedProcess
 
 _POLL_S = 0.1
 _STARTUP_S = 120.0

@@ -22,13 +22,14 @@ import puzzle_trtllm
 from puzzle_trtllm.cores import other_cores, run_on
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.process_states import children_of
 from puzzle_trtllm.serve.triton.contract import MODEL_NAME
 from puzzle_trtllm.serve.triton.install import TritonInstall, find_triton
 from puzzle_trtllm.serve.triton.log import explain_failure
 from puzzle_trtllm.serve.triton.notice import give_notice
 from puzzle_trtllm.serve.triton.ports import choose_ports, hold_ports, numeric_address
 from puzzle_trtllm.serve.triton.probe import http_status
-from puzzle_trtllm.serve.triton.process import GuardedProcess, children_of
+from puzzle_trtllm.serve.triton.process import GuardedProcess
 from puzzle_trtllm.serve.triton.repository import write_repository
 from puzzle_trtllm.serve.triton.security import GrpcTls, Restriction
 

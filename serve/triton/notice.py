@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from puzzle_trtllm.serve.triton.process import is_alive
+from puzzle_trtllm.process_states import is_alive
 
 _NOTICE = "stopping"
 _POLL_S = 0.1

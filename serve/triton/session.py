@@ -20,9 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from puzzle_trtllm.process_states import is_alive
 from puzzle_trtllm.serve.runtimes.api import EngineDeadError, RequestError
 from puzzle_trtllm.serve.triton.outbox import Log, Outbox, Reply, ResponseSender, Status
-from puzzle_trtllm.serve.triton.process import is_alive
 from puzzle_trtllm.serve.triton.request import (
     GenerateCall,
     Inputs,

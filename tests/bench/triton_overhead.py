@@ -44,6 +44,7 @@ import psutil
 
 from puzzle_trtllm.build.engine_build import build_engine
 from puzzle_trtllm.engine import Engine, load_engine_config
+from puzzle_trtllm.process_states import children_of
 from puzzle_trtllm.scenario import Spread, load_scenario
 from puzzle_trtllm.serve.bench.load import hold_concurrency
 from puzzle_trtllm.serve.bench.prompts import load_requests
@@ -54,7 +55,6 @@ from puzzle_trtllm.serve.runtimes import create_llm
 from puzzle_trtllm.serve.runtimes.reference import LLM, SamplingParams
 from puzzle_trtllm.serve.triton.metrics import PERIOD_S as METRICS_PERIOD_S
 from puzzle_trtllm.serve.triton.probe import read_metrics
-from puzzle_trtllm.serve.triton.process import children_of
 from puzzle_trtllm.serve.triton.server import TritonServer
 
 WAYS = ("none", "10", "1")

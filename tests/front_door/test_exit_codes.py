@@ -21,6 +21,7 @@ from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.commands import front
 from puzzle_trtllm.commands.clients import show_result
 from puzzle_trtllm.commands.engines import next_steps
+from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import PuzzleError
 from puzzle_trtllm.serve.evaluate import runner
 from puzzle_trtllm.serve.evaluate.result import EvaluationResult
@@ -195,10 +196,10 @@ def test_build_shows_the_limits_of_the_engine_and_the_next_step(parent: Path, tm
 
 
 def test_serve_shows_how_to_try_and_to_measure_the_engine(engine: Path) -> None:
-    (_, generate), (_, bench) = next_steps(engine, "h:1", tls=None, has_secret=False)
+    (_, generate), (_, bench) = next_steps(Engine.open(engine), "h:1", tls=None, has_secret=False)
     assert generate == f"puzzle-trtllm generate PROMPT --url h:1 --tokenizer {engine}/model"
     assert bench == f"puzzle-trtllm bench --url h:1 --engine {engine} --scenario cpu-demo"
-    secured = next_steps(engine, "h:1", tls=GrpcTls(cert=Path("c"), key=Path("k")), has_secret=True)
+    secured = next_steps(Engine.open(engine), "h:1", tls=GrpcTls(cert=Path("c"), key=Path("k")), has_secret=True)
     assert all(command.endswith(" --ca-cert CA --secret FILE") for _, command in secured)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_trtllm.engine import Engine
-from puzzle_trtllm.serve.triton.process import children_of, is_alive
+from puzzle_trtllm.process_states import children_of, is_alive
 from tests.serve.scripted import wait_until
 
 ROOT = Path(__file__).parents[2]

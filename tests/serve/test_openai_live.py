@@ -19,9 +19,9 @@ from puzzle_trtllm.build.engine_build import build_engine
 from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.demo.story import ABACUS
 from puzzle_trtllm.engine import EngineConfig
+from puzzle_trtllm.process_states import children_of, is_alive
 from puzzle_trtllm.serve.client.triton_client import generate
 from puzzle_trtllm.serve.evaluate.answers import final_answer_of_tokens
-from puzzle_trtllm.serve.triton.process import children_of, is_alive
 from tests.front_door.cli import invoke
 from tests.serve.scripted import wait_until
 

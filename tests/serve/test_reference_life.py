@@ -11,8 +11,8 @@ import time
 
 import pytest
 
+from puzzle_trtllm.process_states import is_alive
 from puzzle_trtllm.serve.runtimes.reference import LLM, EngineDeadError, SamplingParams
-from puzzle_trtllm.serve.triton.process import is_alive
 from tests.serve.scripted import wait_until
 
 ARGS = {"dtype": "float32", "max_seq_len": 256, "max_batch_size": 8, "kv_cache_config": {"tokens_per_block": 8}}

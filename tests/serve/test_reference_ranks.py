@@ -22,9 +22,9 @@ import pytest
 import torch
 
 from puzzle_trtllm.errors import EngineError
+from puzzle_trtllm.process_states import is_alive
 from puzzle_trtllm.serve.runtimes.reference import LLM, EngineDeadError, SamplingParams
 from puzzle_trtllm.serve.runtimes.reference.request import ReferenceRequestOutput
-from puzzle_trtllm.serve.triton.process import is_alive
 
 EIGHT_KV_HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "intermediate_size": 288}
 ARGS = {

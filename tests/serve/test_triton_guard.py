@@ -13,12 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from puzzle_trtllm.serve.triton.process import (
-    GuardedProcess,
-    StoppedProcesses,
-    children_of,
-    is_alive,
-)
+from puzzle_trtllm.process_states import StoppedProcesses, children_of, is_alive
+from puzzle_trtllm.serve.triton.process import GuardedProcess
 from tests.serve.scripted import wait_until
 
 # A "server" that starts a grandchild in a session of its own, writes all pids, and ignores SIGTERM if told to.

@@ -14,12 +14,12 @@ import pytest
 import yaml
 
 from puzzle_trtllm.errors import ConfigError, EngineError
+from puzzle_trtllm.process_states import children_of
 from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.client.triton_client import TritonLlmClient
 from puzzle_trtllm.serve.triton.host import start_llm
 from puzzle_trtllm.serve.triton.instances import Instance, hide_other_gpus, instance_of, parse_gpu_device_ids
 from puzzle_trtllm.serve.triton.probe import read_metrics, values_of
-from puzzle_trtllm.serve.triton.process import children_of
 from puzzle_trtllm.serve.triton.repository import write_repository
 from puzzle_trtllm.serve.triton.server import TritonServer, watch
 from puzzle_trtllm.serve.triton.settings import ModelSettings, TritonConfig

@@ -24,6 +24,7 @@ from unittest.mock import Mock
 import pytest
 
 from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.process_states import children_of, is_alive
 from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.client.triton_client import TritonLlmClient, generate
 from puzzle_trtllm.serve.triton import install
@@ -31,7 +32,6 @@ from puzzle_trtllm.serve.triton.install import find_triton
 from puzzle_trtllm.serve.triton.launch import python_path
 from puzzle_trtllm.serve.triton.log import find_reason
 from puzzle_trtllm.serve.triton.ports import choose_ports, hold_ports
-from puzzle_trtllm.serve.triton.process import children_of, is_alive
 from puzzle_trtllm.serve.triton.server import TritonServer, serve_engine
 from tests.serve.scripted import SCRIPTED, metric, scripted_engine, wait_until
 from tests.serve.serving import Serving

@@ -18,13 +18,13 @@ from tritonclient.grpc import service_pb2_grpc
 from puzzle_trtllm.build.engine_build import build_engine
 from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.process_states import children_of
 from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.client.tensors import RequestBuilder, unpack_string
 from puzzle_trtllm.serve.client.triton_client import TritonLlmClient, generate
 from puzzle_trtllm.serve.runtimes import create_llm
 from puzzle_trtllm.serve.runtimes.api import SamplingParams
 from puzzle_trtllm.serve.triton.contract import EXTRA_INPUTS
-from puzzle_trtllm.serve.triton.process import children_of
 from puzzle_trtllm.serve.triton.server import TritonServer
 from tests.serve.scripted import metric, wait_until
 

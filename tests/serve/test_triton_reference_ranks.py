@@ -12,11 +12,11 @@ import pytest
 from puzzle_trtllm.build.engine_build import build_engine
 from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.process_states import children_of, is_alive
 from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.client.triton_client import TritonLlmClient, generate
 from puzzle_trtllm.serve.runtimes import create_llm
 from puzzle_trtllm.serve.runtimes.api import SamplingParams
-from puzzle_trtllm.serve.triton.process import children_of, is_alive
 from puzzle_trtllm.serve.triton.server import TritonServer
 from tests.serve.scripted import wait_until
 

@@ -12,9 +12,9 @@ import pytest
 from puzzle_trtllm.build.engine_build import build_engine
 from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.process_states import is_alive
 from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.client.triton_client import TritonLlmClient, generate
-from puzzle_trtllm.serve.triton.process import is_alive
 from tests.serve.serving import Serving
 
 LONG = 400

@@ -22,11 +22,11 @@ import typer
 
 from puzzle_trtllm.commands.engines import serve_command
 from puzzle_trtllm.errors import ServeError
+from puzzle_trtllm.process_states import is_alive
 from puzzle_trtllm.serve.openai.process import OpenAiFront
 from puzzle_trtllm.serve.triton import server as supervision
 from puzzle_trtllm.serve.triton.launch import TritonServer
 from puzzle_trtllm.serve.triton.probe import hangs_up, http_status, read_metrics
-from puzzle_trtllm.serve.triton.process import is_alive
 from puzzle_trtllm.serve.triton.server import serve_engine, watch
 from tests.serve.scripted import scripted_engine, wait_until
 
@@ -252,16 +252,16 @@ def test_a_server_restarts_though_nobody_reads_what_it_says(engine, history, mon
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_a_start_counts_though_nobody_reads_its_urls(monkeypatch, as_json: bool) -> None:
+def test_a_start_counts_though_nobody_reads_its_urls(monkeypatch, engine, as_json: bool) -> None:
     """A restart was tried again for ever."""
 
-    def serve(engine, *, on_ready: Callable[[object], None], **options: object) -> int:
-        on_ready(SimpleNamespace(grpc_url="localhost:1", http_url="", metrics_url="", pid=1))
+    def serve(_, *, on_ready: Callable[[object], None], **options: object) -> int:
+        on_ready(SimpleNamespace(engine=engine, grpc_url="localhost:1", http_url="", metrics_url="", pid=1))
         return 0
 
     monkeypatch.setattr(supervision, "serve_engine", serve)
     with pytest.raises(typer.Exit) as end, nobody_reads():
-        serve_command(Path("engine"), as_json=as_json)
+        serve_command(engine.path, as_json=as_json)
     assert end.value.exit_code == 0
 
 

@@ -2,7 +2,7 @@
 
 A link (a socket pair) to each says that the other end lives: it closes when a process dies, however it dies. So no rank
 outlives the front, and the front notices at once when one is gone, while the others may be waiting for it inside a
-collective. One that is stopped (SIGSTOP) keeps its link open; the system tells its parent, the front, about it.
+collective. One that is stopped (SIGSTOP) keeps its link open and is looked for.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 from puzzle_trtllm.cores import run_on
 from puzzle_trtllm.errors import EngineError
+from puzzle_trtllm.process_states import StoppedProcesses
 from puzzle_trtllm.serve.runtimes.api import EngineDeadError
 
 MEETING = "PUZZLE_TRTLLM_MEETING"
@@ -31,8 +32,7 @@ MEETING = "PUZZLE_TRTLLM_MEETING"
 _EXIT_CODE_SECONDS = 5.0
 _LOOK_SECONDS = 1.0
 _MAX_LOOKS = 8
-"""A process found stopped so many times in a row is given up. They are counted instead of measuring time, so that a
-front which was stopped itself accuses nobody when it goes on."""
+"""A process found stopped so many times in a row is given up."""
 
 
 class EngineProcesses:
@@ -44,8 +44,7 @@ class EngineProcesses:
         self._meeting = tempfile.TemporaryFile() if size > 1 else None  # noqa: SIM115 (as long as they live)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[Connection] = []
-        self._stopped = [0] * size
-        """How many looks in a row found each of them stopped."""
+        self._stopped = StoppedProcesses(_MAX_LOOKS)
         self._look_at = 0.0
         self._poll = select.poll()
         command = [_python_executable(), "-m", "puzzle_trtllm.serve.runtimes.reference.engine_process"]
@@ -118,8 +117,7 @@ class EngineProcesses:
     def _look(self) -> None:
         """Give up on one that has been stopped for long."""
         for rank, process in enumerate(self._processes):
-            self._stopped[rank] = self._stopped[rank] + 1 if _is_stopped(process.pid) else 0
-            if self._stopped[rank] == _MAX_LOOKS:
+            if self._stopped.given_up(process.pid):
                 raise EngineDeadError(f"{self._name(rank)} was stopped and does not go on")
 
     def _name(self, rank: int) -> str:
@@ -133,12 +131,6 @@ class EngineProcesses:
         except subprocess.TimeoutExpired:
             return f"{who} closed its link"
         return f"{who} was killed by {signal.Signals(-code).name}" if code < 0 else f"{who} ended with exit code {code}"
-
-
-def _is_stopped(pid: int) -> bool:
-    with contextlib.suppress(ChildProcessError):  # it has ended, which its link tells
-        return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
-    return False
 
 
 def _python_executable() -> str:
