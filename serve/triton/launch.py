@@ -28,13 +28,15 @@ from puzzle_trtllm.serve.triton.log import explain_failure
 from puzzle_trtllm.serve.triton.notice import give_notice
 from puzzle_trtllm.serve.triton.ports import choose_ports, hold_ports, numeric_address
 from puzzle_trtllm.serve.triton.probe import http_status
-from puzzle_trtllm.serve.triton.process import GuardedProcess, children_of
+from puzzle_trtllm.serve.triton.process import GuardedProcess, children_of, is_alive
 from puzzle_trtllm.serve.triton.repository import write_repository
 from puzzle_trtllm.serve.triton.security import GrpcTls, Restriction
 
 _POLL_S = 0.1
 _DRAINED_GRACE_S = 6.0
 """For a server without requests: it still waits for connections that are only kept open."""
+_REAPED_S = 3.0
+"""A stub that ended as it should is waited for at once; Triton waits for ever for one that died while loading."""
 _LOOPBACK = "127.0.0.1"
 
 
@@ -179,12 +181,17 @@ class TritonServer:
             raise
 
     def _wait_until_ready(self) -> None:
-        began_s = time.monotonic()
+        began_s = all_alive_s = time.monotonic()
         while not self.is_ready():
-            waited_s = time.monotonic() - began_s
+            now_s = time.monotonic()
+            waited_s = now_s - began_s
             self._on_wait(waited_s)
             if self.exit_code() is not None:
                 raise explain_failure(self.log_file, f"tritonserver ended while starting, code {self.exit_code()}")
+            if all(is_alive(pid) for pid in self.stub_pids()):
+                all_alive_s = now_s
+            elif now_s - all_alive_s > _REAPED_S:
+                raise explain_failure(self.log_file, "the model's process died while it was loaded")
             if waited_s > self._startup_timeout_s:
                 raise explain_failure(self.log_file, f"tritonserver was not ready after {waited_s:.0f} s")
             time.sleep(_POLL_S)
