@@ -71,7 +71,13 @@ _MACHINE_ERRORS = (
     errno.EROFS,
     errno.ENAMETOOLONG,
     errno.ELOOP,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EMFILE,
+    errno.ENFILE,
 )
+"""What a disk or a limit of the machine says."""
 
 
 class PuzzleGroup(TyperGroup):
@@ -126,7 +132,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError) and error.name:
         extra = EXTRA_OF_PACKAGE.get(error.name.partition(".")[0])
         return extra and f"the package {error.name} is not installed: pip install 'puzzle-trtllm[{extra}]'"
-    if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
+    nowhere = isinstance(error, FileNotFoundError) and not error.filename  # no temporary folder, or no working folder
+    if isinstance(error, OSError) and (nowhere or error.errno in _MACHINE_ERRORS):
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return None
 

@@ -22,7 +22,7 @@ import puzzle_trtllm
 from puzzle_trtllm.cores import other_cores, run_on
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import ServeError
-from puzzle_trtllm.process_states import children_of
+from puzzle_trtllm.process_states import children_of, is_alive
 from puzzle_trtllm.serve.triton.contract import MODEL_NAME
 from puzzle_trtllm.serve.triton.install import TritonInstall, find_triton
 from puzzle_trtllm.serve.triton.log import explain_failure
@@ -38,6 +38,8 @@ _DRAINED_GRACE_S = 6.0
 """For a server without requests: it still waits for connections that are only kept open."""
 _EXIT_MARGIN_S = 3
 """What Triton leaves open requests beyond their drain time: told to stop by somebody else, it cuts them off then."""
+_REAPED_S = 3.0
+"""A stub that ended as it should is waited for at once; Triton waits for ever for one that died while loading."""
 _LOOPBACK = "127.0.0.1"
 
 
@@ -182,12 +184,17 @@ class TritonServer:
             raise
 
     def _wait_until_ready(self) -> None:
-        began_s = time.monotonic()
+        began_s = all_alive_s = time.monotonic()
         while not self.is_ready():
-            waited_s = time.monotonic() - began_s
+            now_s = time.monotonic()
+            waited_s = now_s - began_s
             self._on_wait(waited_s)
             if self.exit_code() is not None:
                 raise explain_failure(self.log_file, f"tritonserver ended while starting, code {self.exit_code()}")
+            if all(is_alive(pid) for pid in self.stub_pids()):
+                all_alive_s = now_s
+            elif now_s - all_alive_s > _REAPED_S:
+                raise explain_failure(self.log_file, "the model's process died while it was loaded")
             if waited_s > self._startup_timeout_s:
                 raise explain_failure(self.log_file, f"tritonserver was not ready after {waited_s:.0f} s")
             time.sleep(_POLL_S)

@@ -13,6 +13,7 @@ from nowhere, not even the locale, and knows no file names but those of ASCII; h
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,8 +54,12 @@ def write_repository(
     and is not to be overwritten.
     """
     out = Path(out).absolute()
-    if not str(out).isascii() or any(character in str(out) for character in " \t'\"$&;()"):
-        raise ServeError("Triton starts its Python stub through a shell: only ASCII, no spaces, no $&;()'\"", file=out)
+    if shlex.quote(str(out)) != str(out):
+        raise ServeError(
+            "Triton starts its Python stub through a shell: only ASCII, no spaces, nothing that a shell interprets",
+            file=out,
+            expected="another folder; where none was named, TMPDIR names one",
+        )
     link = out / MODEL_NAME / "1" / _ENGINE_LINK
     reachable = engine.path if str(engine.path).isascii() else link
     plugin = engine.path / PLUGIN_FOLDER

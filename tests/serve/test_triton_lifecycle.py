@@ -292,6 +292,18 @@ def test_a_server_that_is_never_ready_is_given_up(engine, tmp_path: Path, monkey
         assert server.pid
 
 
+def test_a_model_that_is_killed_while_it_is_loaded_is_not_waited_for(engine, tmp_path: Path) -> None:
+    """As by a machine out of memory; Triton itself would wait for ever."""
+
+    def kill(waited_s: float) -> None:
+        for pid in server.stub_pids():
+            os.kill(pid, signal.SIGKILL)
+
+    server = TritonServer(engine, log_file=tmp_path / "log", startup_timeout_s=60, on_wait=kill, **SCRIPTED)
+    with pytest.raises(ServeError, match="the model's process died while it was loaded"):
+        server.start()
+
+
 def test_an_engine_whose_runtime_is_not_installed_says_so(engine, make_checkpoint, tmp_path: Path) -> None:
     other = scripted_engine(tmp_path / "engine", make_checkpoint([(4, None), (2, 16)]))
     manifest = (other.path / "engine.json").read_text()

@@ -89,7 +89,7 @@ def test_an_engine_whose_path_is_not_ascii_is_reached_over_a_link(engine, tmp_pa
     assert Path(settings.llm_args["model"]).resolve() == tmp_path / "mü ller" / "engine" / "model"
 
 
-@pytest.mark.parametrize("name", ["my repository", "rücklage"])
+@pytest.mark.parametrize("name", ["my repository", "rücklage", "a|b", "a\\b", "`a`", "a*", "a\nb"])
 def test_a_path_that_tritons_shell_would_break_is_refused(engine, tmp_path: Path, name: str) -> None:
     with pytest.raises(ServeError, match="only ASCII, no spaces"):
         write_repository(engine, tmp_path / name)
