@@ -95,13 +95,13 @@ def write_launch_folder(
     write_dataset(folder / DATASET_NAME, scenario, vocab_size=architecture.vocab_size)
 
 
-def write_dataset(file: Path, scenario: Scenario, *, vocab_size: int, seed: int = 0) -> None:
+def write_dataset(file: Path, scenario: Scenario, *, vocab_size: int) -> None:
     """`num_requests` prompts of random text tokens, the same at every build; unlike each other from the first token.
 
     Lengths scatter as the scenario says.
     """
     limit = max(1, vocab_size - NUM_SPECIAL_TOKENS) if vocab_size > 2 * NUM_SPECIAL_TOKENS else vocab_size
-    source = random.Random(seed)
+    source = random.Random(0)
     with file.open("w", encoding="utf-8") as out:
         for task in range(scenario.num_requests):
             ways = ((scenario.input_tokens, scenario.input_spread), (scenario.output_tokens, scenario.output_spread))

@@ -156,9 +156,9 @@ def fit_efficiency(checks: Sequence[ThroughputCheck]) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
-def check_throughputs(models: Models, assumptions: Assumptions | None = None) -> tuple[ThroughputCheck, ...]:
-    """All published rows of the parent, predicted with `assumptions.efficiency`; by default with NVIDIA's limits."""
-    assumptions, gpus = assumptions or PUBLISHED_CONFIG, load_gpus()
+def check_throughputs(models: Models) -> tuple[ThroughputCheck, ...]:
+    """All published rows of the parent, predicted with NVIDIA's limits."""
+    assumptions, gpus = PUBLISHED_CONFIG, load_gpus()
     checks = []
     for index, row in enumerate(THROUGHPUTS):
         p = plan(

@@ -25,6 +25,7 @@ from puzzle_trtllm.serve.runtimes import create_llm, load_runtime
 
 NUM_SPECIAL_TOKENS = 1090
 """Ids at the end of gpt-oss's vocabulary that are no text."""
+PROMPTS_PER_LENGTH = 4
 
 
 class Continuation(BaseModel):
@@ -71,15 +72,15 @@ class Recording(BaseModel):
             raise ConfigError(f"not a recording: {problem['msg']}", file=file, key=key) from None
 
 
-def synthetic_prompts(
-    windows: Sequence[int | None], *, vocab_size: int, max_prompt_tokens: int, per_length: int = 4, seed: int = 0
-) -> list[list[int]]:
+def synthetic_prompts(windows: Sequence[int | None], *, vocab_size: int, max_prompt_tokens: int) -> list[list[int]]:
     """Random prompts at 16 tokens, and for each window somewhat above it, as far as `max_prompt_tokens` allows."""
     lengths = sorted({16, *(window + window // 4 + 1 for window in windows if window is not None)})
     fitting = [length for length in lengths if length <= max_prompt_tokens] or [max_prompt_tokens]
     limit = vocab_size - NUM_SPECIAL_TOKENS if vocab_size > 2 * NUM_SPECIAL_TOKENS else vocab_size
-    source = random.Random(seed)
-    return [[int(source.random() * limit) for _ in range(length)] for length in fitting for _ in range(per_length)]
+    source = random.Random(0)
+    return [
+        [int(source.random() * limit) for _ in range(length)] for length in fitting for _ in range(PROMPTS_PER_LENGTH)
+    ]
 
 
 def record(engine_folder: str | Path, *, texts: Sequence[str] | None = None, max_tokens: int = 32) -> Recording:
