@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture, read_json_object
+from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture
 from puzzle_trtllm.errors import ArchitectureError, ConfigError, EngineError
+from puzzle_trtllm.json_files import read_json_object
 from puzzle_trtllm.llm_args_schema import check_known_types
 from puzzle_trtllm.tensors import count_weight_bytes
 from puzzle_trtllm.yaml_files import as_model, load_model, read_mapping, resolve_name
@@ -112,11 +113,11 @@ class Engine:
         manifest_file = folder / MANIFEST_NAME
         if not manifest_file.is_file():
             raise EngineError("missing", file=manifest_file, expected="an engine folder made by `puzzle-trtllm build`")
+        manifest = as_model(read_json_object(manifest_file, EngineError), EngineManifest, manifest_file, EngineError)
         try:
-            manifest = as_model(read_json_object(manifest_file), EngineManifest, manifest_file, EngineError)
             llm_args = read_mapping(folder / LLM_ARGS_NAME)
             check_known_types(llm_args, file=folder / LLM_ARGS_NAME)
-        except (ArchitectureError, ConfigError) as error:
+        except ConfigError as error:
             raise EngineError(str(error)) from None
         if not (folder / "model" / "config.json").is_file():
             raise EngineError("missing", file=folder / "model" / "config.json")

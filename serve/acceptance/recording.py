@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import BenchError, ConfigError
 from puzzle_trtllm.folders import write_atomically
-from puzzle_trtllm.plain_file import read_plain
+from puzzle_trtllm.plain_file import read_text
 from puzzle_trtllm.serve.runtimes import create_llm, load_runtime
 
 NUM_SPECIAL_TOKENS = 1090
@@ -60,12 +60,9 @@ class Recording(BaseModel):
     @classmethod
     def load(cls, file: str | Path) -> Recording:
         """Read a recording. Raises ConfigError in one line."""
+        text = read_text(Path(file), ConfigError)
         try:
-            return cls.model_validate_json(read_plain(Path(file)).decode("utf-8"), strict=True)
-        except OSError as error:
-            raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
-        except UnicodeDecodeError:
-            raise ConfigError("not UTF-8 text", file=file) from None
+            return cls.model_validate_json(text, strict=True)
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(str(part) for part in problem["loc"]) or None
