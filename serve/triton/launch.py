@@ -110,12 +110,13 @@ class TritonServer:
         with hold_ports(self.host, self._wanted) as self._ports:
             if self._http_host != self.host:
                 choose_ports(self._http_host, {"HTTP": self._ports["HTTP"]})
-            process = self._process = self._launch(install)
             try:
+                self._process = self._launch(install)
                 self._wait_until_ready()
             except BaseException as error:
-                self._process = None
-                process.stop(grace_s=2)
+                process, self._process = self._process, None
+                if process is not None:
+                    process.stop(grace_s=2)
                 if not isinstance(error, Exception):  # a signal: nothing that the log has to explain
                     self._remove_log()
                 raise
