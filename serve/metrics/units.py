@@ -37,5 +37,5 @@ def show_interval(ratio: Ratio | None) -> str:
     return f"{interval.low:.2f} to {interval.high:.2f}"
 
 
-def show_percent(value: float | None) -> str:
-    return NONE if value is None else f"{value:.1%}"
+def show_percent(value: float | None, *, digits: int = 1) -> str:
+    return NONE if value is None else f"{value:.{digits}%}"
