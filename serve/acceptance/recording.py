@@ -22,9 +22,8 @@ from puzzle_trtllm.errors import BenchError, ConfigError
 from puzzle_trtllm.folders import write_atomically
 from puzzle_trtllm.plain_file import read_text
 from puzzle_trtllm.serve.runtimes import create_llm, load_runtime
+from puzzle_trtllm.text_tokens import random_text_ids
 
-NUM_SPECIAL_TOKENS = 1090
-"""Ids at the end of gpt-oss's vocabulary that are no text."""
 PROMPTS_PER_LENGTH = 4
 
 
@@ -73,11 +72,9 @@ def synthetic_prompts(windows: Sequence[int | None], *, vocab_size: int, max_pro
     """Random prompts at 16 tokens, and for each window somewhat above it, as far as `max_prompt_tokens` allows."""
     lengths = sorted({16, *(window + window // 4 + 1 for window in windows if window is not None)})
     fitting = [length for length in lengths if length <= max_prompt_tokens] or [max_prompt_tokens]
-    limit = vocab_size - NUM_SPECIAL_TOKENS if vocab_size > 2 * NUM_SPECIAL_TOKENS else vocab_size
     source = random.Random(0)
-    return [
-        [int(source.random() * limit) for _ in range(length)] for length in fitting for _ in range(PROMPTS_PER_LENGTH)
-    ]
+    all_lengths = [length for length in fitting for _ in range(PROMPTS_PER_LENGTH)]
+    return [random_text_ids(length, vocab_size=vocab_size, source=source) for length in all_lengths]
 
 
 def record(engine_folder: str | Path, *, texts: Sequence[str] | None = None, max_tokens: int = 32) -> Recording:
