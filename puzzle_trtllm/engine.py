@@ -24,7 +24,6 @@ from puzzle_trtllm.llm_args_schema import check_known_types
 from puzzle_trtllm.tensors import count_weight_bytes
 from puzzle_trtllm.yaml_files import as_model, load_model, read_mapping, resolve_name
 
-ENGINE_SCHEMA_VERSION = 1
 ENGINE_CONFIG_FOLDER = Path(__file__).parent / "engine_configs"
 MANIFEST_NAME = "engine.json"
 LLM_ARGS_NAME = "llm_args.yaml"
