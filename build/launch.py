@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_trtllm.architecture import PuzzleArchitecture
-from puzzle_trtllm.build.plugin_folder import PLUGIN_FOLDER
-from puzzle_trtllm.engine import LLM_ARGS_NAME, EngineConfig
+from puzzle_trtllm.engine import LLM_ARGS_NAME, PLUGIN_FOLDER, EngineConfig
 from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.text_tokens import random_text_ids
 

@@ -27,6 +27,8 @@ from puzzle_trtllm.yaml_files import as_model, load_model, read_mapping, resolve
 ENGINE_CONFIG_FOLDER = Path(__file__).parent / "engine_configs"
 MANIFEST_NAME = "engine.json"
 LLM_ARGS_NAME = "llm_args.yaml"
+PLUGIN_FOLDER = Path("plugin") / "puzzle_trtllm_plugin"
+"""Of an engine for TensorRT-LLM whose layers differ: a package that registers the child's class."""
 
 RuntimeName = Literal["tensorrt_llm", "reference"]
 FoldName = Literal["tensor", "channel", "none"]

@@ -20,13 +20,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from puzzle_trtllm.engine import Engine
+from puzzle_trtllm.engine import PLUGIN_FOLDER, Engine
 from puzzle_trtllm.errors import PuzzleError
 from puzzle_trtllm.process_states import StoppedProcesses, is_alive
 from puzzle_trtllm.serve.triton.launch import TritonServer
 from puzzle_trtllm.serve.triton.probe import hangs_up, read_metrics, values_of
 from puzzle_trtllm.serve.triton.ranks import serve_as_worker
-from puzzle_trtllm.serve.triton.repository import PLUGIN_FOLDER
 
 __all__ = ["TritonServer", "serve_engine", "watch"]
 
