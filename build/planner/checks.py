@@ -84,7 +84,6 @@ class AllocatorCheck:
 
     log: AllocatorLog
     num_blocks: int | None
-    blocks_per_sequence: int
     pool_bytes: int | None
     num_tokens: int | None
     concurrency: float | None
@@ -110,7 +109,6 @@ def check_allocators(models: Models) -> Iterator[AllocatorCheck]:
         yield AllocatorCheck(
             log=log,
             num_blocks=found,
-            blocks_per_sequence=per_sequence,
             pool_bytes=None if found is None else found * block,
             num_tokens=None if found is None else int(found / per_sequence * LOG_SEQUENCE_TOKENS),
             concurrency=None if found is None else round(found / per_sequence, 2),
