@@ -17,7 +17,7 @@ import torch
 from puzzle_trtllm.errors import CheckpointError, EngineError
 from puzzle_trtllm.models.trtllm.experts import moe_weights, num_experts_of
 from puzzle_trtllm.models.trtllm.layers import LayerPlan
-from puzzle_trtllm.models.trtllm.names import ModulePlan, canonical_name, is_left_alone, module_plans, reason_to_drop
+from puzzle_trtllm.models.trtllm.names import ModulePlan, canonical_name, is_dropped, is_left_alone, module_plans
 
 
 def load_checkpoint(
@@ -64,7 +64,7 @@ def _check_tensors(fills: Mapping[str, ModulePlan], weights: Mapping[str, torch.
     if missing:
         raise CheckpointError("tensors are missing", found=f"{len(missing)}, first {missing[0]}")
     for name in weights:
-        if name not in used and reason_to_drop(name) is None:
+        if name not in used and not is_dropped(name):
             raise CheckpointError("a tensor that no module takes", key=name)
 
 
