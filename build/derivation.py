@@ -12,8 +12,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from puzzle_trtllm.architecture import ExpertsFormat, read_json_object
-from puzzle_trtllm.errors import ArchitectureError, CheckpointError
+from puzzle_trtllm.architecture import ExpertsFormat
+from puzzle_trtllm.errors import CheckpointError
+from puzzle_trtllm.json_files import read_json_object
 from puzzle_trtllm.yaml_files import as_model
 
 DERIVATION_NAME = "derivation.json"
@@ -60,7 +61,4 @@ def read_derivation(folder: Path) -> DerivationRecord:
     file = folder / DERIVATION_NAME
     if not file.is_file():
         raise CheckpointError("missing", file=file, expected="a child made by `puzzle-trtllm derive`")
-    try:
-        return as_model(read_json_object(file), DerivationRecord, file, CheckpointError)
-    except ArchitectureError as error:
-        raise CheckpointError(str(error)) from None
+    return as_model(read_json_object(file, CheckpointError), DerivationRecord, file, CheckpointError)

@@ -30,7 +30,7 @@ from puzzle_trtllm.build.derivation import DerivationRecord, ImportanceSource
 from puzzle_trtllm.build.derivation_plan import DerivationPlan, plan_child
 from puzzle_trtllm.build.expert_formats import config_with_format
 from puzzle_trtllm.build.importance import ExpertImportance, read_importance
-from puzzle_trtllm.build.progress import byte_progress, warn
+from puzzle_trtllm.build.progress import byte_progress
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import (
     MAX_SHARD_BYTES,
@@ -42,6 +42,7 @@ from puzzle_trtllm.errors import CheckpointError
 from puzzle_trtllm.folders import check_not_source
 from puzzle_trtllm.output_folder import check_disk_space
 from puzzle_trtllm.resumable_folder import finished_bytes, resumable_folder
+from puzzle_trtllm.terminal import warn
 
 _DROPPED = ((re.compile(r"\.rotary_emb\.inv_freq$"), "computed from config.json"),)
 """Tensors of old exports that no current model reads: name pattern, reason."""

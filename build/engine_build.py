@@ -27,7 +27,7 @@ from puzzle_trtllm.build.fold import fold_scales
 from puzzle_trtllm.build.launch import write_launch_folder
 from puzzle_trtllm.build.llm_args import derive_llm_args
 from puzzle_trtllm.build.plugin_folder import write_plugin
-from puzzle_trtllm.build.progress import byte_progress, warn
+from puzzle_trtllm.build.progress import byte_progress
 from puzzle_trtllm.build.serving_copy import serving_family, write_serving_copy
 from puzzle_trtllm.checkpoint import Checkpoint, resolve_folder
 from puzzle_trtllm.checkpoint_writer import bytes_to_write
@@ -46,6 +46,7 @@ from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.folders import atomic_folder
 from puzzle_trtllm.output_folder import check_output_folder
 from puzzle_trtllm.scenario import load_scenario
+from puzzle_trtllm.terminal import warn
 
 _LLM_ARGS_HEADER = "# Arguments of TensorRT-LLM's LLM; `model` is passed by the loader. By puzzle-trtllm build.\n"
 

@@ -21,17 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_trtllm.architecture import PuzzleArchitecture
-from puzzle_trtllm.build.plugin_folder import PLUGIN_FOLDER
-from puzzle_trtllm.engine import LLM_ARGS_NAME, EngineConfig
+from puzzle_trtllm.engine import LLM_ARGS_NAME, PLUGIN_FOLDER, EngineConfig
 from puzzle_trtllm.scenario import Scenario
+from puzzle_trtllm.text_tokens import random_text_ids
 
 LAUNCH_FOLDER = "launch"
 DATASET_NAME = "bench-dataset.jsonl"
 ENVIRONMENT_NAME = "environment.sh"
 MODEL_NAME = "openai/gpt-oss-120b"
 """trtllm-bench wants a hub name beside --model_path; it names the report's rows."""
-NUM_SPECIAL_TOKENS = 1090
-"""Ids at the end of gpt-oss's vocabulary that are no text: control tokens and room for more."""
 
 _YAML_WINS = "llm_args.yaml wins over flags"
 _PRECEDENCE = {"late": "flags given here win over llm_args.yaml"}
@@ -95,18 +93,17 @@ def write_launch_folder(
     write_dataset(folder / DATASET_NAME, scenario, vocab_size=architecture.vocab_size)
 
 
-def write_dataset(file: Path, scenario: Scenario, *, vocab_size: int, seed: int = 0) -> None:
+def write_dataset(file: Path, scenario: Scenario, *, vocab_size: int) -> None:
     """`num_requests` prompts of random text tokens, the same at every build; unlike each other from the first token.
 
     Lengths scatter as the scenario says.
     """
-    limit = max(1, vocab_size - NUM_SPECIAL_TOKENS) if vocab_size > 2 * NUM_SPECIAL_TOKENS else vocab_size
-    source = random.Random(seed)
+    source = random.Random(0)
     with file.open("w", encoding="utf-8") as out:
         for task in range(scenario.num_requests):
             ways = ((scenario.input_tokens, scenario.input_spread), (scenario.output_tokens, scenario.output_spread))
             num_in, num_out = (mean if spread is None else spread.draw(mean, source) for mean, spread in ways)
-            ids = [int(source.random() * limit) for _ in range(num_in)]
+            ids = random_text_ids(num_in, vocab_size=vocab_size, source=source)
             line = {"task_id": task, "input_ids": ids, "output_tokens": num_out}
             out.write(json.dumps(line, separators=(",", ":")) + "\n")
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from puzzle_trtllm.engine import PLUGIN_FOLDER
 from puzzle_trtllm.families import Family
-
-PLUGIN_FOLDER = Path("plugin") / "puzzle_trtllm_plugin"
 
 _SOURCE = '''\
 """Registers {causal_lm} with TensorRT-LLM, in whatever process imports this. By puzzle-trtllm build.

@@ -19,9 +19,3 @@ def byte_progress(what: str, total_bytes: int, *, quiet: bool) -> Iterator[Calla
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=total_bytes)
         yield lambda num_bytes: bar.advance(task, num_bytes)
-
-
-def warn(line: str, *, quiet: bool) -> None:
-    """One warning line on stderr."""
-    if not quiet:
-        Console(stderr=True).print(f"warning: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)

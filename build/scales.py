@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from puzzle_trtllm.architecture import read_json_object
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.config_values import section
 from puzzle_trtllm.engine import LayerFold
 from puzzle_trtllm.errors import ArchitectureError, CheckpointError
+from puzzle_trtllm.json_files import read_json_object
 from puzzle_trtllm.kv_scales import (
     KV_CALIBRATION_NAME,
     channel_exponents,
@@ -114,7 +114,7 @@ def read_scales(checkpoint: Checkpoint) -> list[tuple[float, float]]:
 def _check_algorithm(file: Path) -> None:
     """Scales for another kind of cache have the same names and map onto another range."""
     try:
-        config = read_json_object(file) if file.is_file() else {}
+        config = read_json_object(file, CheckpointError) if file.is_file() else {}
         algorithm = section(config, "quantization", file).get("kv_cache_quant_algo")
     except ArchitectureError as error:
         raise CheckpointError(str(error)) from None

@@ -17,14 +17,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from puzzle_trtllm.architecture import PuzzleArchitecture, read_json_object
+from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.build.companions import GENERATION_CONFIG, companions
 from puzzle_trtllm.build.fold import Folding
 from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import PlannedTensor, Progress, copy_companions, rewrite_checkpoint
-from puzzle_trtllm.errors import ArchitectureError, CheckpointError
+from puzzle_trtllm.errors import CheckpointError
 from puzzle_trtllm.families import GPT_OSS, GPT_OSS_PUZZLE, Family
+from puzzle_trtllm.json_files import read_json_object
 from puzzle_trtllm.rope import RopeConfig
 from puzzle_trtllm.tensors import kv_scale_of
 
@@ -97,7 +98,7 @@ def _generation_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str
     """generation_config.json with every token that ends a generation, and notes on it; made from config.json where
     there is none."""
     file = checkpoint.path / GENERATION_CONFIG
-    given = _read_json(file) if file.is_file() else {}
+    given = read_json_object(file, CheckpointError) if file.is_file() else {}
     vocab_size = checkpoint.architecture.vocab_size
     if given.get("eos_token_id") is not None:
         ids = _token_ids(given, file, vocab_size)
@@ -128,7 +129,7 @@ def _token_ids(config: Mapping[str, Any], file: Path, vocab_size: int) -> list[i
 
 def _special_token_id(folder: Path, token: str) -> int | None:
     file = folder / "tokenizer.json"
-    added = _read_json(file).get("added_tokens", []) if file.is_file() else []
+    added = read_json_object(file, CheckpointError).get("added_tokens", []) if file.is_file() else []
     if not isinstance(added, list) or not all(_is_added_token(entry) for entry in added):
         raise CheckpointError("must be a list of objects with id and content", file=file, key="added_tokens")
     return next((entry["id"] for entry in added if entry["content"] == token), None)
@@ -140,10 +141,3 @@ def _is_added_token(entry: Any) -> bool:
 
 def _is_token_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return read_json_object(file)
-    except ArchitectureError as error:
-        raise CheckpointError(str(error)) from None

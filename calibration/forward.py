@@ -26,7 +26,6 @@ ONE_THREAD_BELOW_PARAMETERS = 50_000_000
 their time waiting for each other (abacus, two threads on two loaded cores: 58 s instead of 1.9 s)."""
 
 
-@torch.no_grad()
 def run_dataset(
     model: Any, dataset: CalibrationDataset, *, what: str, quiet: bool = True, ranks: Ranks = ALONE
 ) -> None:
@@ -34,14 +33,8 @@ def run_dataset(
 
     Raises CalibrationError for NaN or infinity.
     """
-    device = next(model.parameters()).device
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    batches = list(ranks.share(dataset.batches(MAX_TOKENS_PER_BATCH)))
-    with naming_layers(model), threads(parameters), progress(quiet=quiet or not ranks.is_first) as bar:
-        task = bar.add_task(what, total=sum(ids_BT.size for ids_BT in batches))
-        for ids_BT in batches:
-            model.model(input_ids=torch.from_numpy(ids_BT).to(device), use_cache=False)
-            bar.advance(task, ids_BT.size)
+    for _ in run_variants(model, dataset, [what], lambda _: None, what=what, quiet=quiet, ranks=ranks):
+        pass
 
 
 @torch.no_grad()

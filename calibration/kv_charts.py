@@ -15,8 +15,6 @@ from puzzle_trtllm.svg import Drawing, text_width
 
 WIDTH, HEIGHT = 960.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 74.0, 20.0, 40.0, 44.0
-SMALLEST_E4M3 = 2.0**-9
-"""The smallest magnitude that E4M3 holds (a subnormal)."""
 
 
 def amax_chart(report: KvCalibration) -> str:

@@ -23,8 +23,8 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from puzzle_trtllm.config_values import unique_keys
 from puzzle_trtllm.errors import CalibrationError
+from puzzle_trtllm.json_files import unique_keys
 
 SHUFFLE_BUFFER = 10_000
 KINDS = ".jsonl, .txt or .parquet"

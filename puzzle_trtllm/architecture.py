@@ -19,7 +19,6 @@ A window w counts the query's own token: a key is seen if and only if key > quer
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -27,16 +26,14 @@ from typing import Any, Literal
 
 from puzzle_trtllm.config_values import (
     MAX_INTEGER,
-    RepeatedKeyError,
     boolean,
     positive_integer,
     positive_number,
     section,
-    unique_keys,
 )
 from puzzle_trtllm.errors import ArchitectureError
 from puzzle_trtllm.families import GPT_OSS_PUZZLE, family_of
-from puzzle_trtllm.plain_file import read_plain
+from puzzle_trtllm.json_files import read_json_object
 from puzzle_trtllm.rope import RopeConfig
 
 ExpertsFormat = Literal["mxfp4", "bf16"]
@@ -141,7 +138,7 @@ class PuzzleArchitecture:
         """Read `path`, a config.json or a folder that holds one."""
         file = Path(path)
         file = file / "config.json" if file.is_dir() else file
-        return cls.from_config(read_json_object(file), source=file)
+        return cls.from_config(read_json_object(file, ArchitectureError), source=file)
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -201,30 +198,6 @@ class PuzzleArchitecture:
         return kept * self.kv_bytes_per_token_and_layer(kv_dtype)
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
-    """Read a JSON file that must hold one object. Raises ArchitectureError naming the file."""
-    try:
-        text = read_plain(file).decode("utf-8")
-        value = json.loads(text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=unique_keys)
-    except OSError as error:
-        raise ArchitectureError(f"cannot be read: {error.strerror}", file=file) from None
-    except RepeatedKeyError as error:
-        raise ArchitectureError("occurs twice", file=file, key=error.key) from None
-    except (ValueError, RecursionError) as error:
-        raise ArchitectureError(f"not valid JSON: {error}", file=file) from None
-    if not isinstance(value, dict):
-        raise ArchitectureError("not a JSON object", file=file, found=type(value).__name__, expected="object")
-    return value
-
-
-def _finite(text: str) -> float:
-    """A JSON number. Python reads NaN and Infinity as well, and 1e999 as one: sums with them are wrong in silence."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is no finite number")
-    return number
-
-
 def read_blocks(path: str | Path, parent: PuzzleArchitecture) -> tuple[BlockConfig, ...]:
     """Read a child architecture file: `{"block_configs": [...]}` or a whole config.json, and hold it to its parent.
 
@@ -232,7 +205,7 @@ def read_blocks(path: str | Path, parent: PuzzleArchitecture) -> tuple[BlockConf
     or a window cannot be the child's, and naming the key for the whole config of a model of other dimensions.
     """
     file = Path(path)
-    config = read_json_object(file)
+    config = read_json_object(file, ArchitectureError)
     if "block_configs" not in config and "model_type" not in config:
         raise ArchitectureError("no such key", file=file, key="block_configs", expected="one entry a layer")
     for key in _INHERITED:

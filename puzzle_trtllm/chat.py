@@ -52,12 +52,8 @@ class ChatTokenizer:
         return cls(folder=folder, tokenizer=tokenizer, config=_read_config(folder / "tokenizer_config.json"))
 
     @property
-    def vocab_size(self) -> int:
-        return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
-
-    @property
     def largest_id(self) -> int:
-        """Ids may have gaps, so it says more than `vocab_size` about the embedding that is needed; -1 if empty."""
+        """Ids may have gaps, so it says more than their number about the embedding that is needed; -1 if empty."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property

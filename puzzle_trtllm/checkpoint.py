@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from puzzle_trtllm.architecture import PuzzleArchitecture, read_json_object
+from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.errors import ArchitectureError, CheckpointError
+from puzzle_trtllm.json_files import read_json_object
 from puzzle_trtllm.kv_scales import KV_CALIBRATION_NAME
 from puzzle_trtllm.safetensors_file import TensorEntry, read_header
 from puzzle_trtllm.tensors import TensorSpec, kv_scale_of, tensor_table
@@ -75,7 +76,7 @@ class Checkpoint:
                     )
                 tensors[name] = entry
         _check_index(folder, tensors)
-        return cls(path=folder, config=read_json_object(folder / "config.json"), tensors=tensors)
+        return cls(path=folder, config=read_json_object(folder / "config.json", ArchitectureError), tensors=tensors)
 
     @cached_property
     def architecture(self) -> PuzzleArchitecture:
@@ -220,10 +221,7 @@ def resolve_folder(path: str | Path, *, weights: bool = True) -> Path:
 
 def read_weight_map(index_file: Path) -> dict[str, str]:
     """Tensor name -> file name, as an index says it. Raises CheckpointError."""
-    try:
-        weight_map = read_json_object(index_file).get("weight_map")
-    except ArchitectureError as error:
-        raise CheckpointError(str(error)) from None
+    weight_map = read_json_object(index_file, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError("must be an object", file=index_file, key="weight_map")
     for name, shard in weight_map.items():

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -193,16 +194,20 @@ def _write_shard(
     with partial.open("wb", buffering=0) as stream:
         write_all(stream, memoryview(header))
         for tensor in tensors:
-            written = 0
-            for chunk in tensor.chunks():
-                for part in chunk.read(BUFFER_BYTES) if isinstance(chunk, FileRange) else (chunk.data,):
-                    write_all(stream, part)
-                written += chunk.nbytes
-                if progress is not None:
-                    progress(chunk.nbytes)
-            if written != tensor.spec.num_bytes:
-                raise ValueError(f"{tensor.name}: {written} bytes written, {tensor.spec.num_bytes} planned")
+            _write_tensor(stream, tensor, progress)
     partial.rename(file)
+
+
+def _write_tensor(stream: FileIO, tensor: PlannedTensor, progress: Progress | None) -> None:
+    written = 0
+    for chunk in tensor.chunks():
+        for part in chunk.read(BUFFER_BYTES) if isinstance(chunk, FileRange) else (chunk.data,):
+            write_all(stream, part)
+        written += chunk.nbytes
+        if progress is not None:
+            progress(chunk.nbytes)
+    if written != tensor.spec.num_bytes:
+        raise ValueError(f"{tensor.name}: {written} bytes written, {tensor.spec.num_bytes} planned")
 
 
 def _is_finished(file: Path, header: bytes, num_bytes: int) -> bool:
@@ -214,13 +219,8 @@ def _is_finished(file: Path, header: bytes, num_bytes: int) -> bool:
 
 def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Consecutive indices as (start, count)."""
-    start = previous = None
-    for row in rows:
-        if start is None:
-            start = row
-        elif row != previous + 1:  # type: ignore[operator]
-            yield start, previous - start + 1  # type: ignore[operator]
-            start = row
-        previous = row
-    if start is not None and previous is not None:
-        yield start, previous - start + 1
+    start = 0
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or rows[end] != rows[end - 1] + 1:
+            yield rows[start], end - start
+            start = end

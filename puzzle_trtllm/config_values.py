@@ -64,24 +64,6 @@ def section(values: Values, key: str, source: str | Path, *, prefix: str = "") -
     return value or {}
 
 
-class RepeatedKeyError(ValueError):
-    """A JSON object with the same key twice."""
-
-    def __init__(self, key: str) -> None:
-        super().__init__(f"the key {json.dumps(key)} occurs twice")
-        self.key = key
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`object_pairs_hook` of json.loads: Python lets the last of equal keys win. Raises RepeatedKeyError."""
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise RepeatedKeyError(key)
-        result[key] = value
-    return result
-
-
 def _wrong(
     value: object, key: str, message: str, source: str | Path, *, expected: str | None = None
 ) -> ArchitectureError:

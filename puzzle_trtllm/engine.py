@@ -17,16 +17,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture, read_json_object
+from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture
 from puzzle_trtllm.errors import ArchitectureError, ConfigError, EngineError
+from puzzle_trtllm.json_files import read_json_object
 from puzzle_trtllm.llm_args_schema import check_known_types
 from puzzle_trtllm.tensors import count_weight_bytes
 from puzzle_trtllm.yaml_files import as_model, load_model, read_mapping, resolve_name
 
-ENGINE_SCHEMA_VERSION = 1
 ENGINE_CONFIG_FOLDER = Path(__file__).parent / "engine_configs"
 MANIFEST_NAME = "engine.json"
 LLM_ARGS_NAME = "llm_args.yaml"
+PLUGIN_FOLDER = Path("plugin") / "puzzle_trtllm_plugin"
+"""Of an engine for TensorRT-LLM whose layers differ: a package that registers the child's class."""
 
 RuntimeName = Literal["tensorrt_llm", "reference"]
 FoldName = Literal["tensor", "channel", "none"]
@@ -112,11 +114,11 @@ class Engine:
         manifest_file = folder / MANIFEST_NAME
         if not manifest_file.is_file():
             raise EngineError("missing", file=manifest_file, expected="an engine folder made by `puzzle-trtllm build`")
+        manifest = as_model(read_json_object(manifest_file, EngineError), EngineManifest, manifest_file, EngineError)
         try:
-            manifest = as_model(read_json_object(manifest_file), EngineManifest, manifest_file, EngineError)
             llm_args = read_mapping(folder / LLM_ARGS_NAME)
             check_known_types(llm_args, file=folder / LLM_ARGS_NAME)
-        except (ArchitectureError, ConfigError) as error:
+        except ConfigError as error:
             raise EngineError(str(error)) from None
         if not (folder / "model" / "config.json").is_file():
             raise EngineError("missing", file=folder / "model" / "config.json")

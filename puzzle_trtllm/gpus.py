@@ -88,9 +88,9 @@ def load_gpus(file: Path = GPU_FILE) -> Mapping[str, Gpu]:
     return {name: entry.to_gpu(name) for name, entry in load_model(file, _Table).gpus.items()}
 
 
-def load_gpu(name: str, file: Path = GPU_FILE) -> Gpu:
+def load_gpu(name: str) -> Gpu:
     """One GPU. Raises ConfigError that lists the known names."""
-    gpus = load_gpus(file)
+    gpus = load_gpus()
     if name not in gpus:
         raise ConfigError("unknown GPU", key="gpu", found=name, expected=f"one of: {', '.join(gpus)}")
     return gpus[name]

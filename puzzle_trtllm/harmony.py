@@ -23,7 +23,7 @@ from puzzle_trtllm.text_stream import TextStream
 
 START, END, MESSAGE, CHANNEL = "<|start|>", "<|end|>", "<|message|>", "<|channel|>"
 RETURN, CALL, CONSTRAIN = "<|return|>", "<|call|>", "<|constrain|>"
-ANALYSIS, COMMENTARY, FINAL = "analysis", "commentary", "final"
+ANALYSIS, FINAL = "analysis", "final"
 _NEEDED = (START, END, MESSAGE, CHANNEL)
 _SPECIAL_TOKEN = re.compile(r"(<\|[^|<>]*\|>)")
 _RECIPIENT = re.compile(r"\bto=(\S+)")

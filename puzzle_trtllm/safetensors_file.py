@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from puzzle_trtllm.config_values import RepeatedKeyError, unique_keys
 from puzzle_trtllm.errors import CheckpointError
+from puzzle_trtllm.json_files import RepeatedKeyError, unique_keys
 from puzzle_trtllm.plain_file import check_plain
 from puzzle_trtllm.tensors import DTYPE_BYTES
 

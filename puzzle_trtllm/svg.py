@@ -39,7 +39,7 @@ class Drawing:
         shape = f'x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}"'
         self._parts.append(f'<text {shape} class="{escape(css)}">{escape(content)}</text>')
 
-    def turned_text(self, x: float, y: float, content: str, css: str = "") -> None:
+    def turned_text(self, x: float, y: float, content: str, css: str) -> None:
         """Text that reads upwards, centred on its anchor."""
         shape = f'transform="translate({x:.2f},{y:.2f}) rotate(-90)" text-anchor="middle"'
         self._parts.append(f'<text {shape} class="{escape(css)}">{escape(content)}</text>')

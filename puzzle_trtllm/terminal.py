@@ -1,4 +1,4 @@
-"""Where tables for people go."""
+"""Where tables for people and warnings go."""
 
 from __future__ import annotations
 
@@ -14,3 +14,9 @@ def stdout_console() -> Console:
     """
     width = None if Console().is_terminal else WIDTH_OF_NO_TERMINAL
     return Console(width=width, markup=False, emoji=False)
+
+
+def warn(line: str, *, quiet: bool = False) -> None:
+    """One warning line on stderr."""
+    if not quiet:
+        Console(stderr=True).print(f"warning: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)

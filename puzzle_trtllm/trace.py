@@ -29,9 +29,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from puzzle_trtllm.config_values import unique_keys
 from puzzle_trtllm.errors import ConfigError
-from puzzle_trtllm.plain_file import read_plain
+from puzzle_trtllm.json_files import unique_keys
+from puzzle_trtllm.plain_file import read_bytes
 from puzzle_trtllm.scenario import Count
 from puzzle_trtllm.yaml_files import first_problem
 
@@ -103,7 +103,8 @@ def read_trace(
     ignored: set[str] = set()
     ns_per_unit = {"ms": 1_000_000, "s": 1_000_000_000}[time_unit]
     first_ns = 0
-    content = _read(file)
+    # Once: a pipe, as a shell's <(zcat trace.gz) is one, has nothing left for a second time.
+    content = read_bytes(file, ConfigError, named_pipes=True)
     for place, text in _lines(content, file):
         line = _parse(text, place, ignored)
         time_ns = None if line.timestamp is None else round(line.timestamp * ns_per_unit)
@@ -127,14 +128,6 @@ def read_trace(
         block_tokens=block_tokens,
         ignored_keys=tuple(sorted(ignored)),
     )
-
-
-def _read(file: Path) -> bytes:
-    """Once: a pipe, as a shell's <(zcat trace.gz) is one, has nothing left for a second time."""
-    try:
-        return read_plain(file, named_pipes=True)
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
 
 
 def _lines(content: bytes, file: Path) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from puzzle_trtllm.errors import ConfigError, PuzzleError
-from puzzle_trtllm.plain_file import read_plain
+from puzzle_trtllm.plain_file import read_text
 
 Model = TypeVar("Model", bound=BaseModel)
 Error = TypeVar("Error", bound=PuzzleError)
@@ -30,11 +30,10 @@ def resolve_name(name_or_path: str | Path, folder: Path, kind: str) -> Path:
 
 def read_mapping(file: Path) -> dict[Any, Any]:
     """The mapping in a YAML file. Raises ConfigError in one line."""
+    text = read_text(file, ConfigError)
     try:
-        value = yaml.load(read_plain(file).decode("utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
-    # ValueError: bytes that are not UTF-8, or what looks like a date and is none; YAML nested too deep recurses.
+        value = yaml.load(text, Loader=_Loader)
+    # ValueError: what looks like a date and is none; YAML nested too deep recurses.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", file=file) from None
     if not isinstance(value, dict):

@@ -169,6 +169,14 @@ def change_values(checkpoint: Checkpoint, name: str, values: Mapping[int, float]
         stream.write(bits.astype("<u2").tobytes())
 
 
+def flip_bit(folder: Path, name: str, byte: int) -> None:
+    """Flip one bit of a tensor in its shard."""
+    entry = Checkpoint.open(folder).entry(name)
+    data = bytearray(entry.file.read_bytes())
+    data[entry.offset + byte] ^= 1
+    entry.file.write_bytes(data)
+
+
 def write_toy_tokenizer(folder: Path) -> None:
     """tokenizer.json (one token a character, plus the special ones), tokenizer_config.json, chat_template.jinja."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers

@@ -51,10 +51,6 @@ class VllmGrouping:
     groups_by_window: tuple[tuple[int | None, int], ...]
     """(window, groups)."""
 
-    @property
-    def num_groups(self) -> int:
-        return sum(groups for _, groups in self.groups_by_window)
-
 
 def ideal(kv: KvGeometry, pool_bytes: int, num_tokens: int, assumptions: Assumptions) -> Capacity:
     """Bytes over bytes."""

@@ -84,7 +84,6 @@ class AllocatorCheck:
 
     log: AllocatorLog
     num_blocks: int | None
-    blocks_per_sequence: int
     pool_bytes: int | None
     num_tokens: int | None
     concurrency: float | None
@@ -110,7 +109,6 @@ def check_allocators(models: Models) -> Iterator[AllocatorCheck]:
         yield AllocatorCheck(
             log=log,
             num_blocks=found,
-            blocks_per_sequence=per_sequence,
             pool_bytes=None if found is None else found * block,
             num_tokens=None if found is None else int(found / per_sequence * LOG_SEQUENCE_TOKENS),
             concurrency=None if found is None else round(found / per_sequence, 2),
@@ -156,9 +154,9 @@ def fit_efficiency(checks: Sequence[ThroughputCheck]) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
-def check_throughputs(models: Models, assumptions: Assumptions | None = None) -> tuple[ThroughputCheck, ...]:
-    """All published rows of the parent, predicted with `assumptions.efficiency`; by default with NVIDIA's limits."""
-    assumptions, gpus = assumptions or PUBLISHED_CONFIG, load_gpus()
+def check_throughputs(models: Models) -> tuple[ThroughputCheck, ...]:
+    """All published rows of the parent, predicted with NVIDIA's limits."""
+    assumptions, gpus = PUBLISHED_CONFIG, load_gpus()
     checks = []
     for index, row in enumerate(THROUGHPUTS):
         p = plan(

@@ -23,11 +23,11 @@ from puzzle_trtllm.architecture import BlockConfig, KvDtype, PuzzleArchitecture
 from puzzle_trtllm.build.planner.assumptions import Assumptions
 from puzzle_trtllm.build.planner.kv_cache import KvGeometry, mean_keys
 from puzzle_trtllm.build.planner.layout import Layout
+from puzzle_trtllm.build.planner.memory import BF16_BYTES
 from puzzle_trtllm.build.planner.routing import expected_distinct_experts
 from puzzle_trtllm.gpus import Gpu
-from puzzle_trtllm.tensors import DTYPE_BYTES, expert_table
+from puzzle_trtllm.tensors import expert_table
 
-BF16_BYTES = DTYPE_BYTES["BF16"]
 RESOURCES = (
     "expert weights",
     "other weights",

@@ -101,17 +101,17 @@ def bench_command(
 
     Output throughput over the steady window, and percentiles of TTFT, ITL and E2E.
     """
-    from puzzle_trtllm.folders import check_writable
     from puzzle_trtllm.scenario import OpenScenario, Scenario, load_any_scenario
     from puzzle_trtllm.serve.bench.runner import run_bench, run_open_loop
     from puzzle_trtllm.serve.bench.sweep import run_sweep
 
-    limits = {
+    changes = {
+        "warmup_requests": warmup_requests,
         "max_ttft_ms": _positive(max_ttft_ms, "--max-ttft-ms"),
         "max_itl_ms": _positive(max_itl_ms, "--max-itl-ms"),
     }
     load = load_any_scenario(scenario)
-    load = load.model_copy(update={key: value for key, value in limits.items() if value is not None})
+    load = load.model_copy(update={key: value for key, value in changes.items() if value is not None})
     is_open = _check_loop(
         {
             "--concurrency": concurrency,
@@ -127,12 +127,8 @@ def bench_command(
     )
     own_scenario = Path(scenario) if scenario.endswith((".yaml", ".yml")) else None
     inputs = {"the trace": trace, "the scenario": own_scenario}
-    for option, file, others in (("--out", out, inputs), ("--csv", csv, {**inputs, "--out": out})):
-        if file is not None:
-            check_writable(file)
-            for what, other in others.items():
-                if other is not None and file.resolve() == other.resolve():
-                    raise PuzzleError(f"would replace {what}", key=option, found=file)
+    _check_output(out, "--out", inputs)
+    _check_output(csv, "--csv", {**inputs, "--out": out})
     options: dict[str, Any] = {
         "num_requests": num_requests,
         "seed": seed,
@@ -150,8 +146,6 @@ def bench_command(
             max_requests=num_requests,
             max_seconds=_positive(max_seconds, "--max-seconds"),
         )
-    if warmup_requests is not None:
-        load = load.model_copy(update={"warmup_requests": warmup_requests})
     result: ResultFile
     if is_open:
         options |= {"request_rate": _positive(request_rate, "--request-rate"), "arrival": _arrival(arrival)}
@@ -182,6 +176,18 @@ def _check_loop(options: Mapping[str, object], *, scenario_is_open: bool) -> boo
         if is_open and key in given:
             raise PuzzleError("excludes a request rate: a loop is either open or closed", key=key)
     return is_open
+
+
+def _check_output(file: Path | None, option: str, others: Mapping[str, Path | None]) -> None:
+    """Raises PuzzleError for a file that cannot be written, or is one of `others`."""
+    from puzzle_trtllm.folders import check_writable
+
+    if file is None:
+        return
+    check_writable(file)
+    for what, other in others.items():
+        if other is not None and file.resolve() == other.resolve():
+            raise PuzzleError(f"would replace {what}", key=option, found=file)
 
 
 def _workers(text: str) -> int | Literal["auto"]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -19,12 +18,8 @@ if TYPE_CHECKING:
     from puzzle_trtllm.calibration.kv_report import KvCalibration
 
 
-class ComputeDtype(str, Enum):
-    """Names of torch dtypes."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
+ComputeDtype = Literal["float32", "bfloat16"]
+"""Names of torch dtypes."""
 
 CheckpointArgument = Annotated[str, typer.Argument(help="Checkpoint folder or hub id.", metavar="CHECKPOINT")]
 StreamOption = Annotated[
@@ -65,7 +60,7 @@ def experts_command(
         int | None,
         typer.Option(help="Experts run for each token. Default: k + 1 for one-shot removal, up to 2 k for iterative."),
     ] = None,
-    dtype: Annotated[ComputeDtype, typer.Option(help="What the model computes in.")] = ComputeDtype.float32,
+    dtype: Annotated[ComputeDtype, typer.Option(help="What the model computes in.")] = "float32",
     stream: StreamOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -86,7 +81,7 @@ def experts_command(
         removal=cast(Any, experts.DEFAULT_REMOVAL if removal is None else removal),
         architecture=architecture,
         choices=choices,
-        dtype=getattr(torch, dtype.value),
+        dtype=getattr(torch, dtype),
         stream=stream,
         overwrite=overwrite,
         quiet=False,
@@ -171,7 +166,7 @@ def kv_command(
         list[int] | None,
         typer.Option("--seq-len", min=1, metavar="N ...", help="Lengths at which to tell what FP8 saves."),
     ] = None,
-    dtype: Annotated[ComputeDtype, typer.Option(help="What the model computes in.")] = ComputeDtype.float32,
+    dtype: Annotated[ComputeDtype, typer.Option(help="What the model computes in.")] = "float32",
     ranks: Annotated[
         int, typer.Option(min=1, help="Processes that share the data (torchrun works too); the result is the same.")
     ] = 1,
@@ -198,7 +193,7 @@ def kv_command(
         quality=quality,
         seq_lens=seq_len or (),
         exact=exact,
-        dtype=getattr(torch, dtype.value),
+        dtype=getattr(torch, dtype),
         ranks=ranks,
         device=device,
         stream=stream,

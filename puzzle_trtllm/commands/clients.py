@@ -43,7 +43,6 @@ SecretOption = Annotated[
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Result file to write, for `report`.")]
 DEFAULT_URL = "localhost:8001"
-EFFORTS = ("low", "medium", "high")
 
 
 def generate_command(
@@ -193,6 +192,7 @@ def evaluate_command(
     Every problem at every effort through the server, greedily; accuracy and mean tokens per request. Interrupted, the
     same command with the same --out goes on at the first effort that is missing there.
     """
+    from puzzle_trtllm.chat import REASONING_EFFORTS
     from puzzle_trtllm.folders import check_writable
     from puzzle_trtllm.serve.evaluate.runner import UnfinishedEvaluationError, evaluate
 
@@ -206,7 +206,7 @@ def evaluate_command(
             url,
             problems=problems,
             tokenizer_folder=folder,
-            efforts=tuple(effort or EFFORTS),
+            efforts=tuple(effort or REASONING_EFFORTS),
             concurrency=concurrency,
             max_tokens=max_tokens,
             grader=grader,

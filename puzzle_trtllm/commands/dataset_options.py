@@ -74,11 +74,6 @@ def _options(max_tokens: int) -> dict[str, inspect.Parameter]:
 def warn_if_bundled(is_bundled: bool) -> None:
     """One line on stderr, when nothing but our few conversations was calibrated on."""
     if is_bundled:
-        from rich.console import Console
+        from puzzle_trtllm.terminal import warn
 
-        Console(stderr=True).print(
-            "warning: calibrated on the bundled conversations, which are few; name your own traffic with --dataset",
-            style="yellow",
-            highlight=False,
-            soft_wrap=True,
-        )
+        warn("calibrated on the bundled conversations, which are few; name your own traffic with --dataset")

@@ -11,7 +11,7 @@ from puzzle_trtllm.commands.output import JsonOption, print_json, print_table
 from puzzle_trtllm.errors import PuzzleError
 
 if TYPE_CHECKING:
-    from puzzle_trtllm.doctor import Diagnosis
+    from puzzle_trtllm.doctor.machine import Diagnosis
 
 NOT_READY = 1
 
@@ -33,14 +33,14 @@ def doctor_command(
     GPU, driver, NCCL, Triton, versions, and every upstream name that the child's model relies on. Exit code 0 when a
     TensorRT-LLM engine can be expected to start here, 1 when something is missing or does not fit.
     """
-    from puzzle_trtllm.doctor import diagnose
+    from puzzle_trtllm.doctor.machine import diagnose
 
     if source is None and line is not None:
         raise PuzzleError("goes with --source", key="--line", found=line)
     if source is not None:
         if engine is not None:
             raise PuzzleError("an engine is checked against an installed TensorRT-LLM only", key="--engine, --source")
-        from puzzle_trtllm.doctor_source import diagnose_source
+        from puzzle_trtllm.doctor.source import diagnose_source
 
         diagnosis = diagnose_source(source, line=line)
         good, bad = "This TensorRT-LLM fits.", "This TensorRT-LLM does not fit: {}."

@@ -69,14 +69,35 @@ def plan_command(
         if batch is not None:
             raise PuzzleError("goes without --compare", key="--batch", found=batch)
         result = _compare(
-            read_architecture(compare), model, gpu, gpus, isl, osl, kv, parent_kv, parallel, allocator, assumptions
+            read_architecture(compare),
+            model,
+            gpu=gpu,
+            gpus=gpus,
+            isl=isl,
+            osl=osl,
+            kv=kv,
+            parent_kv=parent_kv,
+            parallel=parallel,
+            allocator=allocator,
+            assumptions=assumptions,
         )
         _show_comparison(result, assumptions, out, show_assumptions, as_json=as_json)
         return
     for option, value in (("--parent-kv", parent_kv), ("--out", out)):
         if value is not None:
             raise PuzzleError("goes with --compare", key=option, found=value)
-    p = _plan(model, "h100-80gb" if gpu is None else gpu, gpus, isl, osl, kv, parallel, allocator, batch, assumptions)
+    p = _plan(
+        model,
+        gpu="h100-80gb" if gpu is None else gpu,
+        gpus=gpus,
+        isl=isl,
+        osl=osl,
+        kv=kv,
+        parallel=parallel,
+        allocator=allocator,
+        batch=batch,
+        assumptions=assumptions,
+    )
     if as_json:
         print_json(plan_json(p))
         return
@@ -101,6 +122,7 @@ def read_architecture(path: str) -> PuzzleArchitecture:
 
 def _plan(
     model: PuzzleArchitecture,
+    *,
     gpu: str,
     gpus: int | None,
     isl: int | None,
@@ -137,6 +159,7 @@ def _plan(
 def _compare(
     parent: PuzzleArchitecture,
     child: PuzzleArchitecture,
+    *,
     gpu: str | None,
     gpus: int | None,
     isl: int | None,

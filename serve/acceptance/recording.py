@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import BenchError, ConfigError
 from puzzle_trtllm.folders import write_atomically
-from puzzle_trtllm.plain_file import read_plain
+from puzzle_trtllm.plain_file import read_text
 from puzzle_trtllm.serve.runtimes import create_llm, load_runtime
+from puzzle_trtllm.text_tokens import random_text_ids
 
-NUM_SPECIAL_TOKENS = 1090
-"""Ids at the end of gpt-oss's vocabulary that are no text."""
+PROMPTS_PER_LENGTH = 4
 
 
 class Continuation(BaseModel):
@@ -59,27 +59,22 @@ class Recording(BaseModel):
     @classmethod
     def load(cls, file: str | Path) -> Recording:
         """Read a recording. Raises ConfigError in one line."""
+        text = read_text(Path(file), ConfigError)
         try:
-            return cls.model_validate_json(read_plain(Path(file)).decode("utf-8"), strict=True)
-        except OSError as error:
-            raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
-        except UnicodeDecodeError:
-            raise ConfigError("not UTF-8 text", file=file) from None
+            return cls.model_validate_json(text, strict=True)
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(str(part) for part in problem["loc"]) or None
             raise ConfigError(f"not a recording: {problem['msg']}", file=file, key=key) from None
 
 
-def synthetic_prompts(
-    windows: Sequence[int | None], *, vocab_size: int, max_prompt_tokens: int, per_length: int = 4, seed: int = 0
-) -> list[list[int]]:
+def synthetic_prompts(windows: Sequence[int | None], *, vocab_size: int, max_prompt_tokens: int) -> list[list[int]]:
     """Random prompts at 16 tokens, and for each window somewhat above it, as far as `max_prompt_tokens` allows."""
     lengths = sorted({16, *(window + window // 4 + 1 for window in windows if window is not None)})
     fitting = [length for length in lengths if length <= max_prompt_tokens] or [max_prompt_tokens]
-    limit = vocab_size - NUM_SPECIAL_TOKENS if vocab_size > 2 * NUM_SPECIAL_TOKENS else vocab_size
-    source = random.Random(seed)
-    return [[int(source.random() * limit) for _ in range(length)] for length in fitting for _ in range(per_length)]
+    source = random.Random(0)
+    all_lengths = [length for length in fitting for _ in range(PROMPTS_PER_LENGTH)]
+    return [random_text_ids(length, vocab_size=vocab_size, source=source) for length in all_lengths]
 
 
 def record(engine_folder: str | Path, *, texts: Sequence[str] | None = None, max_tokens: int = 32) -> Recording:

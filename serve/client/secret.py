@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from puzzle_trtllm.errors import ServeError
-from puzzle_trtllm.plain_file import read_plain
+from puzzle_trtllm.plain_file import read_bytes
 
 SECRET_HEADER = "puzzle-secret"
 _SECRET = re.compile(r"[A-Za-z0-9_-]{16,}")
@@ -18,10 +18,7 @@ _SECRET = re.compile(r"[A-Za-z0-9_-]{16,}")
 
 def read_secret(file: Path) -> str:
     """The secret in `file`. Raises ServeError for a file that cannot be read or holds no proper secret."""
-    try:
-        secret = read_plain(file).decode("utf-8", errors="replace").strip()
-    except OSError as error:
-        raise ServeError(f"cannot be read: {error.strerror}", file=file) from None
+    secret = read_bytes(file, ServeError).decode("utf-8", errors="replace").strip()
     if _SECRET.fullmatch(secret) is None:
         # What it holds is not shown: it may be a secret all the same.
         raise ServeError("no proper secret", file=file, expected="one line, 16 or more of A-Z a-z 0-9 _ -")

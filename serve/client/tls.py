@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_trtllm.errors import ServeError
-from puzzle_trtllm.plain_file import check_plain
+from puzzle_trtllm.plain_file import read_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +69,7 @@ def load_authority(context: ssl.SSLContext, ca_cert: Path) -> None:
 
 
 def _require(file: Path) -> None:
-    try:
-        check_plain(file)
-        file.read_bytes()
-    except OSError as error:
-        raise ServeError(f"cannot be read: {error.strerror}", file=file) from None
+    read_bytes(file, ServeError)
 
 
 def _bytes(file: Path | None) -> bytes | None:

@@ -19,9 +19,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from puzzle_trtllm.config_values import unique_keys
 from puzzle_trtllm.errors import ConfigError
-from puzzle_trtllm.plain_file import read_plain
+from puzzle_trtllm.json_files import unique_keys
+from puzzle_trtllm.plain_file import read_text
 
 
 class Problem(BaseModel):
@@ -53,12 +53,8 @@ def load_problems(
     id, or a file without problems.
     """
     file = Path(path)
-    try:
-        lines = read_plain(file).decode("utf-8-sig").split("\n")  # not splitlines: JSON strings may hold U+2028
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
-    except UnicodeDecodeError:
-        raise ConfigError("not UTF-8 text", file=file) from None
+    text = read_text(file, ConfigError, encoding="utf-8-sig")
+    lines = text.split("\n")  # not splitlines: JSON strings may hold U+2028
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()][:limit]
     problems = [_problem(line, file, number, prompt_key, answer_key) for number, line in numbered]
     if not problems:

@@ -19,7 +19,7 @@ from puzzle_trtllm.errors import BenchError, ConfigError, PuzzleError
 from puzzle_trtllm.serve.bench.load import Answer, errors_of, hold_concurrency
 from puzzle_trtllm.serve.bench.progress import LoadProgress
 from puzzle_trtllm.serve.bench.result import TokenCounts
-from puzzle_trtllm.serve.bench.target import Connect, connect_triton, prompt_tokenizer
+from puzzle_trtllm.serve.bench.target import Connect, Target, connect_triton, prompt_tokenizer
 from puzzle_trtllm.serve.bench.token_counts import count_by_tokenizer
 from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.evaluate.answers import final_answer, final_answer_of_tokens
@@ -156,21 +156,7 @@ async def _measure_efforts(
             raise BenchError(problem, key="token_counts", found=result.token_counts, expected=token_counts)
         for effort in efforts:
             try:
-                requests = [
-                    _request(problem, tokenizer, effort, max_tokens=result.max_tokens, as_ids=target.gives_token_ids)
-                    for problem in problem_set.problems
-                ]
-                title = f"{result.name} at {effort} effort"
-                with LoadProgress(title, num_requests=len(requests), quiet=quiet) as progress:
-                    answers = await hold_concurrency(
-                        target.stream,
-                        requests,
-                        concurrency=result.concurrency,
-                        is_truncated=_ran_out,
-                        observer=progress,
-                    )
-                if token_counts == "tokenizer":
-                    answers = count_by_tokenizer(answers, tokenizer)
+                answers = await _answers(target, result, problem_set, tokenizer, effort, quiet=quiet)
                 graded = grade_effort(answers, problem_set.problems, tokenizer, grade, effort=effort)
                 result = result.with_effort(effort, graded, token_counts)
                 if out is not None:
@@ -178,6 +164,28 @@ async def _measure_efforts(
             except PuzzleError as error:
                 return result, error
     return result, None
+
+
+async def _answers(
+    target: Target,
+    result: EvaluationResult,
+    problem_set: ProblemSet,
+    tokenizer: ChatTokenizer,
+    effort: str,
+    *,
+    quiet: bool,
+) -> list[Answer]:
+    """Of one effort, in the order of the problems."""
+    requests = [
+        _request(problem, tokenizer, effort, max_tokens=result.max_tokens, as_ids=target.gives_token_ids)
+        for problem in problem_set.problems
+    ]
+    title = f"{result.name} at {effort} effort"
+    with LoadProgress(title, num_requests=len(requests), quiet=quiet) as progress:
+        answers = await hold_concurrency(
+            target.stream, requests, concurrency=result.concurrency, is_truncated=_ran_out, observer=progress
+        )
+    return answers if target.gives_token_ids else count_by_tokenizer(answers, tokenizer)
 
 
 def _request(

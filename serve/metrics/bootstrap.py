@@ -49,12 +49,12 @@ def resampled_medians(rounds: tuple[float, ...], *, stream: int = 0) -> Array:
     return medians
 
 
-def percentile_interval(replicates: Array, *, level: float = LEVEL) -> Interval:
-    """The middle `level` of the resampled values."""
+def percentile_interval(replicates: Array) -> Interval:
+    """The middle `LEVEL` of the resampled values."""
     undefined = int(np.isnan(replicates).sum())
     if undefined:
         return Interval(reason=f"undefined in {undefined} of {len(replicates)} resamples")
-    low, high = (float(value) for value in np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2]))
+    low, high = (float(value) for value in np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
     spread: Any = np.ptp(replicates)
     if spread <= 1e-12 * abs(high):
         return Interval(reason="every resample gives the same value: the sample is too small or too uniform to tell")

@@ -14,9 +14,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 from typing_extensions import Self
 
-from puzzle_trtllm.architecture import read_json_object
-from puzzle_trtllm.errors import ArchitectureError, ConfigError
+from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.folders import write_atomically
+from puzzle_trtllm.json_files import read_json_object
 from puzzle_trtllm.yaml_files import first_problem
 
 
@@ -37,10 +37,7 @@ class ResultFile(BaseModel):
     def load(cls, path: str | Path) -> Self:
         """Read a result. Raises ConfigError in one line for a file that is none, or one of another kind."""
         file = Path(path)
-        try:
-            content = read_json_object(file)
-        except ArchitectureError as error:
-            raise ConfigError(str(error)) from None
+        content = read_json_object(file, ConfigError)
         expected = cls.model_fields["kind"].default
         if content.get("kind") != expected:
             raise ConfigError(

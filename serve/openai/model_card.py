@@ -14,11 +14,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from puzzle_trtllm.architecture import read_json_object
 from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import CheckpointError
 from puzzle_trtllm.harmony import speaks_harmony
+from puzzle_trtllm.json_files import read_json_object
 from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.openai.errors import ApiError, unsupported
 from puzzle_trtllm.serve.openai.protocol import ChatRequest, CompletionRequest
@@ -51,10 +51,10 @@ class ModelCard:
 
     @classmethod
     def of_engine(cls, engine: Engine, name: str | None = None) -> ModelCard:
-        """Raises CheckpointError without a tokenizer or for impossible defaults of sampling, ArchitectureError for a
-        generation config that is none."""
+        """Raises CheckpointError without a tokenizer, for a generation config that is none, or impossible defaults."""
         file = engine.model_path / "generation_config.json"
-        sampling = as_model(read_json_object(file) if file.is_file() else {}, _Sampling, file, CheckpointError)
+        given = read_json_object(file, CheckpointError) if file.is_file() else {}
+        sampling = as_model(given, _Sampling, file, CheckpointError)
         limit = engine.max_seq_len or engine.architecture.max_position_embeddings
         return cls(
             name=name or engine.path.name,

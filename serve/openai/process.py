@@ -12,7 +12,7 @@ from puzzle_trtllm.cores import run_on
 from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.process_states import StoppedProcesses
 from puzzle_trtllm.serve.triton.launch import TritonServer, python_path
-from puzzle_trtllm.serve.triton.ports import choose_ports
+from puzzle_trtllm.serve.triton.ports import choose_ports, reachable
 from puzzle_trtllm.serve.triton.probe import http_status
 from puzzle_trtllm.serve.triton.process import GuardedProcess
 
@@ -40,8 +40,7 @@ class OpenAiFront:
     @property
     def url(self) -> str:
         """`base_url` of OpenAI's clients."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self._port}/v1"
+        return f"http://{reachable(self._host, self._port)}/v1"
 
     def check(self) -> None:
         """Raises ServeError for a port in use."""

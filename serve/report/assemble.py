@@ -35,12 +35,10 @@ def assemble_measurement(
     rounds: Sequence[BenchResult],
     evaluation: EvaluationResult | None = None,
     uncapped_rounds: Sequence[BenchResult] | None = None,
-    kv_sequence_tokens: int | None = None,
 ) -> EngineMeasurement:
     """Put together what is known of one engine.
 
     rounds: the bench results of the engine itself; uncapped_rounds: of the same model without a memory cap.
-    kv_sequence_tokens: length at which KV bytes are stated; the scenario's finished sequence by default.
     Raises EngineError for a bad engine folder, BenchError for no rounds, rounds of different scenarios, or results
     that say they were measured on another engine.
     """
@@ -50,7 +48,7 @@ def assemble_measurement(
     check_engine(opened, results if evaluation is None else results | {f"{name}, evaluation": evaluation})
     scenario = _one_scenario(name, [*rounds, *(uncapped_rounds or [])])
     manifest, architecture = opened.manifest, opened.architecture
-    tokens = kv_sequence_tokens or scenario.sequence_tokens
+    tokens = scenario.sequence_tokens
     median_round = sorted(rounds, key=lambda r: r.output_tokens_per_s)[len(rounds) // 2]
     return EngineMeasurement(
         name=name,

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from puzzle_trtllm.architecture import read_json_object
 from puzzle_trtllm.engine import Engine
-from puzzle_trtllm.errors import ArchitectureError, BenchError, ConfigError
+from puzzle_trtllm.errors import BenchError, ConfigError
+from puzzle_trtllm.json_files import read_json_object
 from puzzle_trtllm.serve.bench.result import BenchResult
 from puzzle_trtllm.serve.evaluate.result import EvaluationResult
 from puzzle_trtllm.serve.report.assemble import assemble_measurement, check_engine
@@ -59,10 +59,7 @@ def load_measurement(name: str, files: Sequence[str | Path]) -> EngineMeasuremen
 
 
 def _kind_of(file: Path) -> str:
-    try:
-        kind = read_json_object(file).get("kind")
-    except ArchitectureError as error:
-        raise ConfigError(str(error)) from None
+    kind = read_json_object(file, ConfigError).get("kind")
     if kind not in KINDS:
         raise ConfigError("not a measurement", file=file, key="kind", found=kind, expected=", ".join(KINDS))
     return str(kind)

@@ -15,7 +15,7 @@ from puzzle_trtllm.serve.report.frontier import frontier_of
 from puzzle_trtllm.serve.report.markdown import render_markdown
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
 from puzzle_trtllm.serve.report.notes import notes_on
-from puzzle_trtllm.serve.report.page import render_page
+from puzzle_trtllm.serve.report.page import report_page
 from puzzle_trtllm.serve.report.summary import Report
 from puzzle_trtllm.serve.report.table import report_table
 from puzzle_trtllm.terminal import stdout_console
@@ -51,7 +51,7 @@ def make_report(
     )
     texts = {
         JSON_NAME: json.dumps(document, indent=2, allow_nan=False) + "\n",
-        PAGE_NAME: render_page(report),
+        PAGE_NAME: report_page(report),
         MARKDOWN_NAME: render_markdown(report),
     }
     for name, text in texts.items():

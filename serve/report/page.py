@@ -7,11 +7,8 @@ ticket or opened from a disk years later, and it follows the reader's light or d
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
+from puzzle_trtllm.html_page import Filters, render_page
 from puzzle_trtllm.serve.bench.result import show_lengths
 from puzzle_trtllm.serve.metrics.units import show_bytes, show_interval, show_number, show_percent, show_ratio
 from puzzle_trtllm.serve.report.charts.frontier import frontier_chart
@@ -22,41 +19,39 @@ from puzzle_trtllm.serve.report.charts.throughput import throughput_chart
 from puzzle_trtllm.serve.report.document import DEFINITIONS
 from puzzle_trtllm.serve.report.summary import Report, headline, headline_tiles
 
-TEMPLATE = "page.html.jinja"
+TEMPLATE = Path(__file__).with_name("page.html.jinja")
+FILTERS: Filters = {
+    "bytes": show_bytes,
+    "number": show_number,
+    "ratio": show_ratio,
+    "percent": show_percent,
+    "interval": show_interval,
+}
 
 
-def render_page(report: Report) -> str:
+def report_page(report: Report) -> str:
     """The HTML text of a report."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        bytes=show_bytes, number=show_number, ratio=show_ratio, percent=show_percent, interval=show_interval
-    )
-    return environment.get_template(TEMPLATE).render(
+    return render_page(
+        TEMPLATE,
+        _drawings(report),
+        filters=FILTERS,
         report=report,
         child=report.child,
         scenario=report.child.scenario,
         lengths=show_lengths(report.child.scenario),
         headline=headline(report),
         tiles=headline_tiles(report),
-        charts=_charts(report),
         definitions=DEFINITIONS,
     )
 
 
-def _charts(report: Report) -> dict[str, Any]:
+def _drawings(report: Report) -> dict[str, str | None]:
     """Chart name -> SVG, None where there is nothing to draw."""
     baseline = report.engine(report.first.baseline)
-    drawings = {
+    return {
         "throughput": throughput_chart(report.engines, report.styles, report.comparisons),
         "memory": memory_chart(report.engines, report.styles),
         "frontier": frontier_chart(report.engines, report.styles, baseline=baseline, frontier=report.frontier),
         "budget": length_budget_chart(report.comparisons),
         "layers": layer_map(report.child, baseline),
     }
-    return {name: Markup(svg) if svg else None for name, svg in drawings.items()}  # Drawing escapes

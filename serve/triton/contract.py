@@ -33,10 +33,6 @@ class TensorSpec:
     unsupported: bool = False
     """Declared only so that its use gets an explanation."""
 
-    @property
-    def is_scalar(self) -> bool:
-        return self.dims == (1,)
-
 
 def _sampling(name: str, dtype: TritonType, *, dims: tuple[int, ...] = (1,), extra: bool = False) -> TensorSpec:
     return TensorSpec(name=SAMPLING_PREFIX + name, dtype=dtype, dims=dims, extra=extra)
@@ -94,7 +90,6 @@ OUTPUTS: tuple[TensorSpec, ...] = (
 )
 
 INPUTS_BY_NAME = {spec.name: spec for spec in INPUTS}
-OUTPUTS_BY_NAME = {spec.name: spec for spec in OUTPUTS}
 EXTRA_INPUTS = frozenset(spec.name for spec in INPUTS if spec.extra)
 
 

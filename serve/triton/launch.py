@@ -27,7 +27,7 @@ from puzzle_trtllm.serve.triton.contract import MODEL_NAME
 from puzzle_trtllm.serve.triton.install import TritonInstall, find_triton
 from puzzle_trtllm.serve.triton.log import explain_failure
 from puzzle_trtllm.serve.triton.notice import give_notice
-from puzzle_trtllm.serve.triton.ports import choose_ports, hold_ports, numeric_address
+from puzzle_trtllm.serve.triton.ports import choose_ports, hold_ports, numeric_address, reachable
 from puzzle_trtllm.serve.triton.probe import http_status
 from puzzle_trtllm.serve.triton.process import GuardedProcess
 from puzzle_trtllm.serve.triton.repository import write_repository
@@ -229,15 +229,15 @@ class TritonServer:
     @property
     def grpc_url(self) -> str:
         """host:port, as gRPC clients want it."""
-        return self._url(self.host, "gRPC")
+        return reachable(self.host, self._ports["gRPC"])
 
     @property
     def http_url(self) -> str:
-        return f"http://{self._url(self._http_host, 'HTTP')}"
+        return f"http://{reachable(self._http_host, self._ports['HTTP'])}"
 
     @property
     def metrics_url(self) -> str:
-        return f"http://{self._url(self.host, 'metrics')}/metrics"
+        return f"http://{reachable(self.host, self._ports['metrics'])}/metrics"
 
     def is_ready(self) -> bool:
         """Whether the model is loaded (it stays so when its engine dies: see server.py)."""
@@ -256,10 +256,6 @@ class TritonServer:
         if self._process is None:
             raise ServeError("the server is not running")
         return self._process
-
-    def _url(self, host: str, purpose: str) -> str:
-        host = {"0.0.0.0": _LOOPBACK, "::": "::1"}.get(host, host)
-        return f"[{host}]:{self._ports[purpose]}" if ":" in host else f"{host}:{self._ports[purpose]}"
 
 
 def python_path(environment: Mapping[str, str]) -> dict[str, str]:

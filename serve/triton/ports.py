@@ -43,6 +43,12 @@ def numeric_address(host: str) -> str:
     return str(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])
 
 
+def reachable(host: str, port: int) -> str:
+    """host:port for clients on the machine of a server that listens there, maybe on all addresses."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _bind(host: str, port: int, purpose: str) -> socket.socket:
     """A socket on the port; not listening, so it only fails where somebody listens."""
     address = numeric_address(host)

@@ -10,13 +10,14 @@ import urllib.request
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _NO_ANSWER = (OSError, http.client.HTTPException)
 """A server that dies while it answers leaves half a response, which is no OSError."""
+_TIMEOUT_S = 2.0
 _SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 
 
-def http_status(url: str, *, timeout_s: float = 2) -> int | None:
+def http_status(url: str) -> int | None:
     """The status code of a GET; None where nobody answers."""
     try:
-        with _NO_PROXY.open(url, timeout=timeout_s) as response:
+        with _NO_PROXY.open(url, timeout=_TIMEOUT_S) as response:
             return int(response.status)
     except urllib.error.HTTPError as error:
         return error.code
@@ -24,7 +25,7 @@ def http_status(url: str, *, timeout_s: float = 2) -> int | None:
         return None
 
 
-def hangs_up(url: str, *, timeout_s: float = 2) -> bool:
+def hangs_up(url: str, *, timeout_s: float = _TIMEOUT_S) -> bool:
     """Whether a GET is refused or cut off without a word; who is busy, or has no room, lets callers wait instead."""
     try:
         _NO_PROXY.open(url, timeout=timeout_s).close()
@@ -35,13 +36,13 @@ def hangs_up(url: str, *, timeout_s: float = 2) -> bool:
     return False
 
 
-def read_metrics(url: str, *, timeout_s: float = 2) -> dict[str, float] | None:
+def read_metrics(url: str) -> dict[str, float] | None:
     """Prometheus samples by `name` or `name{labels}`; None where nobody answers. Our own of one instance carry none.
 
     The label `model` that all our metrics have is left out of the key.
     """
     try:
-        with _NO_PROXY.open(url, timeout=timeout_s) as response:
+        with _NO_PROXY.open(url, timeout=_TIMEOUT_S) as response:
             text = response.read().decode()
     except _NO_ANSWER:
         return None

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from puzzle_trtllm.engine import Engine
+from puzzle_trtllm.engine import PLUGIN_FOLDER, Engine
 from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.folders import atomic_folder
 from puzzle_trtllm.serve.triton.contract import MODEL_NAME, render_config
@@ -29,7 +29,6 @@ from puzzle_trtllm.serve.triton.instances import parse_gpu_device_ids
 from puzzle_trtllm.serve.triton.settings import MODEL_YAML, TritonConfig
 
 _ENGINE_LINK = "engine"
-PLUGIN_FOLDER = Path("plugin") / "puzzle_trtllm_plugin"
 
 
 def write_repository(

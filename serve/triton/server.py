@@ -20,13 +20,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from puzzle_trtllm.engine import Engine
+from puzzle_trtllm.engine import PLUGIN_FOLDER, Engine
 from puzzle_trtllm.errors import PuzzleError
 from puzzle_trtllm.process_states import StoppedProcesses, is_alive
 from puzzle_trtllm.serve.triton.launch import TritonServer
 from puzzle_trtllm.serve.triton.probe import hangs_up, read_metrics, values_of
 from puzzle_trtllm.serve.triton.ranks import serve_as_worker
-from puzzle_trtllm.serve.triton.repository import PLUGIN_FOLDER
 
 __all__ = ["TritonServer", "serve_engine", "watch"]
 
@@ -35,6 +34,9 @@ _RESTART_PAUSE_S = 5.0
 """After a start that failed, before the next."""
 _KEPT_LOGS = 10
 """Of servers that died or did not start: with `restart` there may be one every few seconds, for days."""
+
+OnReady = Callable[[TritonServer], None]
+Say = Callable[[str], None]
 
 
 class _StopAskedError(BaseException):
@@ -64,7 +66,7 @@ def serve_engine(
     metrics_port: int = 8002,
     host: str = "127.0.0.1",
     restart: bool = False,
-    on_ready: Callable[[TritonServer], None] | None = None,
+    on_ready: OnReady | None = None,
     beside: Beside | None = None,
     quiet: bool = False,
     **server_options: Any,
@@ -80,43 +82,48 @@ def serve_engine(
     engine = engine if isinstance(engine, Engine) else Engine.open(engine)
     if engine.manifest.runtime == "tensorrt_llm" and serve_as_worker(engine.path, engine.llm_args, PLUGIN_FOLDER):
         return 0
+
+    def new_server() -> TritonServer:
+        return TritonServer(
+            engine,
+            grpc_port=grpc_port,
+            http_port=http_port,
+            metrics_port=metrics_port,
+            host=host,
+            on_wait=_progress(say),
+            **server_options,
+        )
+
+    with _first_signal_raises(), suppress(_StopAskedError):
+        _serve_on(new_server, beside, on_ready, say, restart=restart)
+        return 1
+    return 0
+
+
+def _serve_on(
+    new_server: Callable[[], TritonServer], beside: Beside | None, on_ready: OnReady | None, say: Say, *, restart: bool
+) -> None:
+    """One server, with `restart` one after the other; returns when the last has ended by itself."""
     served, logs = False, deque[Path]()
-    with _first_signal_raises():
+    while True:
+        server = new_server()
+        _remember(server.log_file, logs)
         try:
-            while True:
-                server = TritonServer(
-                    engine,
-                    grpc_port=grpc_port,
-                    http_port=http_port,
-                    metrics_port=metrics_port,
-                    host=host,
-                    on_wait=_progress(say),
-                    **server_options,
-                )
-                _remember(server.log_file, logs)
-                try:
-                    reason = _serve_once(server, beside, on_ready, say)
-                except (PuzzleError, OSError) as error:
-                    if not served:
-                        raise
-                    say(f"not started, next try in {_RESTART_PAUSE_S:.0f} s: {error}")
-                    time.sleep(_RESTART_PAUSE_S)
-                    continue
-                say(f"{reason}; the log is {server.log_file}")
-                if not restart:
-                    return 1
-                served = True
-                say("starting again")
-        except _StopAskedError:
-            return 0
+            reason = _serve_once(server, beside, on_ready, say)
+        except (PuzzleError, OSError) as error:
+            if not served:
+                raise
+            say(f"not started, next try in {_RESTART_PAUSE_S:.0f} s: {error}")
+            time.sleep(_RESTART_PAUSE_S)
+            continue
+        say(f"{reason}; the log is {server.log_file}")
+        if not restart:
+            return
+        served = True
+        say("starting again")
 
 
-def _serve_once(
-    server: TritonServer,
-    beside: Beside | None,
-    on_ready: Callable[[TritonServer], None] | None,
-    say: Callable[[str], None],
-) -> str:
+def _serve_once(server: TritonServer, beside: Beside | None, on_ready: OnReady | None, say: Say) -> str:
     """Returns the reason why it ended by itself."""
     if beside is not None:
         beside.check()
@@ -210,7 +217,7 @@ def _first_signal_raises() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _progress(say: Callable[[str], None]) -> Callable[[float], None]:
+def _progress(say: Say) -> Callable[[float], None]:
     """Say that we wait: after 5 s, then every 30 s (a large engine takes minutes)."""
     said_s = [-25.0]
 

@@ -116,7 +116,7 @@ class Session:
             call = parse_request(inputs, self._limits)
         except RequestRefusedError as refusal:
             reply = self._outbox.open_reply(sender, ReplyFormat())
-            self._loop.call_soon_threadsafe(self._refuse, reply, "INVALID_ARGUMENT", str(refusal))
+            self._loop.call_soon_threadsafe(self._end, reply, "INVALID_ARGUMENT", str(refusal))
             return
         reply = self._outbox.open_reply(sender, call.reply, on_lost=self._response_lost)
         self._loop.call_soon_threadsafe(self._begin, OpenRequest(request_id=request_id, reply=reply), call)
@@ -170,11 +170,11 @@ class Session:
 
     def _begin(self, request: OpenRequest, call: GenerateCall) -> None:
         if self._death is not None:
-            self._refuse(request.reply, "UNAVAILABLE", f"the engine is dead: {self._death}")
+            self._end(request.reply, "UNAVAILABLE", f"the engine is dead: {self._death}")
         elif self._draining.is_set():
-            self._refuse(request.reply, "UNAVAILABLE", "the server is stopping")
+            self._end(request.reply, "UNAVAILABLE", "the server is stopping")
         elif len(self._open) >= self._max_open_requests:
-            self._refuse(request.reply, "UNAVAILABLE", f"the queue is full: {len(self._open)} requests are open")
+            self._end(request.reply, "UNAVAILABLE", f"the queue is full: {len(self._open)} requests are open")
         else:
             self._open[id(request)] = request
             request.task = self._loop.create_task(self._generate(request, call))
@@ -233,7 +233,7 @@ class Session:
     def _stop_by_id(self, request_id: str, reply: Reply) -> None:
         """`stop`: the running requests end, and so does this one, all CANCELLED as in NVIDIA's model."""
         if not request_id:
-            self._refuse(reply, "INVALID_ARGUMENT", "stop: needs the request id of the request to stop")
+            self._end(reply, "INVALID_ARGUMENT", "stop: needs the request id of the request to stop")
             return
         running = [request for request in self._open.values() if request.request_id == request_id]
         for request in running:
@@ -269,9 +269,6 @@ class Session:
         for request in list(self._open.values()):
             self._end(request.reply, "UNAVAILABLE", message)
             self._abort(request)
-
-    def _refuse(self, reply: Reply, status: Status, message: str) -> None:
-        self._end(reply, status, message)
 
     def _end(self, reply: Reply, status: Status, message: str) -> None:
         if not reply.ended:

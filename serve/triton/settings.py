@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.yaml_files import load_model
 
 MODEL_YAML = "model.yaml"
 
@@ -43,6 +42,14 @@ class TritonConfig(BaseModel):
     """Token ids of `input_ids` must be below this; an id outside the embedding would crash a GPU engine."""
 
 
+class _ModelYaml(BaseModel):
+    """The whole file: what is not ours is the LLM's."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    triton_config: TritonConfig
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """What model.yaml says."""
@@ -53,18 +60,5 @@ class ModelSettings:
 
 def read_model_yaml(file: Path) -> ModelSettings:
     """Read and check model.yaml. Raises ConfigError in one line."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", file=file) from None
-    if not isinstance(content, dict) or not isinstance(content.get("triton_config"), dict):
-        raise ConfigError("missing key", file=file, key="triton_config", expected="a mapping")
-    try:
-        triton = TritonConfig.model_validate(content.pop("triton_config"), strict=True)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(["triton_config", *(str(part) for part in problem["loc"])])
-        raise ConfigError(problem["msg"], file=file, key=key, found=repr(problem["input"])) from None
-    return ModelSettings(llm_args=content, triton=triton)
+    content = load_model(file, _ModelYaml)
+    return ModelSettings(llm_args=content.model_extra or {}, triton=content.triton_config)

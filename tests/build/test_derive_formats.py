@@ -16,6 +16,7 @@ from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import rewrite_checkpoint, tensor_of
 from puzzle_trtllm.errors import CheckpointError, PuzzleError
 from tests.front_door.cli import invoke, last_json
+from tests.toys import flip_bit
 
 PARENT_BLOCKS = [(6, 16), (6, None)]
 CHILD_BLOCKS = [(4, 16), (3, 40)]
@@ -38,13 +39,6 @@ def small_steps(monkeypatch) -> None:
 
 def layer_of(name: str) -> int:
     return int(name.split(".")[2])
-
-
-def flip(folder: Path, name: str, byte: int) -> None:
-    entry = Checkpoint.open(folder).entry(name)
-    data = bytearray(entry.file.read_bytes())
-    data[entry.offset + byte] ^= 1
-    entry.file.write_bytes(data)
 
 
 @pytest.mark.parametrize("name", MATRICES)
@@ -109,7 +103,7 @@ def test_verify_names_a_changed_expert(make_checkpoint, inputs, tmp_path, source
     derive(parent, tmp_path / "child", **inputs, experts=experts)
     name = f"{MATRICES[0]}{part}"
     entry = Checkpoint.open(tmp_path / "child").entry(name)
-    flip(tmp_path / "child", name, entry.num_bytes // 4 * 2 + 7)  # expert 2 of 4
+    flip_bit(tmp_path / "child", name, entry.num_bytes // 4 * 2 + 7)  # expert 2 of 4
     assert verify(tmp_path / "child", against=parent).first_difference == (
         f"{name}[2], the parent's expert 3 in the other format: differs at byte 7"
     )

@@ -70,7 +70,7 @@ def test_vllm_takes_the_larger_count_when_they_nearly_agree() -> None:
     """12 sliding and 13 full layers: groups of 13, one padded, rather than three groups of 12."""
     kv = KvGeometry(layers_by_window=((64, 12), (None, 13)), bytes_per_token_and_layer=10)
     grouping = vllm_grouping(kv, by="window")
-    assert (grouping.layers_per_group, grouping.num_groups) == (13, 2)
+    assert (grouping.layers_per_group, sum(groups for _, groups in grouping.groups_by_window)) == (13, 2)
 
 
 def test_vllm_blocks_by_hand() -> None:

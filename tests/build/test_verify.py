@@ -12,6 +12,7 @@ from puzzle_trtllm.build.verify import verify
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import rewrite_checkpoint, tensor_of
 from puzzle_trtllm.errors import CheckpointError
+from tests.toys import flip_bit
 
 BLOCKS = [(6, 16), (6, None)]
 CHILD_BLOCKS = [(4, 16), (6, 40)]
@@ -28,14 +29,6 @@ def child(parent, write_architecture, write_importance, tmp_path):
     arguments = {"architecture": write_architecture(CHILD_BLOCKS), "importance": write_importance(SCORES)}
     derive(parent, tmp_path / "child", **arguments)
     return tmp_path / "child"
-
-
-def flip(folder, name: str, byte: int) -> None:
-    """Flip one bit of a tensor in its shard."""
-    entry = Checkpoint.open(folder).entry(name)
-    data = bytearray(entry.file.read_bytes())
-    data[entry.offset + byte] ^= 1
-    entry.file.write_bytes(data)
 
 
 def edit_record(child, **changes: object) -> None:
@@ -75,7 +68,7 @@ def test_a_window_that_was_changed_since(child, parent):
 def test_one_bit_of_a_kept_row_is_named_with_its_expert(child, parent, name, row, expert):
     entry = Checkpoint.open(child).entry(name)
     row_bytes = entry.num_bytes // entry.shape[0]
-    flip(child, name, row * row_bytes + row_bytes - 1)
+    flip_bit(child, name, row * row_bytes + row_bytes - 1)
     report = verify(child, against=parent)
     assert not report.identical
     assert report.first_difference == (f"{name}[{row}], the parent's expert {expert}: differs at byte {row_bytes - 1}")
@@ -83,7 +76,7 @@ def test_one_bit_of_a_kept_row_is_named_with_its_expert(child, parent, name, row
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.self_attn.sinks", "model.embed_tokens.weight"])
 def test_one_bit_of_an_untouched_tensor_is_named(child, parent, name):
-    flip(child, name, 5)
+    flip_bit(child, name, 5)
     assert verify(child, against=parent).first_difference == f"{name}: differs at byte 5"
 
 

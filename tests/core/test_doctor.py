@@ -11,9 +11,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from puzzle_trtllm import doctor
 from puzzle_trtllm.build.engine_build import build_engine
 from puzzle_trtllm.cli import app
+from puzzle_trtllm.doctor import machine
 from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import EngineError
 from puzzle_trtllm.models.trtllm.upstream import COMMAND_LINES, REQUIREMENTS
@@ -27,13 +27,13 @@ def gpu_host(monkeypatch, tmp_path):
     """A machine with two H100, tritonserver and the stand-in of TensorRT-LLM 1.2."""
     trtllm_standin.install(monkeypatch, "1.2")
     versions = {"tensorrt-llm": "1.2.1", "puzzle-trtllm": "0.1"}
-    monkeypatch.setattr(doctor, "_version", versions.get)
+    monkeypatch.setattr(machine, "_version", versions.get)
     commands = tmp_path / "commands.py"
     commands.write_text(" ".join(sorted({flag for row in COMMAND_LINES for flag in row.mentions})))
     found = {"tensorrt_llm": True}
     for row in COMMAND_LINES:
         found[row.modules[0]] = SimpleNamespace(origin=str(commands))
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", found.get)
+    monkeypatch.setattr(machine.importlib.util, "find_spec", found.get)
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '%s' '{GPUS}'\n")
@@ -54,9 +54,9 @@ def gpu_host(monkeypatch, tmp_path):
 @pytest.fixture
 def bare_host(monkeypatch):
     """A machine without TensorRT-LLM, whatever this one has."""
-    find_spec = doctor.importlib.util.find_spec
+    find_spec = machine.importlib.util.find_spec
     monkeypatch.setattr(
-        doctor.importlib.util, "find_spec", lambda name: None if name == "tensorrt_llm" else find_spec(name)
+        machine.importlib.util, "find_spec", lambda name: None if name == "tensorrt_llm" else find_spec(name)
     )
     monkeypatch.setenv("PATH", "/nowhere")
 
@@ -66,7 +66,7 @@ def by_name(diagnosis):
 
 
 def test_a_bare_host_is_told_in_plain_words_what_is_missing(bare_host):
-    checks = by_name(doctor.diagnose())
+    checks = by_name(machine.diagnose())
     assert checks["TensorRT-LLM: package"].outcome == "missing"
     image = next(word for word in checks["TensorRT-LLM: package"].advice.split() if word.startswith("nvcr.io/"))
     assert (
@@ -74,11 +74,11 @@ def test_a_bare_host_is_told_in_plain_words_what_is_missing(bare_host):
     )  # the one that the guide starts
     assert checks["GPU: driver"].found == "no nvidia-smi"
     assert f"{len(REQUIREMENTS)} facts" in checks["TensorRT-LLM: table"].found
-    assert not doctor.diagnose().ready
+    assert not machine.diagnose().ready
 
 
 def test_a_fitting_gpu_host_is_ready(gpu_host):
-    diagnosis = doctor.diagnose()
+    diagnosis = machine.diagnose()
     assert [c for c in diagnosis.checks if c.outcome in ("missing", "wrong")] == []
     checks = by_name(diagnosis)
     assert diagnosis.ready
@@ -92,7 +92,7 @@ def test_a_fitting_gpu_host_is_ready(gpu_host):
 
 def test_a_row_that_no_longer_holds_is_wrong_and_says_what_for(gpu_host, monkeypatch):
     monkeypatch.delattr(trtllm_standin.AttentionBlock, "load_weights")
-    diagnosis = doctor.diagnose()
+    diagnosis = machine.diagnose()
     broken = by_name(diagnosis)["TensorRT-LLM: sinks-load"]
     assert broken.outcome == "wrong" and "AttributeError" in broken.found
     assert broken.advice.startswith("needed for: slices the sinks") and "modeling_gpt_oss.py" in broken.advice
@@ -101,14 +101,14 @@ def test_a_row_that_no_longer_holds_is_wrong_and_says_what_for(gpu_host, monkeyp
 
 def test_a_missing_optional_row_is_a_note(gpu_host, monkeypatch):
     monkeypatch.delattr(trtllm_standin.MLPBlock, "compute_gate_output")
-    diagnosis = doctor.diagnose()
+    diagnosis = machine.diagnose()
     assert by_name(diagnosis)["TensorRT-LLM: router-kernel"].outcome == "note" and diagnosis.ready
 
 
 def test_a_router_that_takes_more_than_ours_is_wrong(gpu_host, monkeypatch):
     """Upstream once added `lora_params`, by name at every step: a replacement that does not take it fails there."""
     monkeypatch.setattr(trtllm_standin.MLPBlock, "compute_gate_output", lambda self, x, lora_params, tokens: x)
-    router = by_name(doctor.diagnose())["TensorRT-LLM: router-kernel"]
+    router = by_name(machine.diagnose())["TensorRT-LLM: router-kernel"]
     assert router.outcome == "wrong" and router.found.startswith(
         "has a parameter that the plugin's own does not take: tokens"
     )
@@ -119,24 +119,24 @@ def test_a_router_that_takes_more_than_ours_is_wrong(gpu_host, monkeypatch):
     [("1.2.1", "1.2"), ("1.3.0rc22", "1.3"), ("1.4.0rc1", "late"), ("2.0", "late"), ("1.1.0", None), ("?", None)],
 )
 def test_release_lines(version, line):
-    assert doctor.release_line(version) == line
+    assert machine.release_line(version) == line
 
 
 def test_an_unsupported_version_is_wrong(gpu_host, monkeypatch):
-    monkeypatch.setattr(doctor, "_version", {"tensorrt-llm": "1.1.0"}.get)
-    package = by_name(doctor.diagnose())["TensorRT-LLM: package"]
+    monkeypatch.setattr(machine, "_version", {"tensorrt-llm": "1.1.0"}.get)
+    package = by_name(machine.diagnose())["TensorRT-LLM: package"]
     assert (package.outcome, package.found) == ("wrong", "1.1.0")
 
 
 def test_a_driver_that_does_not_answer(gpu_host):
     (gpu_host / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2\nexit 9\n")
-    driver = by_name(doctor.diagnose())["GPU: driver"]
+    driver = by_name(machine.diagnose())["GPU: driver"]
     assert (driver.outcome, driver.found) == ("wrong", "NVIDIA-SMI has failed")
 
 
 def test_a_torch_that_sees_no_gpu_is_wrong(gpu_host, monkeypatch):
     monkeypatch.setattr(sys.modules["torch"].cuda, "device_count", lambda: 0)
-    diagnosis = doctor.diagnose()
+    diagnosis = machine.diagnose()
     nccl = by_name(diagnosis)["GPU: NCCL"]
     assert (nccl.outcome, nccl.found) == ("wrong", "2.27.3; torch sees 0 GPUs")
     assert "CUDA_VISIBLE_DEVICES" in nccl.advice and not diagnosis.ready
@@ -149,14 +149,14 @@ class TestEngine:
         return build_engine(make_checkpoint([(4, 16), (2, None)]), tmp_path / "engine", config=config)
 
     def test_arguments_that_the_installed_classes_take(self, engine, gpu_host):
-        assert by_name(doctor.diagnose(engine.path))["engine: engine"].outcome == "ok"
+        assert by_name(machine.diagnose(engine.path))["engine: engine"].outcome == "ok"
 
     def test_arguments_that_they_refuse(self, engine, gpu_host, monkeypatch):
         def refuse(**arguments):
             raise ValueError("stream_interval\n  Extra inputs are not permitted")
 
         monkeypatch.setattr(sys.modules["tensorrt_llm.llmapi.llm_args"], "TorchLlmArgs", refuse)
-        refused = by_name(doctor.diagnose(engine.path))["engine: engine"]
+        refused = by_name(machine.diagnose(engine.path))["engine: engine"]
         assert refused.outcome == "wrong"
         assert refused.found == "ValueError: stream_interval Extra inputs are not permitted"
 
@@ -173,7 +173,7 @@ class TestEngine:
     def test_its_gpus_against_those_of_this_node(self, engine, gpu_host, arguments, outcome, found):
         file = engine.path / "llm_args.yaml"
         file.write_text(yaml.safe_dump({**engine.llm_args, **arguments}))
-        diagnosis = doctor.diagnose(engine.path)
+        diagnosis = machine.diagnose(engine.path)
         gpus = by_name(diagnosis)["engine: GPUs"]
         assert (gpus.outcome, gpus.found) == (outcome, found)
         assert ("gpus_per_node" in gpus.advice) is (not diagnosis.ready) is (outcome == "wrong")
@@ -181,11 +181,11 @@ class TestEngine:
     def test_an_engine_of_two_nodes_of_eight(self, engine, gpu_host, monkeypatch):
         (engine.path / "llm_args.yaml").write_text(yaml.safe_dump({**engine.llm_args, "tensor_parallel_size": 16}))
         monkeypatch.setattr(sys.modules["torch"].cuda, "device_count", lambda: 8)
-        assert by_name(doctor.diagnose(engine.path))["engine: GPUs"].outcome == "ok"
+        assert by_name(machine.diagnose(engine.path))["engine: GPUs"].outcome == "ok"
 
     def test_no_engine_folder_is_the_users_error(self, tmp_path):
         with pytest.raises(EngineError, match=r"engine\.json: missing"):
-            doctor.diagnose(tmp_path)
+            machine.diagnose(tmp_path)
 
 
 class TestCommand:

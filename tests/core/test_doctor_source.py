@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from puzzle_trtllm.cli import app
-from puzzle_trtllm.doctor_source import diagnose_source
+from puzzle_trtllm.doctor.source import diagnose_source
 from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.llm_args_schema import argument_classes, fields_of
 from puzzle_trtllm.models.trtllm.source_tree import SourceTree

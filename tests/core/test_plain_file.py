@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from puzzle_trtllm.architecture import read_json_object
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.errors import PuzzleError
+from puzzle_trtllm.json_files import read_json_object
 from puzzle_trtllm.safetensors_file import read_header
 from puzzle_trtllm.serve.acceptance.recording import Recording
 from puzzle_trtllm.serve.client.secret import read_secret
@@ -21,7 +21,7 @@ from puzzle_trtllm.trace import read_trace
 from puzzle_trtllm.yaml_files import read_mapping
 
 READERS: dict[str, Callable[[Path], object]] = {
-    "JSON": read_json_object,
+    "JSON": lambda file: read_json_object(file, PuzzleError),
     "YAML": read_mapping,
     "problems": load_problems,
     "shard": read_header,
@@ -62,7 +62,7 @@ def test_what_a_shell_pipes_in_is_read() -> None:
     reading, writing = os.pipe()
     os.write(writing, b'{"a": 1}')
     os.close(writing)
-    assert read_json_object(Path(f"/dev/fd/{reading}")) == {"a": 1}
+    assert read_json_object(Path(f"/dev/fd/{reading}"), PuzzleError) == {"a": 1}
     os.close(reading)
 
 

@@ -49,7 +49,7 @@ def decoded(message) -> dict[str, list]:
     for tensor, data in zip(message.inputs, message.raw_input_contents, strict=True):
         spec = INPUTS_BY_NAME[tensor.name]
         assert tensor.datatype == spec.dtype.replace("STRING", "BYTES")
-        assert len(tensor.shape) == 1 and (not spec.is_scalar or tensor.shape[0] == 1)
+        assert len(tensor.shape) == 1 and (spec.dims != (1,) or tensor.shape[0] == 1)
         if tensor.datatype == "BYTES":
             values = [value.decode() for value in deserialize_bytes_tensor(data)]
         else:

@@ -74,7 +74,7 @@ def test_every_engine_has_a_colour_that_the_page_defines(tmp_path):
 
 
 def test_a_page_that_cannot_be_drawn_leaves_no_half_of_a_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(maker, "render_page", lambda report: 1 / 0)
+    monkeypatch.setattr(maker, "report_page", lambda report: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make_report(family(), baselines=BASELINES, child="child", out=tmp_path / "report", quiet=True)
     assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.process_states import children_of, is_alive
 from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.client.triton_client import TritonLlmClient, generate
-from puzzle_trtllm.serve.triton import install
+from puzzle_trtllm.serve.triton import install, launch
 from puzzle_trtllm.serve.triton.install import find_triton
 from puzzle_trtllm.serve.triton.launch import python_path
 from puzzle_trtllm.serve.triton.log import find_reason
@@ -178,6 +179,19 @@ def test_sigint_while_starting_is_no_failure(serving, monkeypatch, tmp_path: Pat
     running.process.send_signal(signal.SIGINT)
     assert running.process.wait(timeout=30) == 0
     running.assert_all_gone()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_before_the_servers_pid_is_known_leaves_no_log(engine, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def interrupted(command: list[str], *, log_file: Path, **options: object) -> None:
+        log_file.write_bytes(b"")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "GuardedProcess", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        TritonServer(engine).start()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puzzle_trtllm.serve.runtimes.api import CompletionOutput, RequestPerfMetrics
-from puzzle_trtllm.serve.triton.contract import OUTPUTS_BY_NAME
+from puzzle_trtllm.serve.triton.contract import OUTPUTS
 from puzzle_trtllm.serve.triton.request import ReplyFormat
 from puzzle_trtllm.serve.triton.response import Sent, hold_back, perf_tensors, render, take_snapshot
 
@@ -33,8 +33,8 @@ def output(text: str, ids: list[int], *, finish: str | None = None, **fields) ->
 def tensors(form: ReplyFormat, now: Output, sent: Sent | None = None) -> dict[str, object]:
     rendered = render(form, take_snapshot(now), sent or Sent())
     for name, array in rendered:
-        spec = OUTPUTS_BY_NAME[name]
-        assert array.dtype == NUMPY[spec.dtype] and array.ndim == 1 and (not spec.is_scalar or array.size == 1), name
+        spec = next(spec for spec in OUTPUTS if spec.name == name)
+        assert array.dtype == NUMPY[spec.dtype] and array.ndim == 1 and (spec.dims != (1,) or array.size == 1), name
     return {name: array.tolist() for name, array in rendered}
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_MOMENTUM = 0.95
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
@@ -31,16 +32,16 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalized, scaled by sqrt(max(1, rows / columns)), with decoupled weight decay."""
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: object = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for param in group["params"]:
                 buffer = self.state[param].setdefault("momentum", torch.zeros_like(param))
-                buffer.lerp_(param.grad, 1 - group["momentum"])
-                update = orthogonalize(param.grad.lerp(buffer, group["momentum"]))
+                buffer.lerp_(param.grad, 1 - _MOMENTUM)
+                update = orthogonalize(param.grad.lerp(buffer, _MOMENTUM))
                 scale = max(1.0, param.shape[-2] / param.shape[-1]) ** 0.5
                 param.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
 

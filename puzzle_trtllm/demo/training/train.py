@@ -21,8 +21,10 @@ from puzzle_trtllm.demo.training.schedule import (
     draw_windows,
 )
 
+_LOG_EVERY = 50
 
-def train(dims: Dimensions, plan: Plan, seed: int, report: Callable[[str], None], log_every: int = 50) -> Abacus:
+
+def train(dims: Dimensions, plan: Plan, seed: int, report: Callable[[str], None]) -> Abacus:
     """Train from nothing. The result is the rounded model: what a checkpoint of it will hold, bit for bit."""
     torch.manual_seed(seed)
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -55,8 +57,8 @@ def train(dims: Dimensions, plan: Plan, seed: int, report: Callable[[str], None]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        if (step + 1) % log_every == 0:
-            losses = "  ".join(f"{name} {value / log_every:.4f}" for name, value in sums.items())
+        if (step + 1) % _LOG_EVERY == 0:
+            losses = "  ".join(f"{name} {value / _LOG_EVERY:.4f}" for name, value in sums.items())
             report(f"step {step + 1}/{plan.steps}  {time.monotonic() - start:.0f} s  {losses}")
             sums.clear()
     model.set_rounded(True)

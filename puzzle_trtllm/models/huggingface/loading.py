@@ -46,9 +46,7 @@ def load_child(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, **opt
     return model
 
 
-def load_causal_lm(
-    checkpoint: Checkpoint | str | Path, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "eager"
-) -> GptOssForCausalLM:
+def load_causal_lm(checkpoint: Checkpoint | str | Path, *, dtype: torch.dtype = torch.float32) -> GptOssForCausalLM:
     """Load a parent or a child on the CPU, in evaluation mode, every parameter in `dtype`.
 
     Raises CheckpointError or ArchitectureError when the folder is damaged or its tensors do not fit its config.
@@ -57,7 +55,7 @@ def load_causal_lm(
     source.validate()
     config = model_config(source)
     config.dtype = dtype
-    config._attn_implementation = attn_implementation
+    config._attn_implementation = "eager"
     model_class = GptOssPuzzleForCausalLM if isinstance(config, GptOssPuzzleConfig) else GptOssForCausalLM
     with torch.device("meta"):
         model = model_class(config)

@@ -74,10 +74,6 @@ class WindowPool:
         """Blocks that admitted sequences may claim, those they have claimed included."""
 
     @property
-    def num_free(self) -> int:
-        return self.table.num_free
-
-    @property
     def num_unreserved(self) -> int:
         """Blocks that no admitted sequence can claim.
 
@@ -140,7 +136,7 @@ class PagedKvCache:
 
     @property
     def num_free(self) -> int:
-        return sum(pool.num_free for pool in self.pools.values())
+        return sum(pool.table.num_free for pool in self.pools.values())
 
     def demand(self, num_tokens: int) -> dict[int | None, int]:
         """Blocks that a sequence of up to `num_tokens` claims of each pool."""
@@ -160,10 +156,9 @@ class PagedKvCache:
     def find_prefix(self, keys: Sequence[bytes], num_tokens: int) -> Prefix:
         """The longest reusable beginning of a prompt of `num_tokens`. One token at least is left to compute."""
         size = self.layout.tokens_per_block
-        whole = min(len(keys), (num_tokens - 1) // size)
+        count = min(len(keys), (num_tokens - 1) // size)
         if None in self.pools:
-            whole = self.pools[None].table.count_leading(keys[:whole])
-        count = whole
+            count = self.pools[None].table.count_leading(keys[:count])
         while count > 0:
             firsts = {window: first_visible_block(window, count * size, size) for window in self.pools}
             end = min(pool.table.longest_end(keys, firsts[window], count) for window, pool in self.pools.items())

@@ -129,7 +129,8 @@ def _claim(pool: WindowPool, sequences: Sequence[SequenceStep], *, reuse: bool) 
     spare = 0
     if reuse and pool.window is not None:
         claims = zip(sequences, firsts, ends, strict=True)
-        spare = pool.num_free - sum(pool.count_missing(s.blocks[pool.window], f * size, end) for s, f, end in claims)
+        missing = (pool.count_missing(s.blocks[pool.window], first * size, end) for s, first, end in claims)
+        spare = pool.table.num_free - sum(missing)
     for s, first, end in zip(sequences, firsts, ends, strict=True):
         extra = max(0, min(first - s.start // size, spare))
         spare -= extra

@@ -63,11 +63,9 @@ def is_left_alone(module: str) -> bool:
     return _PLACEHOLDER.match(module) is not None or _DRAFT.match(module) is not None
 
 
-def reason_to_drop(tensor: str) -> str | None:
-    """Why a tensor of the checkpoint is not used, or None if it must be."""
-    if kv_scale_of(tensor) is not None:
-        return "TensorRT-LLM's PyTorch backend holds KV scales at 1; fold them with `puzzle-trtllm build`"
-    return None
+def is_dropped(tensor: str) -> bool:
+    """KV scales: TensorRT-LLM's PyTorch backend holds them at 1; `puzzle-trtllm build` folds them."""
+    return kv_scale_of(tensor) is not None
 
 
 def _layer(block: str, layer: str, names: frozenset[str]) -> Iterator[ModulePlan]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.models.trtllm.symbols import Finding, mention_problems, parameter_problems
 from puzzle_trtllm.models.trtllm.upstream import Requirement
+from puzzle_trtllm.plain_file import read_text
 
 PACKAGE = "tensorrt_llm"
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -41,7 +42,7 @@ class SourceTree:
     def version(self) -> str | None:
         """`__version__` of tensorrt_llm/version.py."""
         file = self.root / PACKAGE / "version.py"
-        match = re.search(r'__version__ *= *"([^"]+)"', _read(file)) if file.is_file() else None
+        match = re.search(r'__version__ *= *"([^"]+)"', read_text(file, ConfigError)) if file.is_file() else None
         return match[1] if match else None
 
     def check(self, requirement: Requirement) -> Finding:
@@ -171,7 +172,7 @@ class _Module:
 
     def __init__(self, name: str, file: Path) -> None:
         self.name = name
-        self.text = _read(file)
+        self.text = read_text(file, ConfigError)
         self._package = name if file.name == "__init__.py" else name.rpartition(".")[0]
         try:
             tree = ast.parse(self.text)
@@ -196,15 +197,6 @@ class _Module:
                 self.star_imports.append(origin)
             else:
                 self.imports[alias.asname or alias.name] = (origin, alias.name)
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", file=file) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"not UTF-8 text: {error}", file=file) from None
 
 
 def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:

@@ -23,9 +23,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeAlias
 
-from puzzle_trtllm.architecture import PuzzleArchitecture, read_json_object
+from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.errors import EngineError
+from puzzle_trtllm.json_files import read_json_object
 from puzzle_trtllm.serve.runtimes.api import EngineDeadError, SamplingParams
 from puzzle_trtllm.serve.runtimes.reference.arguments import read_arguments
 from puzzle_trtllm.serve.runtimes.reference.messages import Abort, DecodingRule, Ready, StepReport, Submit
@@ -253,9 +254,11 @@ def _write_messages(messages: SimpleQueue[bytes | None], processes: EngineProces
 
 def _read_end_ids(model: Path) -> frozenset[int]:
     """End-of-sequence ids of a serving copy: generation_config.json's, if it has one, else config.json's."""
-    config = read_json_object(model / "config.json")
+    config = read_json_object(model / "config.json", EngineError)
     generation = model / "generation_config.json"
-    end = (read_json_object(generation) if generation.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
+    if generation.is_file():
+        config |= read_json_object(generation, EngineError)
+    end = config.get("eos_token_id")
     return frozenset(end if isinstance(end, list) else [] if end is None else [end])
 
 

@@ -53,10 +53,8 @@ def load_engine(arguments: EngineArguments, ranks: Ranks = ALONE) -> ReferenceEn
     checkpoint = DummyCheckpoint(architecture, device) if dummy else Checkpoint.open(Path(arguments.model))
     kernels = choose_kernels(arguments.kernels, device, dequantize_experts=dequantize)
     weights = load_weights(checkpoint, dtype=dtype, device=device, kernels=kernels, shard=shard)
-    if device.type == "cpu" and weights.num_bytes < SINGLE_THREAD_BYTES:
-        torch.set_num_threads(1)
-    else:
-        torch.set_num_threads(max(1, torch.get_num_threads() // ranks.local_size))
+    is_small = device.type == "cpu" and weights.num_bytes < SINGLE_THREAD_BYTES
+    torch.set_num_threads(1 if is_small else max(1, torch.get_num_threads() // ranks.local_size))
     layout = _plan_cache(arguments, shard.local, device, ranks)
     cache = PagedKvCache(layout, device, reuse=arguments.kv_cache_config.enable_block_reuse)
     model = ReferenceModel(weights, kernels, max_seq_len=max_seq_len, ranks=ranks)

@@ -135,11 +135,8 @@ class EngineProcesses:
 
 def _python_executable() -> str:
     """The interpreter to start the engine with; inside Triton's stub `sys.executable` may name something else."""
-    for candidate in (
-        Path(sys.executable or ""),
-        Path(sys.prefix, "bin", "python3"),
-        Path(sys.prefix, "bin", "python"),
-    ):
+    folder = Path(sys.prefix, "bin")
+    for candidate in (Path(sys.executable or ""), folder / "python3", folder / "python"):
         if candidate.name.startswith("python") and candidate.is_file():
             return str(candidate)
     raise EngineError("no Python interpreter to start the engine with", file=sys.prefix)

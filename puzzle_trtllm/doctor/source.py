@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from puzzle_trtllm.doctor import Check, Diagnosis, Outcome, check_of_row, release_line
+from puzzle_trtllm.doctor.machine import Check, Diagnosis, Outcome, check_of_row, release_line
 from puzzle_trtllm.llm_args_schema import argument_classes, fields_of
 from puzzle_trtllm.models.trtllm.source_tree import SourceTree
 from puzzle_trtllm.models.trtllm.upstream import COMMAND_LINES, REQUIREMENTS, Line
