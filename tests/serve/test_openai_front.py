@@ -212,6 +212,12 @@ def test_a_chat_without_a_limit_may_fill_the_context(front):
         ({"messages": None}, "messages", "invalid_value", "list"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", None, "only text"),
         ({"messages": [{"role": "user", "content": "1" * 300}]}, "messages", "context_length_exceeded", "256"),
+        (
+            {"messages": [{"role": "user", "content": "1" * (1 << 20)}]},
+            "messages",
+            "context_length_exceeded",
+            "characters",
+        ),
         ({"stop": [""]}, "stop", None, "empty"),
         ({"stop": ["a"] * 65}, "stop", None, "65 strings, expected at most 64"),
         ({"stop": "a" * 1025}, "stop", None, "1025 characters, expected at most 1024"),
