@@ -40,8 +40,8 @@ class GuardedProcess:
         # `env` sets the variables for the command alone: the guard must not load the server's libraries.
         settings = [f"{name}={value}" for name, value in environment.items()]
         guard_command = [sys.executable, "-I", "-S", guard.__file__, str(grace_s), shm_prefix, str(scratch)]
+        os.close(os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))  # errors in it may quote prompts
         # For appending: the guard cuts a long log, and the server goes on behind what is left.
-        log_file.write_bytes(b"")
         with log_file.open("ab") as log:
             self._guard = subprocess.Popen(
                 [*guard_command, "/usr/bin/env", *settings, *command],
