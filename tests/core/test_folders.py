@@ -251,7 +251,7 @@ class TestAnotherUserInASharedPlace:
         folder = tmp_path / f".out.{SUFFIXES[kind]}"
         (folder / "folder").mkdir(parents=True)
         os.chown(folder, 1234, 1234)
-        with pytest.raises(PuzzleError, match="is in the way .found another user's folder"), kind(tmp_path / "out"):
+        with pytest.raises(PuzzleError, match=r"is in the way .found another user's folder"), kind(tmp_path / "out"):
             pass
         assert (folder / "folder").exists() and not (tmp_path / "out").exists()
 
