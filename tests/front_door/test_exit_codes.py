@@ -342,6 +342,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(tmp_path: Path) -> None:
         (OSError(28, "No space left on device", "out.bin"), 2, "error: out.bin: No space left on device"),
         (OSError(36, "File name too long", "x" * 300), 2, "x: File name too long"),
         (PuzzleError("no", found="x" * 5000), 2, "error: no (found " + "x" * 200 + "... (5000 characters))"),
+        (PuzzleError("\x1b]0;title\x07", file="a\x9b2J"), 2, "error: a\\x9b2J: \\x1b]0;title\\x07"),
         (KeyboardInterrupt(), 130, ""),
         (ModuleNotFoundError("no", name="puzzle_trtllm.gone"), 1, ""),
         (ValueError("a bug"), 1, ""),
