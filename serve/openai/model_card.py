@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from puzzle_trtllm.architecture import read_json_object
 from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.engine import Engine
-from puzzle_trtllm.errors import CheckpointError
+from puzzle_trtllm.errors import CheckpointError, PuzzleError
 from puzzle_trtllm.harmony import speaks_harmony
 from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.openai.errors import ApiError, unsupported
@@ -106,7 +106,10 @@ class ModelCard:
                 f"{param}: {len(text)} characters, and this model's context has room for {self.max_seq_len} tokens"
             )
             raise ApiError(message, param=param, code="context_length_exceeded")
-        return self.tokenizer.encode(text)
+        try:
+            return self.tokenizer.encode(text)
+        except PuzzleError as error:
+            raise ApiError(f"{param}: {error}", param=param) from None
 
     def _room(self, ids: list[int], param: str) -> int:
         if not ids:
