@@ -83,8 +83,8 @@ class ChatTokenizer:
         """Token ids of `text` as it stands: special tokens in it are recognised, none are added.
 
         As a batch of one, for which tokenizers lets go of the GIL, and without offsets, which nobody reads.
-        Raises PuzzleError for half a surrogate pair, which JSON can say (`"\\ud800"`) but UTF-8 cannot, and for a text that
-        its regular expression gives up on: gpt-oss's does on ten million times the same letter.
+        Raises PuzzleError for half a surrogate pair, which JSON can say (`"\\ud800"`) but UTF-8 cannot, and for a text
+        that its regular expression gives up on: gpt-oss's does on ten million times the same letter.
         """
         try:
             return list(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
