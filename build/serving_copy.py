@@ -88,6 +88,10 @@ def write_serving_copy(
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
     """It may be missing, as who has it sends token ids; one that cannot work would fail at the first request."""
+    config = checkpoint.path / "tokenizer_config.json"
+    if config.is_file() and read_json_object(config, CheckpointError).get("auto_map") is not None:
+        message = "names code, which TensorRT-LLM would run: it loads tokenizers with trust_remote_code"
+        raise CheckpointError(message, file=config, key="auto_map", expected="a tokenizer that is tokenizer.json alone")
     if (checkpoint.path / "tokenizer.json").is_file():
         tokenizer = ChatTokenizer.from_folder(checkpoint.path)
         tokenizer.check_vocabulary(checkpoint.architecture.vocab_size)

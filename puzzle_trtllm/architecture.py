@@ -237,6 +237,9 @@ def read_block_configs(config: Mapping[str, Any], source: str | Path) -> tuple[B
         entries = config["block_configs"]
         if not isinstance(entries, list) or not entries:
             raise ArchitectureError("must be a list with one entry a layer", file=source, key="block_configs")
+        if len(entries) > MAX_LAYERS:
+            found, expected = f"{len(entries)} entries", f"at most {MAX_LAYERS}"
+            raise ArchitectureError("too many layers", file=source, key="block_configs", found=found, expected=expected)
         blocks = tuple(_read_entry(entry, f"block_configs[{i}]", source) for i, entry in enumerate(entries))
         num_layers = config.get("num_hidden_layers", len(blocks))
         if num_layers != len(blocks):

@@ -23,6 +23,8 @@ from typing import Literal
 
 from puzzle_trtllm.errors import PuzzleError
 
+_FOLDER_ITSELF = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+
 
 @contextmanager
 def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
@@ -134,9 +136,14 @@ def _make_and_lock(folder: Path) -> int:
     for _ in range(100):
         folder.mkdir(exist_ok=True)
         try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            descriptor = os.open(folder, _FOLDER_ITSELF)
         except FileNotFoundError:
             continue  # its last owner has just removed it
+        except NotADirectoryError:
+            raise _of_another(folder, "a link") from None
+        if os.fstat(descriptor).st_uid != _own_id(folder.parent):
+            os.close(descriptor)
+            raise _of_another(folder, "another user's folder")
         if _lock(descriptor) == "held by another":
             os.close(descriptor)
             raise PuzzleError("another process is writing this folder", file=folder)
@@ -144,6 +151,17 @@ def _make_and_lock(folder: Path) -> int:
             return descriptor
         os.close(descriptor)
     raise PuzzleError("cannot be locked: other processes keep removing it", file=folder)
+
+
+def _own_id(folder: Path) -> int:
+    """Who owns what we make in `folder`: on a network disk that may be somebody else than we are here."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_uid
+
+
+def _of_another(folder: Path, found: str) -> PuzzleError:
+    """It would be emptied, or what is written there changed: in a shared place its name can be foreseen."""
+    return PuzzleError("is in the way", file=folder, found=found, expected="a name that nobody has taken")
 
 
 def _lock(descriptor: int) -> Literal["locked", "held by another", "unsupported"]:
@@ -172,7 +190,7 @@ def _remove_leftovers(out: Path, *, but: Path) -> None:
 def _remove_unless_locked(folder: Path) -> bool:
     """True when it is gone."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(folder, _FOLDER_ITSELF)
     except OSError:
         return not folder.exists()
     if _lock(descriptor) == "locked":
@@ -200,7 +218,9 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+        partial.unlink(missing_ok=True)  # a killed process's, or in a shared place a link of another user's
+        with partial.open("xb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
         partial.rename(path)
     except OSError as error:
         raise PuzzleError(f"cannot be written: {error.strerror}", file=path) from None

@@ -23,6 +23,8 @@ from puzzle_trtllm.tensors import DTYPE_BYTES
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
+_TOO_LARGE = 2**63
+_MAX_DIMENSIONS = 64
 LFS_PREFIX = b"version "
 """Of what a clone without Git LFS has in a shard's place: `version https://git-lfs.github.com/spec/v1`."""
 
@@ -108,7 +110,8 @@ def _metadata(value: Any, file: Path) -> dict[str, str]:
 def _entry(name: str, info: Any, file: Path, data_start: int) -> TensorEntry:
     try:
         dtype, shape, (start, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
-        well_formed = all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)) and end >= start
+        numbers_fit = all(isinstance(n, int) and 0 <= n < _TOO_LARGE for n in (*shape, start, end))
+        well_formed = numbers_fit and len(shape) <= _MAX_DIMENSIONS and end >= start
     except (TypeError, KeyError, ValueError):
         well_formed = False
     if not well_formed:

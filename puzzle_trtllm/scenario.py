@@ -21,7 +21,7 @@ import random
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from puzzle_trtllm.errors import ConfigError
@@ -108,6 +108,15 @@ class Load(BaseModel):
     """Goodput counts requests whose first token comes within this; None sets no limit."""
     max_itl_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Goodput counts requests whose mean gap between tokens (TPOT) is within this; None sets no limit."""
+
+    @field_validator("name")
+    @classmethod
+    def _one_line(cls, name: str) -> str:
+        """It stands in comments of shell scripts."""
+        if not name.isprintable():
+            raise ValueError("must be one line of printable text")
+        return name
+
     trace: TraceFacts | None = None
     """Set by `bench --trace`, never in a file."""
 

@@ -1,10 +1,19 @@
-"""Where tables for people and warnings go."""
+"""Where tables for people and warnings go, and what others' words may do to a terminal: nothing."""
 
 from __future__ import annotations
+
+import re
 
 from rich.console import Console
 
 WIDTH_OF_NO_TERMINAL = 120
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""All but tab and newline."""
+
+
+def visible(text: str) -> str:
+    """`text` with its control characters spelt out: a terminal would obey a model's, a server's or a checkpoint's."""
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def stdout_console() -> Console:

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -132,24 +132,32 @@ async def _stream(connection: TritonLlmClient, request: GenerationRequest, chat:
             harmony = chat.tokenizer
         own = request if harmony is None else replace(request, stop=None)
         answer = AnswerStream(client, own, harmony=harmony, stops=request.stop or ())
-        await _show(answer)
+        await show_answer(answer)
     num_tokens = f"{answer.usage.completion_tokens} tokens, " if client.gives_token_ids else ""
-    print(f"{num_tokens}finish reason: {answer.finish_reason}", file=sys.stderr)
+    _write(f"{num_tokens}finish reason: {answer.finish_reason}\n", sys.stderr)
 
 
-async def _show(answer: AnswerStream) -> None:
+async def show_answer(answer: AnswerStream) -> None:
+    """Print it as it comes: the reasoning on stderr, the rest on stdout."""
     reasons = False
     async with aclosing(answer.parts()) as parts:
         async for part in parts:
-            print(part.reasoning, end="", file=sys.stderr, flush=True)
+            _write(part.reasoning, sys.stderr)
             reasons = reasons or bool(part.reasoning)
             if part.content and reasons:
                 print("\n", file=sys.stderr, flush=True)
                 reasons = False
-            print(part.content, end="", flush=True)
+            _write(part.content, sys.stdout)
     if reasons:
         print(file=sys.stderr, flush=True)
     print()
+
+
+def _write(text: str, stream: TextIO | None) -> None:
+    """A pipe or a file gets what the model said, a terminal nothing that it would obey, who has closed it nothing."""
+    from puzzle_trtllm.terminal import visible
+
+    print(visible(text) if stream is not None and stream.isatty() else text, end="", file=stream, flush=True)
 
 
 def result_json(result: GenerationResult) -> dict[str, object]:

@@ -106,7 +106,9 @@ class PuzzleGroup(TyperGroup):
                 raise
             if ctx.meta["puzzle_trtllm.debug"]:
                 traceback.print_exc()
-            print(f"error: {line}", file=sys.stderr)
+            from puzzle_trtllm.terminal import visible
+
+            print(f"error: {visible(line)}", file=sys.stderr)
             raise typer.Exit(USER_ERROR) from None
 
 

@@ -31,8 +31,10 @@ from puzzle_trtllm.serve.client.secret import grpc_metadata
 from puzzle_trtllm.serve.client.tensors import RequestBuilder, unpack_int32, unpack_string
 from puzzle_trtllm.serve.client.tls import ClientTls
 
+_MAX_RESPONSE_BYTES = 256 << 20
+"""Many times the text of a million tokens; a server may be one that we should not have talked to."""
 _CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_receive_message_length", _MAX_RESPONSE_BYTES),
     ("grpc.max_send_message_length", -1),
     ("grpc.use_local_subchannel_pool", 1),  # channels of their own connection, not one shared behind our back
     ("grpc.enable_http_proxy", 0),
@@ -118,7 +120,10 @@ class TritonLlmClient:
                     # Read on to the stream's own end: cancelling what is just ending makes some servers leak it.
                     failure = error_of_words(response.error_message, url=self.url)
                     continue
-                chunk = reader.read(response.infer_response)
+                try:
+                    chunk = reader.read(response.infer_response)
+                except ValueError as error:
+                    raise ServeError(f"wrong response: {error}", file=self.url, status="INTERNAL") from None
                 if chunk is not None:
                     yield chunk
         except grpc.aio.AioRpcError as error:
@@ -200,6 +205,7 @@ class _Reader:
         self._num_tokens = 0
 
     def read(self, response: Any) -> GenerationChunk | None:
+        """Raises ValueError for tensors that are none of an llmapi model's."""
         received_ns = time.perf_counter_ns()
         raw = response.raw_output_contents
         if not raw:
@@ -216,6 +222,8 @@ class _Reader:
         if not self._delta:
             text, self._text_length = text[self._text_length :], len(text)
             token_ids = token_ids[self._num_tokens :]
+        if token_ids and min(token_ids) < 0:
+            raise ValueError("a token id below 0")
         self._num_tokens += len(token_ids)
         return GenerationChunk(
             text=text,

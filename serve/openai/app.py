@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect
 
 from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.bench.target import Target
+from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.openai.answers import AnswerStream, Part
 from puzzle_trtllm.serve.openai.errors import ApiError, error_of_server
 from puzzle_trtllm.serve.openai.model_card import ModelCard
@@ -34,9 +35,10 @@ IsHealthy = Callable[[], bool]
 CLIENT_GONE = 499
 """nginx's status for a client that did not wait; nobody reads it."""
 MAX_BODY_BYTES = 16 << 20
-"""Of a request: several times the token ids of a million. All streams stand still while it becomes JSON."""
+"""Of a request: several times the token ids of a million. All streams stand still while it becomes JSON, for seconds
+and with some 900 MB where it was made for that."""
 _LONG_BODY = 64 << 10
-"""Bytes from which a request's prompts become tokens a few at a time, for the memory that this takes."""
+"""Bytes from which requests become JSON and tokens a few at a time, for the memory that this takes."""
 
 
 def make_app(
@@ -64,31 +66,34 @@ def make_app(
 
     long_prompts = ThreadPoolExecutor(LONG_TEXTS_AT_ONCE)
 
-    async def in_thread(request: Request, size: int, read: Callable[..., T], *arguments: Any) -> T:
+    async def in_thread(request: Request, read: Callable[[bytes, Reply], T], reply: Reply) -> T:
+        content = await _body(request)
         loop = asyncio.get_running_loop()
-        if size <= _LONG_BODY:
-            return await loop.run_in_executor(None, read, *arguments)
-        made = await _unless_gone(request, loop.run_in_executor(long_prompts, read, *arguments))
+        if len(content) <= _LONG_BODY:
+            return await loop.run_in_executor(None, read, content, reply)
+        made = await _unless_gone(request, loop.run_in_executor(long_prompts, read, content, reply))
         if made is None:
             raise ClientDisconnect
         return made
 
-    async def chat_completions(request: Request) -> Response:
-        content = await _body(request)
+    def read_chat(content: bytes, reply: Reply) -> tuple[ChatRequest, GenerationRequest]:
         body = _parsed(content, card, ChatRequest)
+        return body, card.of_chat(body, reply.id)
+
+    def read_completion(content: bytes, reply: Reply) -> tuple[CompletionRequest, list[GenerationRequest]]:
+        body = _parsed(content, card, CompletionRequest)
+        return body, [card.of_completion(body, prompt, reply.id) for prompt in body.prompts()]
+
+    async def chat_completions(request: Request) -> Response:
         reply = Reply.begin(model=card.name, chat=True)
-        generation = await in_thread(request, len(content), card.of_chat, body, reply.id)
+        body, generation = await in_thread(request, read_chat, reply)
         harmony = card.tokenizer.tokenizer if card.has_channels else None
         answer = AnswerStream(app.state.target, generation, harmony=harmony, stops=body.stops)
         return await _respond(request, reply, [answer], body)
 
     async def completions(request: Request) -> Response:
-        content = await _body(request)
-        body = _parsed(content, card, CompletionRequest)
         reply = Reply.begin(model=card.name, chat=False)
-        prompts = body.prompts()
-        read = card.of_completion
-        generations = [await in_thread(request, len(content), read, body, prompt, reply.id) for prompt in prompts]
+        body, generations = await in_thread(request, read_completion, reply)
         answers = [AnswerStream(app.state.target, each, harmony=None) for each in generations]
         return await _respond(request, reply, answers, body)
 

@@ -16,12 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.engine import Engine
-from puzzle_trtllm.errors import CheckpointError
+from puzzle_trtllm.errors import CheckpointError, PuzzleError
 from puzzle_trtllm.harmony import speaks_harmony
 from puzzle_trtllm.json_files import read_json_object
 from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.openai.errors import ApiError, unsupported
 from puzzle_trtllm.serve.openai.protocol import ChatRequest, CompletionRequest
+from puzzle_trtllm.serve.triton.request import max_text_length
 from puzzle_trtllm.yaml_files import as_model
 
 COMPLETION_TOKENS = 16
@@ -85,7 +86,7 @@ class ModelCard:
             )
         except CheckpointError as error:
             raise ApiError(f"messages: {error}", param="messages") from None
-        ids = self.tokenizer.encode(prompt)
+        ids = self._encode(prompt, "messages")
         room = self._room(ids, "messages")
         wanted = request.max_completion_tokens or request.max_tokens or room
         # In channels a stop string ends the answer, not the thinking before it: answers.py watches for it.
@@ -94,10 +95,21 @@ class ModelCard:
 
     def of_completion(self, request: CompletionRequest, prompt: str | list[int], request_id: str) -> GenerationRequest:
         """The prompt as it stands. Raises ApiError when it does not fit or holds impossible token ids."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = self._encode(prompt, "prompt") if isinstance(prompt, str) else prompt
         room = self._room(ids, "prompt")
         wanted = request.max_tokens or COMPLETION_TOKENS
         return self._generation(request, ids, min(wanted, room), request.stops, request_id)
+
+    def _encode(self, text: str, param: str) -> list[int]:
+        if len(text) > max_text_length(self.max_seq_len):
+            message = (
+                f"{param}: {len(text)} characters, and this model's context has room for {self.max_seq_len} tokens"
+            )
+            raise ApiError(message, param=param, code="context_length_exceeded")
+        try:
+            return self.tokenizer.encode(text)
+        except PuzzleError as error:
+            raise ApiError(f"{param}: {error}", param=param) from None
 
     def _room(self, ids: list[int], param: str) -> int:
         if not ids:

@@ -30,6 +30,7 @@ import resource
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -68,7 +69,7 @@ def main(arguments: list[str]) -> int:
             preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),  # noqa: PLW1509 (one thread)
         )
         print(server.pid, flush=True)
-        status = _wait(server.pid, grace_s, stops)
+        status = _wait(server.pid, grace_s, stops, shm_prefix)
     except OSError as error:
         print(f"{arguments[3]}: {error.strerror}", file=sys.stderr)
         status = 127
@@ -88,6 +89,15 @@ def _remove_shared_memory(prefix: str) -> None:
         leftover.unlink(missing_ok=True)
 
 
+def _make_private(prefix: str) -> None:
+    """Prompts and answers pass through it, and Triton lets all users read it, whatever the umask."""
+    for region in _SHARED_MEMORY.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):  # it has just gone
+            found = region.lstat()  # of our own files nobody else can make a link there
+            if found.st_uid == os.geteuid() and stat.S_ISREG(found.st_mode) and found.st_mode & 0o077:
+                region.chmod(0o600)
+
+
 def _remove_what_the_dead_left() -> None:
     for mark in _SHARED_MEMORY.glob(f"puzzle_*_{_MARK}"):
         with contextlib.suppress(OSError):  # its guard lives, or it is another user's
@@ -95,11 +105,12 @@ def _remove_what_the_dead_left() -> None:
             _remove_shared_memory(mark.name.removesuffix(_MARK))
 
 
-def _wait(server: int, grace_s: float, stops: list[int]) -> int:
+def _wait(server: int, grace_s: float, stops: list[int], shm_prefix: str) -> int:
     """Wait for the server's end, asking for it when the starter is gone; returns its exit code."""
     deadline_s = None
     while True:
         _tend_log(sys.stderr.fileno())
+        _make_private(shm_prefix)
         status = _reap(server)
         if status is not None:
             return status
@@ -126,8 +137,8 @@ def _keep_from_cleaners(folder: Path) -> None:
 
 
 def _lock(path: Path, flags: int, how: int) -> int:
-    """The open file that holds the lock. Raises OSError where another one does."""
-    file = os.open(path, os.O_RDONLY | flags, 0o600)
+    """The open file that holds the lock. Raises OSError where another one does, and for another user's link."""
+    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | flags, 0o600)  # a pipe would never open
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
     except OSError:
@@ -179,13 +190,13 @@ def _end_descendants(server_grace_s: float) -> None:
 def _descendants() -> list[int]:
     """All processes below this one, from the parents that /proc names."""
     children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for file in Path("/proc").glob("[0-9]*/stat"):
         try:
             # pid (comm) state ppid ...; comm may hold anything, so split behind its last parenthesis
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            parent = int(file.read_text().rpartition(")")[2].split()[1])
         except (OSError, IndexError, ValueError):
             continue
-        children.setdefault(parent, []).append(int(stat.parent.name))
+        children.setdefault(parent, []).append(int(file.parent.name))
     found, queue = [], [os.getpid()]
     while queue:
         below = children.get(queue.pop(), [])

@@ -31,7 +31,7 @@ from puzzle_trtllm.serve.triton.ports import choose_ports, hold_ports, numeric_a
 from puzzle_trtllm.serve.triton.probe import http_status
 from puzzle_trtllm.serve.triton.process import GuardedProcess
 from puzzle_trtllm.serve.triton.repository import write_repository
-from puzzle_trtllm.serve.triton.security import GrpcTls, Restriction
+from puzzle_trtllm.serve.triton.security import GrpcTls, Restriction, closed_to_all
 
 _POLL_S = 0.1
 _DRAINED_GRACE_S = 6.0
@@ -46,7 +46,8 @@ _LOOPBACK = "127.0.0.1"
 class TritonServer:
     """A running tritonserver that serves `engine`. Port 0 means a free one; `host` is what it listens on.
 
-    Under `tls` gRPC speaks TLS, and HTTP, which cannot, listens on loopback only.
+    Under `tls` gRPC speaks TLS, and HTTP, which cannot, listens on loopback only. Protocols that administer the server
+    are closed unless `restriction` gives them to those with its secret.
     `repository_options` go to `write_repository`. Paths in `arguments` must be absolute, as the server works in a
     folder of its own. Without `log_file` the log lies in the temporary folder; it is removed after a clean stop and
     kept after a failure. `engine_cores` are the engine's alone (reference runtime): the server runs on the others, so
@@ -93,7 +94,7 @@ class TritonServer:
         self._environment = dict(environment or {})
         self._arguments = list(arguments)
         self._tls = tls
-        self._restriction = restriction
+        self._restrictions = [each for each in (restriction, closed_to_all(restriction)) if each is not None]
         self._http_host = host if tls is None else _LOOPBACK
         self._on_wait = on_wait or (lambda seconds: None)
         self._repository_options = repository_options
@@ -115,6 +116,7 @@ class TritonServer:
             try:
                 self._process = self._launch(install)
                 self._wait_until_ready()
+                self._process.hide([restriction.secret for restriction in self._restrictions])
             except BaseException as error:
                 process, self._process = self._process, None
                 if process is not None:
@@ -215,9 +217,10 @@ class TritonServer:
             "exit-timeout-secs": round(self._drain_s) + _EXIT_MARGIN_S,
             "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
         }
-        for security in (self._tls, self._restriction):
-            options |= {} if security is None else security.options()
-        return [f"--{name}={value}" for name, value in options.items()]
+        security = ([] if self._tls is None else [self._tls]) + self._restrictions
+        return [
+            f"--{name}={value}" for each in (options, *(s.options() for s in security)) for name, value in each.items()
+        ]
 
     # --- what it is -------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -39,8 +40,8 @@ class GuardedProcess:
         # `env` sets the variables for the command alone: the guard must not load the server's libraries.
         settings = [f"{name}={value}" for name, value in environment.items()]
         guard_command = [sys.executable, "-I", "-S", guard.__file__, str(grace_s), shm_prefix, str(scratch)]
+        os.close(os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))  # errors in it may quote prompts
         # For appending: the guard cuts a long log, and the server goes on behind what is left.
-        log_file.write_bytes(b"")
         with log_file.open("ab") as log:
             self._guard = subprocess.Popen(
                 [*guard_command, "/usr/bin/env", *settings, *command],
@@ -56,6 +57,12 @@ class GuardedProcess:
             raise ServeError(f"{command[0]} could not be started", file=log_file)
         self.pid = int(line)
         """The command's pid (`env` replaces itself with it)."""
+
+    def hide(self, words: Sequence[str]) -> None:
+        """Write over secret arguments, which all users of the machine can list; the command must have read them."""
+        for pid in (self._guard.pid, self.pid):
+            with contextlib.suppress(OSError):  # gone, or under a kernel that lets nobody
+                _overwrite_arguments(pid, words)
 
     def exit_code(self) -> int | None:
         """None while it runs; 128 + signal if it was killed."""
@@ -88,6 +95,16 @@ class GuardedProcess:
         while self.exit_code() is None and time.monotonic() < deadline_s:
             time.sleep(0.05)
         return self.exit_code()
+
+
+def _overwrite_arguments(pid: int, words: Sequence[str]) -> None:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end of proc(5)
+    with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
+        arguments = os.pread(memory.fileno(), end - start, start)
+        for word in words:
+            arguments = arguments.replace(word.encode(), b"*" * len(word))
+        os.pwrite(memory.fileno(), arguments, start)
 
 
 def when_orphaned(then: Callable[[], None]) -> None:

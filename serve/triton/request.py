@@ -24,6 +24,10 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 """Characters. Every step looks for all of a request's stop strings, while all other requests wait."""
 
+_TEXT_ALWAYS_READ = 1 << 20
+_CHARACTERS_A_TOKEN = 32
+"""More than any text has on average, of those that are anything but runs of one character."""
+
 _SAMPLING_NAMES = tuple(spec.name for spec in INPUTS if spec.name.startswith(SAMPLING_PREFIX))
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -83,6 +87,11 @@ class RequestLimits:
     """Prompt and output together, tokens."""
 
 
+def max_text_length(max_seq_len: int) -> int:
+    """Characters of a prompt beyond which it is not even made tokens: 20 million took 100 s and 6 GB to be refused."""
+    return max(_TEXT_ALWAYS_READ, _CHARACTERS_A_TOKEN * max_seq_len)
+
+
 def is_stop(inputs: Inputs) -> bool:
     """Whether this request only cancels the running ones of the same id."""
     return _flag(inputs, "stop")
@@ -127,10 +136,21 @@ def _prompt(inputs: Inputs, limits: RequestLimits) -> str | list[int]:
     if token_ids is None:
         if text == "":
             raise RequestRefusedError("text_input", "the prompt is empty", expected="text, or token ids in input_ids")
+        _check_length(text, limits)
         return text
     if text != "":
         raise RequestRefusedError("input_ids", "given beside a text_input that is not empty", expected="one of the two")
     return _input_ids(token_ids, limits)
+
+
+def _check_length(text: str, limits: RequestLimits) -> None:
+    if limits.max_seq_len is not None and len(text) > (longest := max_text_length(limits.max_seq_len)):
+        raise RequestRefusedError(
+            "text_input",
+            "the prompt is too long",
+            found=f"{len(text)} characters",
+            expected=f"at most {longest} (max_seq_len is {limits.max_seq_len})",
+        )
 
 
 def _text_input(inputs: Inputs) -> str:

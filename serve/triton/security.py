@@ -7,12 +7,16 @@ A certificate that does not load would show as a server that never gets ready; e
     GrpcTls(cert=..., key=..., root_cert=...)      and the server lets in only clients with a certificate of that CA
     Restriction(protocols=("model-repository",), secret=...)
 
+What administers a server is closed to all where nobody has a secret for it: NVIDIA's servers let every client map any
+shared memory of theirs, that of the Python backend included, and make the log as loud as it likes.
+
 The secret travels in a header of every call, so it needs TLS beyond one host; and tritonserver takes it as an argument,
-so whoever may list this host's processes can read it.
+so whoever lists this host's processes can read it until the server is ready (then process.py writes over it).
 """
 
 from __future__ import annotations
 
+import secrets
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +36,9 @@ PROTOCOLS = (
     "logging",
 )
 """What can be restricted. Triton's `health` is left out: probes, ours and Kubernetes', carry no secret."""
+
+
+_ADMINISTRATION = ("model-repository", "shared-memory", "trace", "logging")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +100,13 @@ class Restriction:
         """tritonserver's options, without the leading dashes."""
         rule = f"{','.join(self.protocols)}:{SECRET_HEADER}={self.secret}"
         return {"grpc-restricted-protocol": rule, "http-restricted-api": rule}
+
+
+def closed_to_all(restriction: Restriction | None) -> Restriction | None:
+    """Administration that `restriction` gives to nobody, under a secret that nobody is told; None: it gives all."""
+    given = () if restriction is None else restriction.protocols
+    closed = tuple(protocol for protocol in _ADMINISTRATION if protocol not in given)
+    return Restriction(protocols=closed, secret=secrets.token_hex(32)) if closed else None
 
 
 def restriction_of_options(protocols: str | None, secret_file: Path | None) -> Restriction | None:

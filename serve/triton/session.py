@@ -191,7 +191,9 @@ class Session:
                 if request.reply.ended:
                     return
             self._end(request.reply, "INTERNAL", "the runtime ended the request without a last output")
-        except Exception as error:
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # a panic of the tokenizer is no Exception, and silence would hang the client
             self._end_with(request, error)
 
     async def _read_prompt(self, prompt: str | list[int]) -> str | list[int]:
@@ -212,7 +214,7 @@ class Session:
         request.num_tokens = max(request.num_tokens, snapshot.num_tokens)
         request.reply.update(snapshot)
 
-    def _end_with(self, request: OpenRequest, error: Exception) -> None:
+    def _end_with(self, request: OpenRequest, error: BaseException) -> None:
         self._abort_generation(request)  # the error may be ours, and the engine still at it
         if isinstance(error, EngineDeadError) or not engine_is_healthy(self._llm):
             self._bury(str(error) or type(error).__name__)
@@ -310,6 +312,6 @@ def engine_is_healthy(llm: Any) -> bool:
     return not isinstance(pid, int) or is_alive(pid)
 
 
-def is_about_the_request(error: Exception) -> bool:
+def is_about_the_request(error: BaseException) -> bool:
     """Whether a runtime's error blames the request. TensorRT-LLM's RequestError is a class of its own."""
     return isinstance(error, (ValueError, TypeError, RequestError)) or type(error).__name__ == "RequestError"

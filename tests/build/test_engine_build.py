@@ -315,6 +315,7 @@ class TestRefusals:
             ("generation_config.json", {"eos_token_id": "a"}, 'eos_token_id: must be a token id or a list .*found "a"'),
             ("generation_config.json", {"eos_token_id": [1, -1]}, "eos_token_id: must be a token id or a list"),
             ("generation_config.json", {"eos_token_id": 96}, r"eos_token_id: .*found 96, expected 0 to 95\)"),
+            ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["a/b--c.D", None]}}, "auto_map: names code"),
             ("tokenizer.json", {"added_tokens": None}, "added_tokens: must be a list of objects"),
             ("tokenizer.json", {"added_tokens": ["x"]}, "added_tokens: must be a list of objects"),
             ("tokenizer.json", {"added_tokens": [{"content": "<|call|>"}]}, "added_tokens: must be a list of objects"),

@@ -302,6 +302,7 @@ class TestImpossibleConfigs:
             ({"hidden_size": 2**31}, "hidden_size: too large .found 2147483648, expected at most 2147483647"),
             ({"block_configs": [{"num_local_experts": 8, "sliding_window": 10**12}] * 2}, "sliding_window: impossible"),
             ({"block_configs": [{"num_local_experts": 10**12, "sliding_window": 8}] * 2}, "experts: too large"),
+            ({"block_configs": [{}] * 10_001}, "block_configs: too many layers .found 10001 entries, expected at most"),
             ({"experts_per_token": 3}, "experts_per_token: disagrees with num_experts_per_tok .found 3, expected 2"),
             ({"block_configs": []}, "block_configs"),
             ({"num_experts_per_tok": 6}, r"block_configs\[1\].num_local_experts"),

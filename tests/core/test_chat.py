@@ -144,6 +144,15 @@ def test_json_is_written_as_transformers_writes_it(folder):
     assert ChatTokenizer.from_folder(folder).render_chat(messages, add_generation_prompt=False) == expected
 
 
+def test_a_text_on_which_the_tokenizer_panics_is_one_line(folder, capfd):
+    """As gpt-oss's does on ten million times the same letter; this pattern needs fewer."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    (folder / "tokenizer.json").write_text(json.dumps({**content, "pre_tokenizer": split}))
+    with pytest.raises(PuzzleError, match=r"the tokenizer cannot read this text: .*retry-limit"):
+        ChatTokenizer.from_folder(folder).encode("a" * 40 + "b")
+
+
 def test_half_a_surrogate_pair_is_one_line(folder):
     with pytest.raises(PuzzleError, match="not text that UTF-8 can hold"):
         ChatTokenizer.from_folder(folder).encode("a\ud800")

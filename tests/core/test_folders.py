@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -223,6 +224,48 @@ class TestAfterAKill:
         with pytest.raises(PuzzleError, match="exists and is not empty"), atomic_folder(tmp_path / "out"):
             pytest.fail("the block must not run")
         assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["old"]
+
+
+SUFFIXES = {atomic_folder: f"partial-{os.getpid()}", resumable: "partial-resumable"}
+
+
+@both_kinds
+class TestAnotherUserInASharedPlace:
+    """The names beside an output folder can be foreseen."""
+
+    def test_what_a_planted_link_points_to_is_not_emptied(self, tmp_path, kind):
+        ours = tmp_path / "home" / "thesis"
+        ours.parent.mkdir()
+        ours.touch()
+        link = tmp_path / f".out.{SUFFIXES[kind]}"
+        link.symlink_to(ours.parent)
+        with (
+            pytest.raises(PuzzleError, match=rf"{re.escape(link.name)}: is in the way .found a link"),
+            kind(tmp_path / "out"),
+        ):
+            pass
+        assert ours.exists() and not (tmp_path / "out").exists()
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="root, who can give folders away")
+    def test_a_planted_folder_is_not_written_into(self, tmp_path, kind):
+        folder = tmp_path / f".out.{SUFFIXES[kind]}"
+        (folder / "folder").mkdir(parents=True)
+        os.chown(folder, 1234, 1234)
+        with pytest.raises(PuzzleError, match=r"is in the way .found another user's folder"), kind(tmp_path / "out"):
+            pass
+        assert (folder / "folder").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_single_file_is_not_written_through_a_planted_link(tmp_path):
+    ours = tmp_path / "thesis"
+    ours.write_text("chapter 1")
+    (tmp_path / f".file.partial-{os.getpid()}").symlink_to(ours)
+    write_atomically(tmp_path / "file", "new")
+    assert (ours.read_text(), (tmp_path / "file").read_text(), (tmp_path / "file").is_symlink()) == (
+        "chapter 1",
+        "new",
+        False,
+    )
 
 
 def test_a_single_file_is_replaced_in_one_step(tmp_path):

@@ -89,6 +89,8 @@ def test_header_is_aligned_for_memory_mapping():
         ({"a": {"dtype": "U8", "shape": [-2], "data_offsets": [0, 2]}}, b"xx", "a: corrupt header entry"),
         ({"a": {"dtype": "U8", "shape": ["2"], "data_offsets": [0, 2]}}, b"xx", "a: corrupt header entry"),
         ({"a": {"dtype": "U8", "shape": [2], "data_offsets": [2, 0]}}, b"xx", "a: corrupt header entry"),
+        ({"a": {"dtype": "U8", "shape": [10**4000] * 2, "data_offsets": [0, 2]}}, b"xx", "a: corrupt header entry"),
+        ({"a": {"dtype": "U8", "shape": [2**62] * 300, "data_offsets": [0, 2]}}, b"xx", "a: corrupt header entry"),
         ({"a": 7}, b"", "a: corrupt header entry"),
         ({"a": tensor(0, 2, dtype="F4")}, b"xx", "a: unknown dtype .found F4"),
         ({"a": tensor(0, 2, shape=[3])}, b"xx", "does not fit the shape .found 2, expected 3"),

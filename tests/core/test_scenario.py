@@ -54,6 +54,15 @@ def test_a_file_that_is_neither_is_one_line(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_name_is_one_line_as_comments_of_shell_scripts_are(tmp_path):
+    file = written(tmp_path, "concurrency: 3\n")
+    text = file.read_text()
+    assert text.startswith("name: ")
+    file.write_text('name: "x\\nrm -rf ~"\n' + text.partition("\n")[2])
+    with pytest.raises(ConfigError, match=r"name: .*one line of printable text"):
+        load_any_scenario(file)
+
+
 def test_who_needs_a_concurrency_refuses_an_open_loop(tmp_path):
     with pytest.raises(ConfigError, match=r"request_rate: is an open loop.*found 2\.0, expected concurrency"):
         load_scenario(written(tmp_path, "request_rate: 2\n"))

@@ -345,6 +345,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(tmp_path: Path) -> None:
         (FileNotFoundError(2, "No usable temporary directory found"), 2, "error: No usable temporary directory found"),
         (FileNotFoundError(2, "No such file or directory", "a file of ours"), 1, ""),
         (PuzzleError("no", found="x" * 5000), 2, "error: no (found " + "x" * 200 + "... (5000 characters))"),
+        (PuzzleError("\x1b]0;title\x07", file="a\x9b2J"), 2, "error: a\\x9b2J: \\x1b]0;title\\x07"),
         (KeyboardInterrupt(), 130, ""),
         (ModuleNotFoundError("no", name="puzzle_trtllm.gone"), 1, ""),
         (ValueError("a bug"), 1, ""),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -321,6 +323,45 @@ def test_a_damaged_library_is_made_anew(small_source, tmp_path):
     damaged.touch()
     assert compiler.load_library(cache=damaged.parent).answer() == 42
     assert damaged.stat().st_size == good.stat().st_size
+
+
+def planted(folder: Path) -> Path:
+    """What another user has put in the place of the library in `folder`: it answers 666."""
+    compiler.load_library(cache=folder.with_name("good"))
+    (good,) = folder.with_name("good").iterdir()
+    source = folder.with_name("planted.cpp")
+    source.write_text('extern "C" int answer() { return 666; }')
+    folder.mkdir()
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", str(folder / good.name), str(source)], check=True)
+    return folder / good.name
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++")
+@pytest.mark.parametrize("mode", [0o777, 0o775])
+def test_a_library_that_others_may_write_is_made_anew(small_source, tmp_path, mode):
+    library = planted(tmp_path / "cache")
+    library.chmod(mode)
+    assert compiler.load_library(cache=library.parent).answer() == 42
+    assert library.stat().st_mode & 0o777 == 0o700
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("g++") is None or os.geteuid() != 0, reason="g++, and root, who can give files away")
+@pytest.mark.parametrize("whose", ["library", "folder"])
+def test_a_library_of_another_user_is_never_loaded(small_source, tmp_path, whose):
+    library = planted(tmp_path / "cache")
+    os.chown(library if whose == "library" else library.parent, 1234, 1234)
+    assert compiler.load_library(cache=library.parent).answer() == 42
+
+
+@needs_compiler
+def test_a_cache_that_others_could_write_is_closed_to_them(small_source, tmp_path):
+    tmp_path.joinpath("cache").mkdir()
+    tmp_path.joinpath("cache").chmod(0o775)  # as under the umask 002
+    compiler.load_library(cache=tmp_path / "cache")
+    (library,) = (tmp_path / "cache").iterdir()
+    assert [file.stat().st_mode & 0o777 for file in (library, library.parent)] == [0o700, 0o700]
 
 
 @needs_compiler

@@ -22,7 +22,7 @@ from puzzle_trtllm.serve.triton.contract import INPUTS, OUTPUTS
 
 
 class StockServer(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """Plays `script`: texts so far, an Exception in-band, or a status that aborts the stream."""
+    """Plays `script`: texts so far, whole responses, an Exception in-band, or a status that aborts the stream."""
 
     def __init__(self, script) -> None:
         self.script = script
@@ -53,6 +53,9 @@ class StockServer(service_pb2_grpc.GRPCInferenceServiceServicer):
                     await context.abort(item, "scripted abort")
                 if isinstance(item, Exception):
                     yield service_pb2.ModelStreamInferResponse(error_message=str(item))
+                    continue
+                if isinstance(item, service_pb2.ModelStreamInferResponse):
+                    yield item
                     continue
                 yield self.response(item, "stop" if index == len(self.script) - 1 else "None")
                 await asyncio.sleep(0.01)
@@ -98,6 +101,33 @@ def test_text_so_far_becomes_chunks_of_what_is_new() -> None:
     assert [chunk.finish_reason for chunk in chunks] == [None, None, None, "stop"]
     assert all(chunk.token_ids == [] and chunk.num_output_tokens is None for chunk in chunks)
     assert "triton_grpc_error" not in metadata, "it crashes servers from before spring 2026"
+
+
+def response_of(*tensors: tuple[str, bytes], names: int | None = None) -> service_pb2.ModelStreamInferResponse:
+    message = service_pb2.ModelStreamInferResponse()
+    for name, data in tensors:
+        message.infer_response.raw_output_contents.append(data)
+        message.infer_response.outputs.add(name=name)
+    del message.infer_response.outputs[names:]
+    return message
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        response_of(("text_output", b""), ("output_ids", b"\1\0\0")),
+        response_of(("output_ids", b"\xff\xff\xff\xff")),
+        response_of(("text_output", b""), names=0),
+    ],
+)
+def test_tensors_that_are_none_of_an_llmapi_models_are_an_error_of_the_server(wrong) -> None:
+    async def scenario():
+        async with stock_server("a", wrong) as (_, url), TritonLlmClient(url) as client:
+            with pytest.raises(ServeError, match="wrong response") as error:
+                await client.generate(GenerationRequest(prompt="x"))
+            return error.value.status
+
+    assert run(scenario()) == "INTERNAL"
 
 
 def test_a_result_counts_responses_where_tokens_are_unknown() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -66,6 +67,13 @@ class TestKubernetes:
         assert {port["containerPort"] for port in container_of(overlay)["ports"]} == PORTS
         names = {port["name"] for port in container_of(overlay)["ports"]}
         assert {port["targetPort"] for port in items["Service"]["spec"]["ports"]} == names
+
+    def test_a_pod_has_no_token_of_the_cluster_and_on_one_node_no_rights_of_root(self, overlay):
+        for template in templates_of(overlay).values():
+            assert template["spec"]["automountServiceAccountToken"] is False
+        context = container_of(overlay)["securityContext"]
+        if overlay != "several-nodes":  # there sshd changes its user, and NCCL locks memory
+            assert context == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
     def test_gpus_engine_and_shared_memory(self, overlay):
         expected = {"one-gpu": (1, "child-1gpu"), "eight-gpus": (8, "child-8gpu"), "several-nodes": (8, "child-16gpu")}
@@ -158,6 +166,24 @@ def test_compose_opens_ports_to_this_machine_only():
     service = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["triton"]
     assert sorted(service["ports"]) == [f"127.0.0.1:{port}:{port}" for port in sorted(PORTS)]
     assert service["volumes"] == ["${ENGINE:?the engine folder}:/engine:ro"]
+
+
+def test_the_key_of_the_ranks_opens_no_tunnels(tmp_path):
+    """sshd's word for it stands in front of the key."""
+    (tmp_path / "keys").mkdir()
+    for name, text in (("private", "PRIVATE"), ("public", "ssh-ed25519 AAAA me@here\n")):
+        (tmp_path / "keys" / name).write_text(text)
+    script = (SEVERAL / "worker.sh").read_text()
+    script = script.replace("mkdir -p /run/sshd", "").replace("exec /usr/sbin/sshd -D -e -f", "cat")
+    environment = {**os.environ, "KEYS": str(tmp_path / "keys"), "TMPDIR": str(tmp_path)}
+    subprocess.run(["bash", "-c", script], env=environment, check=True, capture_output=True)
+    (authorized,) = tmp_path.glob("tmp.*/authorized")
+    assert authorized.read_text() == "restrict ssh-ed25519 AAAA me@here\n"
+
+
+def test_compose_gives_no_rights_of_root():
+    service = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["triton"]
+    assert (service["cap_drop"], service["security_opt"]) == (["ALL"], ["no-new-privileges:true"])
 
 
 def test_the_image_starts_what_build_writes():

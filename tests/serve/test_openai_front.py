@@ -212,6 +212,12 @@ def test_a_chat_without_a_limit_may_fill_the_context(front):
         ({"messages": None}, "messages", "invalid_value", "list"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", None, "only text"),
         ({"messages": [{"role": "user", "content": "1" * 300}]}, "messages", "context_length_exceeded", "256"),
+        (
+            {"messages": [{"role": "user", "content": "1" * (1 << 20)}]},
+            "messages",
+            "context_length_exceeded",
+            "characters",
+        ),
         ({"stop": [""]}, "stop", None, "empty"),
         ({"stop": ["a"] * 65}, "stop", None, "65 strings, expected at most 64"),
         ({"stop": "a" * 1025}, "stop", None, "1025 characters, expected at most 1024"),
@@ -438,6 +444,25 @@ def test_few_long_prompts_become_tokens_at_once_and_no_short_one_waits_for_them(
     slow_front.gate.set()
     assert all("room for 256" in str(each.exception()) for each in asked)
     assert len(slow_front.begun) == 6
+
+
+def test_few_long_bodies_become_json_at_once(slow_front, monkeypatch):
+    """One that was made for it takes 900 MB as JSON, and all that wait would hold theirs."""
+    begun, json_of = [], app._json_of
+
+    def slow(content):
+        if len(content) > 64 << 10:
+            begun.append(content)
+            assert slow_front.gate.wait(20)
+        return json_of(content)
+
+    monkeypatch.setattr(app, "_json_of", slow)
+    asked = [slow_front.ask_beside(LONG) for _ in range(4)]
+    wait_until(lambda: len(begun) == 2, what="the first two")
+    assert slow_front.ask("1+1=").usage.completion_tokens == 1
+    assert len(begun) == 2
+    slow_front.gate.set()
+    assert all("room for 256" in str(each.exception()) for each in asked)
 
 
 def test_a_long_prompt_whose_client_has_gone_does_not_wait_its_turn(slow_front):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
 import uuid
 from pathlib import Path
 
@@ -122,6 +125,34 @@ def test_shared_memory_that_no_living_guard_has_is_removed_by_the_next(tmp_path:
     for file in files["living"]:
         file.unlink()
     assert found == [True, False, False, True, True] and not own.exists()
+
+
+def test_other_users_read_neither_the_log_nor_what_passes_through_shared_memory(tmp_path: Path) -> None:
+    """Triton makes its region readable to all, under any umask; the log of errors may quote prompts."""
+    started = Started(tmp_path)
+    wait_until(lambda: started.shm.stat().st_mode & 0o777 == 0o600, what="its own region is private")
+    linked = tmp_path / "a file of ours"
+    linked.touch(0o644)
+    link = started.shm.with_name(f"{started.shm.name}2")
+    link.symlink_to(linked)
+    time.sleep(0.2)
+    started.process.stop()
+    assert linked.stat().st_mode & 0o777 == 0o644, "a link that another user may have put there"
+    assert started.log.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_pipe_in_the_place_of_a_mark_does_not_hold_up_the_start(tmp_path: Path) -> None:
+    pipe = Path("/dev/shm") / f"puzzle_test_{uuid.uuid4().hex[:8]}_guarded"
+    os.mkfifo(pipe)
+    try:
+        thread = threading.Thread(target=Started, args=[tmp_path], daemon=True)
+        thread.start()
+        thread.join(15)
+        assert not thread.is_alive()
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))  # lets go of who waits there
+        pipe.unlink(missing_ok=True)
 
 
 def test_a_process_can_wait_for_its_parents_end(tmp_path: Path) -> None:

@@ -54,6 +54,15 @@ def test_every_sampling_tensor_of_the_contract_is_known_to_sampling_params() -> 
     assert names <= set(SamplingParams.__dataclass_fields__)
 
 
+@pytest.mark.parametrize("max_seq_len", [32, 1 << 17])
+def test_a_text_far_beyond_the_context_is_refused_before_it_becomes_tokens(max_seq_len: int) -> None:
+    limits = RequestLimits(max_seq_len=max_seq_len)
+    longest = max(1 << 20, 32 * max_seq_len)
+    assert parse_request(tensors("a" * longest), limits).prompt == "a" * longest
+    with pytest.raises(RequestRefusedError, match=rf"text_input: the prompt is too long \(found {longest + 1} char"):
+        parse_request(tensors("a" * (longest + 1)), limits)
+
+
 def test_as_many_stop_strings_as_allowed() -> None:
     stops = ["\u00e9" * 1024] * 64
     assert (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import urllib.error
 import urllib.request
@@ -18,7 +19,13 @@ from puzzle_trtllm.errors import PuzzleError, ServeError
 from puzzle_trtllm.serve.client.tls import ClientTls
 from puzzle_trtllm.serve.client.triton_client import TritonLlmClient, generate
 from puzzle_trtllm.serve.triton.probe import http_status
-from puzzle_trtllm.serve.triton.security import GrpcTls, Restriction, restriction_of_options, tls_of_files
+from puzzle_trtllm.serve.triton.security import (
+    GrpcTls,
+    Restriction,
+    closed_to_all,
+    restriction_of_options,
+    tls_of_files,
+)
 from puzzle_trtllm.serve.triton.server import TritonServer
 from tests.front_door.cli import invoke
 from tests.serve.certificates import Authority
@@ -119,6 +126,36 @@ def grpc_index(server: TritonServer, headers: dict[str, str]) -> list[str]:
     """The models that NVIDIA's own client is told of."""
     with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
         return [model.name for model in client.get_model_repository_index(headers=headers).models]
+
+
+@pytest.mark.parametrize(
+    "path", ["repository/index", "systemsharedmemory/region/x/register", "cudasharedmemory/status", "logging"]
+)
+def test_administration_is_closed_where_nobody_has_a_secret_for_it(mutual: TritonServer, path: str) -> None:
+    request = urllib.request.Request(f"{mutual.http_url}/v2/{path}", data=b"{}", method="POST")
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=5)
+
+
+def test_what_is_closed_is_what_no_secret_opens() -> None:
+    every = ("model-repository", "shared-memory", "trace", "logging")
+    assert closed_to_all(None).protocols == every
+    assert closed_to_all(Restriction(protocols=("inference", "trace"), secret=SECRET)).protocols == (
+        *every[:2],
+        "logging",
+    )
+    assert closed_to_all(Restriction(protocols=every, secret=SECRET)) is None
+    assert closed_to_all(None).secret != closed_to_all(None).secret
+
+
+def test_no_secret_is_listed_with_the_processes_of_a_server_that_is_ready(engine) -> None:
+    restriction = Restriction(protocols=("statistics",), secret=SECRET)
+    with TritonServer(engine, restriction=restriction, **SCRIPTED) as server:
+        guard = int(Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()[1])
+        for pid in (server.pid, guard):
+            arguments = Path(f"/proc/{pid}/cmdline").read_text()
+            assert re.findall(r"puzzle-secret=([^\0]*)", arguments) == ["*" * len(SECRET)] * 2 + ["*" * 64] * 2
+        assert SECRET not in server.log_file.read_text()
 
 
 def test_the_repository_api_is_open_only_to_callers_with_the_secret(engine) -> None:

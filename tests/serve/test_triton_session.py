@@ -89,6 +89,21 @@ def test_a_long_text_becomes_tokens_while_other_streams_go_on(service) -> None:
     assert [each.prompt for each in service.llm.results] == ["hi", [ord(character) for character in text]]
 
 
+def test_a_text_on_which_the_tokenizer_panics_is_answered(service) -> None:
+    """A panic in Rust is no Exception; gpt-oss's tokenizer has one on ten million times the same letter."""
+
+    class PanicException(BaseException):
+        pass
+
+    def encode(text: str) -> list[int]:
+        raise PanicException("retry-limit-in-match over")
+
+    service.llm.tokenizer = SimpleNamespace(encode=encode)
+    sender = Sender()
+    accept(service, sender, text="a" * 10_000)
+    assert sender.error == ("INTERNAL", "generation failed: PanicException: retry-limit-in-match over")
+
+
 def test_few_long_texts_become_tokens_at_once(service) -> None:
     """Of clients that send one and leave, too: the thread goes on, and holds the memory, when nobody waits for it."""
     gate, begun = threading.Event(), []

@@ -1,17 +1,20 @@
 """Compiles the native CPU kernels on the machine that runs them, once, and keeps the library in the user's cache.
 
 The file's name holds a hash of the source, the compiler and the processor's features, so that a library is never used
-on a machine, or with a source, that it was not made for. It is written under a temporary name and renamed.
+on a machine, or with a source, that it was not made for. It is written under a temporary name and renamed. One that
+another user could have put there is never loaded: a cache in a shared place, or of the user who called sudo.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -23,6 +26,7 @@ SOURCE = Path(__file__).with_name("native.cpp")
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-w")
 TIMEOUT_SECONDS = 120.0
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class CompileError(Exception):
@@ -56,11 +60,23 @@ def default_cache() -> Path:
 
 
 def _load(compiler: str, flags: Sequence[str], target: Path) -> ctypes.CDLL:
+    folder = target.parent
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid == os.geteuid() and folder.stat().st_mode & _OTHERS_WRITE:
+        folder.chmod(0o700)
+    _require_own(folder)
     with contextlib.suppress(OSError):  # not there, or damaged
+        _require_own(target)
         return ctypes.CDLL(str(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
     _compile(compiler, flags, target)
     return ctypes.CDLL(str(target))
+
+
+def _require_own(path: Path) -> None:
+    """Raises PermissionError for what another user has made, or may change: what lies there is run."""
+    found = path.stat()
+    if found.st_uid not in (0, os.geteuid()) or found.st_mode & _OTHERS_WRITE:
+        raise PermissionError(errno.EPERM, "may be written by others", str(path))
 
 
 def _key(compiler: str, flags: Sequence[str]) -> str:
@@ -77,6 +93,7 @@ def _compile(compiler: str, flags: Sequence[str], target: Path) -> None:
         if code != 0:
             lines = words.strip().splitlines() or [f"exit code {code}"]
             raise CompileError(f"{compiler}: {next((line for line in lines if 'error' in line), lines[0])}")
+        made.chmod(0o700)  # whatever the umask
         with made.open("rb") as library:
             os.fsync(library.fileno())  # half a library after a power cut would be a bus error
         made.replace(target)

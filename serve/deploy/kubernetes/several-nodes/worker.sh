@@ -6,7 +6,8 @@ keys=${KEYS:-/etc/puzzle-ssh}
 folder=$(mktemp -d)
 mkdir -p /run/sshd
 install -m 600 "$keys/private" "$folder/host"
-install -m 600 "$keys/public" "$folder/authorized"
+# The key runs commands, and opens neither terminals nor tunnels.
+echo "restrict $(cat "$keys/public")" > "$folder/authorized"
 # Sessions start with an empty environment; mpirun's own helper is found by these two.
 cat > "$folder/config" <<CONFIG
 Port ${SSH_PORT:-2222}
