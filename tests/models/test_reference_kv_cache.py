@@ -82,6 +82,49 @@ def test_a_layout_stays_in_its_budget_and_holds_what_it_promises(budget, tokens,
         assert count >= promised * blocks_of_a_sequence(window, tokens, 8)
 
 
+@pytest.mark.parametrize(
+    ("window", "num_tokens", "blocks"),
+    [(None, 100, 13), (24, 100, 4), (25, 100, 5), (1, 100, 2), (24, 16, 2), (24, 25, 4), (None, 0, 0)],
+)
+def test_a_window_that_has_moved_on_straddles_one_block_of_8_more_than_it_fills(window, num_tokens, blocks):
+    assert blocks_of_a_sequence(window, num_tokens, 8) == blocks
+
+
+def test_a_layouts_bytes_are_those_of_its_pools():
+    cache = make_cache()
+    assert cache.layout.num_bytes == sum(pool.storage.nbytes for pool in cache.pools.values())
+
+
+ONE_OF_100_TOKENS = 4 * 2048 + 6 * 1024 + 13 * 1024
+"""Bytes, by hand: a block of 8 tokens is 8 x K and V x 2 heads x 16 x 2 = 1024 bytes a layer. Two layers have window
+24, 4 blocks a sequence; one has 40, 6 blocks; one none, 13 blocks."""
+
+
+@pytest.mark.parametrize(
+    ("budget", "changes", "blocks"),
+    [
+        # Two fit, and some bytes are left: the smallest window's need of another one first, then what there is room for.
+        (2 * ONE_OF_100_TOKENS + 10_000, {}, {24: 8 + 4, 40: 12 + 1, None: 26}),
+        (2 * ONE_OF_100_TOKENS + 20_000, {}, {24: 8 + 4, 40: 12 + 6, None: 26 + 5}),
+        # No more may run: the rest is of no use, unless prefixes are remembered, of whole prompts at most.
+        (9 * ONE_OF_100_TOKENS, {"max_sequences": 2}, {24: 8, 40: 12, None: 26}),
+        (9 * ONE_OF_100_TOKENS, {"max_sequences": 2, "reuse": True}, {24: 26, 40: 26, None: 26}),
+        # Prompts of 50 blocks: four times what running sequences hold.
+        (1 << 20, {"max_sequences": 2, "reuse": True, "sequence_tokens": 400}, {24: 32, 40: 48, None: 100}),
+        (ONE_OF_100_TOKENS - 1, {}, {24: 0, 40: 0, None: 0}),
+    ],
+)
+def test_a_budget_is_divided_by_hand(budget, changes, blocks):
+    layout = plan_layout(
+        toy_architecture([(4, 24), (4, None), (4, 40), (4, 24)]),
+        tokens_per_block=8,
+        dtype=torch.bfloat16,
+        budget_bytes=budget,
+        **{"sequence_tokens": 100, "max_sequences": 64, **changes},
+    )
+    assert layout.num_blocks == blocks
+
+
 @given(window=st.one_of(st.none(), st.integers(1, 60)), chunks=st.lists(st.integers(1, 50), min_size=1, max_size=12))
 def test_a_sequence_holds_the_blocks_of_what_it_can_still_see_and_no_more(window, chunks):
     cache = make_cache([(4, window)], tokens=1000, sequences=1)
