@@ -38,6 +38,12 @@ def test_rounds_that_were_not_measured_in_turn_are_not_paired(turns):
     assert paired.per_token_speedup.interval.high == pytest.approx(198 / 90)
 
 
+def test_a_baseline_that_stalled_in_a_round_has_no_range_of_ratios():
+    stalled = PARENT.model_copy(update={"output_tokens_per_s": Spread.of([100.0, 0.0, 110.0])})
+    result = compare(CHILD, stalled)
+    assert (result.per_token_speedup_range, result.per_token_speedup.value) == (None, 2.0)
+
+
 def test_request_rate_takes_the_length_of_the_answers_into_account():
     # requests/s: child 200/10, 200/40, 200/160; parent 100/10, 100/50, 100/100.
     rates = {name: e.relative_request_rate.value for name, e in compare(CHILD, PARENT).efforts.items()}
@@ -135,6 +141,14 @@ def test_what_would_mislead_is_refused_in_one_line(changes, message):
 
 def test_names_and_warm_ups_of_a_scenario_may_differ():
     compare(CHILD.model_copy(update=other_load(name="alias", warmup_requests=4, description="x")), PARENT)
+
+
+@pytest.mark.parametrize("unknown", [[CHILD], [PARENT], [CHILD, PARENT]])
+def test_evaluations_that_are_not_described_are_believed(unknown):
+    child, parent = (
+        engine.model_copy(update={"evaluation": None}) if engine in unknown else engine for engine in (CHILD, PARENT)
+    )
+    assert compare(child, parent).efforts["high"].accuracy_retention.value == pytest.approx(1.0)
 
 
 def test_a_swapped_pair_is_noticed():
