@@ -103,6 +103,13 @@ def test_what_cannot_be_computed_is_absent_with_its_reason_and_never_zero():
         catalogue.ITL_MS.of(MeasuredLoad.of([request(0, 400, [300])], concurrency=1))
 
 
+def test_a_window_in_which_no_token_arrived_is_an_error_and_no_rate_of_zero():
+    # Both in flight at 100; the first end after the last was sent is a failure's at 200, before any token.
+    run = [request(0, 900, [800, 900]), request(100, 200, status="failed"), request(100, 950, [950])]
+    with pytest.raises(BenchError, match="output_tokens_per_s: cannot be computed: no token arrived in the steady"):
+        compute_metrics(MeasuredLoad.of(run, concurrency=2))
+
+
 def test_zero_successful_requests_are_an_error_with_the_first_reason():
     broken = [request(0, 1, status="failed", error="UNAVAILABLE: queue is full") for _ in range(3)]
     with pytest.raises(BenchError, match=r"zero successful requests \(3 failed\); the first says: UNAVAILABLE: queue"):

@@ -79,6 +79,20 @@ def test_latencies_come_from_the_arrivals_in_the_window():
     assert (values.distributions["e2e_ms"].count, values.distributions["e2e_ms"].max) == (8, 2000)
 
 
+def test_an_open_loop_on_unknown_gpus_has_no_figure_per_gpu():
+    values = compute_metrics(MeasuredLoad.of_open_loop(STEADY))
+    assert "output_tokens_per_s_per_gpu" in values.absent
+    assert compute_metrics(MeasuredLoad.of_open_loop(STEADY, num_gpus=2)).scalars[
+        "output_tokens_per_s_per_gpu"
+    ] == pytest.approx(values.scalars["output_tokens_per_s"] / 2)
+
+
+def test_an_open_loop_without_an_answer_to_an_arrival_in_the_window_is_an_error():
+    failed = [request(i, i + 2, "failed") for i in range(3, 11)]
+    with pytest.raises(BenchError, match="no request that arrived in the steady window was answered"):
+        MeasuredLoad.of_open_loop([request(0, 2), request(1, 3), *failed])
+
+
 def test_a_run_that_is_over_before_anything_ended_has_no_window():
     with pytest.raises(BenchError, match=r"num_requests: too few for a steady window.*found 3"):
         open_window([request(i, 10) for i in range(3)])
