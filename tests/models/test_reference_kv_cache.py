@@ -103,7 +103,7 @@ ONE_OF_100_TOKENS = 4 * 2048 + 6 * 1024 + 13 * 1024
 @pytest.mark.parametrize(
     ("budget", "changes", "blocks"),
     [
-        # Two fit, and some bytes are left: the smallest window's need of another one first, then what there is room for.
+        # Two fit, and some bytes are left: the smallest window's need of another one first, then what has room.
         (2 * ONE_OF_100_TOKENS + 10_000, {}, {24: 8 + 4, 40: 12 + 1, None: 26}),
         (2 * ONE_OF_100_TOKENS + 20_000, {}, {24: 8 + 4, 40: 12 + 6, None: 26 + 5}),
         # No more may run: the rest is of no use, unless prefixes are remembered, of whole prompts at most.

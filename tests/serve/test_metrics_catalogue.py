@@ -81,6 +81,7 @@ def test_the_counts_tell_the_ways_of_ending_apart():
     assert (counts.completed, counts.truncated, counts.failed, counts.cancelled) == (2, 1, 1, 1)
     assert (counts.answered, counts.total) == (3, 5)
     assert str(counts) == "2 completed, 1 truncated, 1 failed, 1 cancelled"
+    assert (RequestCounts().total, str(RequestCounts()), str(RequestCounts(failed=2))) == (0, "none", "2 failed")
 
 
 def test_failed_requests_give_no_latency():
@@ -122,7 +123,8 @@ def test_every_metric_names_itself_once():
 
 
 def test_a_record_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="must ascend"):
-        request(5, 1)
+    for times in ((5, 1), (0, 9, [7, 6]), (5, 9, [4]), (0, 5, [6])):
+        with pytest.raises(ValueError, match="must ascend"):
+            request(*times)
     with pytest.raises(ValueError, match="must have tokens"):
         request(0, 1)
