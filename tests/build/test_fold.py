@@ -205,6 +205,12 @@ class TestWhatIsFolded:
             fold_scales(source, "tensor", quantized_q=True)
         assert fold_scales(source, "none", quantized_q=True).warnings == ()
 
+    def test_warns_of_every_layer(self, make_checkpoint):
+        source = Checkpoint.open(make_checkpoint(BLOCKS, kv_scales=SCALES))
+        calibration_file(source.path, q_amax=1e6)
+        warned = [warning.split(":")[0] for warning in fold_scales(source, "tensor").warnings]
+        assert warned == ["layer 0", "layer 1", "layer 2"]
+
     def test_says_that_queries_cannot_be_checked_without_the_calibration_file(self, make_checkpoint):
         source = Checkpoint.open(make_checkpoint(BLOCKS, kv_scales=SCALES))
         assert fold_scales(source, "tensor").warnings == ()
