@@ -257,6 +257,8 @@ class TestWindowShares:
         assert load.sequences(40) == 1 and load.sequences(39) == 0
         assert load.shares(40) == [0.75, 0.25] and format_shares([0.75, 0.25]) == "0.75,0.25"
         assert [load.needed(10, sequences) for sequences in (1, 2, 3)] == [10, 20, 20 + 4 + 2]
+        # one block a sequence: as many sequences as blocks
+        assert v1_load([200], 10, tokens_per_block=10).sequences(7) == 7
 
     @given(
         windows=st.lists(st.sampled_from([1, 31, 128, 1000, 8192, 131072, 10**6]), min_size=1, max_size=60),

@@ -29,17 +29,24 @@ FOLDS = [(0.0625, 8.0), (1.0, 0.25), (512.0, 1.0)]
 NUM_KV_HEADS, HEAD_DIM = 2, 16
 
 
-def calibration_file(folder: Path, *, seed: int = 0, layers: int = 3, q_amax: float = 1.0) -> dict[str, np.ndarray]:
-    """Write kv_calibration.safetensors with channels that differ by orders of magnitude, as outliers do."""
+def calibration_file(
+    folder: Path, *, seed: int = 0, layers: int = 3, q_amax: float | None = 1.0, v_amax: float = 0.0
+) -> dict[str, np.ndarray]:
+    """Write kv_calibration.safetensors with channels that differ by orders of magnitude, as outliers do.
+
+    `q_amax` None leaves the queries out; `v_amax` is one channel's of V in layer 0.
+    """
     rng = np.random.default_rng(seed)
     amax = {}
     for layer in range(layers):
         for kind, heads in (("k", NUM_KV_HEADS), ("v", NUM_KV_HEADS), ("q", 4)):
+            if kind == "q" and q_amax is None:
+                continue
             values = (
                 np.exp2(rng.uniform(-4, 14, (heads, HEAD_DIM))) if kind != "q" else np.full((heads, HEAD_DIM), q_amax)
             )
             amax[f"model.layers.{layer}.self_attn.{kind}_amax"] = values.astype(np.float32)
-    amax["model.layers.0.self_attn.v_amax"][0, 3] = 0.0
+    amax["model.layers.0.self_attn.v_amax"][0, 3] = v_amax
     scratch = folder / "scratch"
     scratch.mkdir()
     write_shards(scratch, [tensor_of(name, "F32", values) for name, values in amax.items()])
@@ -216,6 +223,9 @@ class TestWhatIsFolded:
         assert fold_scales(source, "tensor").warnings == ()
         (warning,) = fold_scales(source, "tensor", quantized_q=True).warnings
         assert "cannot be checked" in warning
+        calibration_file(source.path, q_amax=None)  # as a tool that looks at K and V alone would write it
+        assert fold_scales(source, "channel").warnings == ()
+        assert fold_scales(source, "channel", quantized_q=True).warnings == (warning,)
 
     def test_does_not_warn_below(self, make_checkpoint):
         source = Checkpoint.open(make_checkpoint(BLOCKS, kv_scales=SCALES))
@@ -274,6 +284,12 @@ class TestRefusals:
         folder = make_checkpoint(BLOCKS, kv_scales=SCALES)
         calibration_file(folder, layers=2)
         self.refused(folder, r"layers\.2\.self_attn\.k_amax: missing or of another shape", "channel")
+
+    @pytest.mark.parametrize("bad", [-0.5, float("nan"), float("inf")])
+    def test_channel_with_a_maximum_that_is_none(self, make_checkpoint, bad):
+        folder = make_checkpoint(BLOCKS, kv_scales=SCALES)
+        calibration_file(folder, v_amax=bad)
+        self.refused(folder, r"layers\.0\.self_attn\.v_amax: negative, NaN or infinite", "channel")
 
     def test_weights_that_are_not_bf16(self, make_checkpoint, tmp_path):
         source = Checkpoint.open(make_checkpoint(BLOCKS, kv_scales=SCALES))
