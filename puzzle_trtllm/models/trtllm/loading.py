@@ -10,7 +10,6 @@ one more weight must be noticed here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,17 +17,8 @@ import torch
 from puzzle_trtllm.errors import CheckpointError, EngineError
 from puzzle_trtllm.models.trtllm.experts import moe_weights, num_experts_of
 from puzzle_trtllm.models.trtllm.layers import LayerPlan
-from puzzle_trtllm.models.trtllm.names import ModulePlan, canonical_name, is_left_alone, module_plans, reason_to_drop
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadReport:
-    """What happened to modules and tensors."""
-
-    filled: tuple[str, ...]
-    left_alone: tuple[str, ...]
-    dropped: Mapping[str, str]
-    """Tensor -> reason."""
+from puzzle_trtllm.models.trtllm.names import ModulePlan, canonical_name, is_left_alone, module_plans
+from puzzle_trtllm.tensors import kv_scale_of
 
 
 def load_checkpoint(
@@ -38,21 +28,17 @@ def load_checkpoint(
     *,
     dtype: torch.dtype,
     quant_algo: object = None,
-) -> LoadReport:
+) -> None:
     """Fill `modules` (as `named_modules()` gives them) from `weights` (Hugging Face names).
 
     Raises EngineError for a module that is unknown, missing or met twice, and CheckpointError for a tensor that is
     missing, unused, or has another number of experts than the config says.
     """
     fills = module_plans(len(plans), weights)
-    dropped = _check_tensors(fills, weights)
-    filled: list[str] = []
-    left_alone: list[str] = []
+    _check_tensors(fills, weights)
+    filled: set[str] = set()
     for name, module in modules:
-        if not module._parameters:
-            continue
-        if is_left_alone(name):
-            left_alone.append(name)
+        if not module._parameters or is_left_alone(name):
             continue
         known = canonical_name(name)
         if known not in fills or known in filled:
@@ -61,11 +47,10 @@ def load_checkpoint(
                 f"TensorRT-LLM's gpt-oss changed: a module {problem}; see `puzzle-trtllm doctor`", key=name
             )
         _fill(module, fills[known], weights, plans, dtype, quant_algo)
-        filled.append(known)
-    missing = sorted(set(fills) - set(filled) - _tied_head(fills))
+        filled.add(known)
+    missing = sorted(set(fills) - filled - _tied_head(fills))
     if missing:
         raise EngineError("TensorRT-LLM's gpt-oss changed: modules expected and not found", found=", ".join(missing))
-    return LoadReport(filled=tuple(filled), left_alone=tuple(left_alone), dropped=dropped)
 
 
 def _tied_head(fills: Mapping[str, ModulePlan]) -> frozenset[str]:
@@ -74,19 +59,15 @@ def _tied_head(fills: Mapping[str, ModulePlan]) -> frozenset[str]:
     return frozenset({"lm_head"}) if tied else frozenset()
 
 
-def _check_tensors(fills: Mapping[str, ModulePlan], weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def _check_tensors(fills: Mapping[str, ModulePlan], weights: Mapping[str, torch.Tensor]) -> None:
     used = frozenset().union(*(plan.tensors for plan in fills.values()))
     missing = sorted(used - set(weights))
     if missing:
         raise CheckpointError("tensors are missing", found=f"{len(missing)}, first {missing[0]}")
-    dropped: dict[str, str] = {}
     for name in weights:
-        if name not in used:
-            reason = reason_to_drop(name)
-            if reason is None:
-                raise CheckpointError("a tensor that no module takes", key=name)
-            dropped[name] = reason
-    return dropped
+        # KV scales have no module: TensorRT-LLM's PyTorch backend holds them at 1, and `build` folds them.
+        if name not in used and kv_scale_of(name) is None:
+            raise CheckpointError("a tensor that no module takes", key=name)
 
 
 def _fill(

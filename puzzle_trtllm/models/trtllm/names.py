@@ -16,8 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from puzzle_trtllm.tensors import kv_scale_of
-
 FillKind = Literal["parts", "experts"]
 
 _PLACEHOLDER = re.compile(r"^model\.block\.\d+\.next_layer_layernorm$")
@@ -61,13 +59,6 @@ def canonical_name(module: str) -> str:
 def is_left_alone(module: str) -> bool:
     """Modules with parameters that are not the checkpoint's: placeholders, and a draft model loaded elsewhere."""
     return _PLACEHOLDER.match(module) is not None or _DRAFT.match(module) is not None
-
-
-def reason_to_drop(tensor: str) -> str | None:
-    """Why a tensor of the checkpoint is not used, or None if it must be."""
-    if kv_scale_of(tensor) is not None:
-        return "TensorRT-LLM's PyTorch backend holds KV scales at 1; fold them with `puzzle-trtllm build`"
-    return None
 
 
 def _layer(block: str, layer: str, names: frozenset[str]) -> Iterator[ModulePlan]:
