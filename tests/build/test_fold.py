@@ -16,6 +16,7 @@ from puzzle_trtllm.build.fold import fold_scales
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import rewrite_checkpoint, tensor_of, write_shards
 from puzzle_trtllm.errors import CheckpointError
+from puzzle_trtllm.kv_scales import channel_exponents
 from tests.toys import VOCAB_SIZE, change_values
 
 torch = pytest.importorskip("torch")
@@ -298,6 +299,20 @@ class TestRefusals:
         replace = {name: tensor_of(name, "F32", source.float32(name))}
         rewrite_checkpoint(source, tmp_path / "c", config=source.config, replace=replace)
         self.refused(tmp_path / "c", r"k_proj\.weight: cannot be folded .found F32, expected BF16")
+
+
+@pytest.mark.parametrize(
+    ("amax", "tensor_scale", "exponents"),
+    [
+        ([448.0, 449.0, 224.0, 1.0, 0.0], 2.0, [0, 1, -1, -8, 0]),  # the largest asks for 2 itself: no bit is spare
+        ([448.0, 449.0, 224.0, 1.0, 0.0], 8.0, [2, 3, 1, -6, 0]),  # two are, of every channel that was seen
+        ([448.0, 1.0], 0.5, [0, -8]),  # a scale too small for the largest takes no bit away
+        ([100.0, 1.0], 0.0, [-2, -8]),
+        ([0.0, 0.0], 2.0, [0, 0]),
+    ],
+)
+def test_every_channel_gets_the_spare_bits_of_the_whole_tensors_scale(amax, tensor_scale, exponents):
+    assert channel_exponents(np.array([amax], np.float32), tensor_scale).tolist() == [exponents]
 
 
 def test_kv_calibration_is_no_shard(make_checkpoint):
