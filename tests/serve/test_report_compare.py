@@ -193,6 +193,23 @@ def test_notes_say_what_a_reader_must_know():
     assert len(notes) == 9
 
 
+@pytest.mark.parametrize(
+    ("rounds", "overlap"),
+    [([111.0, 120.0], False), ([110.0, 120.0], True), ([80.0, 90.0], True), ([80.0, 89.0], False)],
+)
+def test_rounds_apart_from_the_baselines_range_resolve_the_difference_whoever_is_ahead(rounds, overlap):
+    """The parent's are 90 to 110; rounds that were not measured in turn."""
+    child = CHILD.model_copy(update={"output_tokens_per_s": Spread.of(rounds), "turns": None})
+    told = [note for note in notes_on([PARENT, child], baselines=["parent_bf16"], child="child") if "overlap" in note]
+    assert len(told) == overlap
+
+
+def test_every_baseline_has_its_notes_and_bf16_needs_no_scales():
+    other = PARENT.model_copy(update={"name": "other", "memory_bytes": 3000, "kv_fold": "none"})
+    notes = notes_on([PARENT, other, CHILD], baselines=["parent_bf16", "other"], child="child")
+    assert notes == ["child and other were given different memory."]
+
+
 def test_a_single_round_is_told_because_intervals_of_request_rates_leave_it_out():
     single = measurement("single", [100.0])
     assert notes_on([PARENT, single], baselines=["parent_bf16"], child="single")[0] == (
@@ -205,6 +222,13 @@ def test_a_single_round_is_told_because_intervals_of_request_rates_leave_it_out(
     [
         ([150.0, 135.0, 165.0], []),
         ([110.0, 99.0, 121.0], []),
+        (
+            [150.0, 90.0, 165.0],  # once as fast as the parent
+            [
+                "child and parent_bf16: not every round had the same one ahead, so their difference in throughput is "
+                "not resolved."
+            ],
+        ),
         (
             [110.0, 85.0, 121.0],
             [
