@@ -151,3 +151,12 @@ def test_admission_counts_what_sequences_may_still_claim():
     assert cache.num_free == cache.num_blocks, "admission alone claims nothing"
     cache.release(admitted.pop(), 100)
     assert cache.can_admit(100)
+
+
+@pytest.mark.parametrize("window", [24, None])
+def test_not_even_one_token_is_admitted_beside_sequences_that_may_claim_every_block(window):
+    cache = make_cache([(4, window)], tokens=100, sequences=2)
+    for _ in range(2):
+        assert cache.can_admit(100)
+        cache.admit(100)
+    assert not cache.can_admit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import zlib
 from collections import Counter
@@ -331,6 +332,41 @@ def test_penalties_lower_what_was_seen_in_the_prompt_too():
     choose_tokens(work, [row])
     # token 0: twice (2.0 / 2 - 0.2 - 2 * 0.1); token 2: once, in the prompt (-1.0 * 2 - 0.2 - 0.1)
     assert work[0].tolist() == pytest.approx([0.6, 1.9, -2.3, 0.5])
+
+
+def row_of(tokens=(1, 2), num_prompt_tokens=1, **rule):
+    rule = DecodingRule(max_tokens=9, **rule)
+    return Sequence(request_id=1, rule=rule, tokens=list(tokens), num_prompt_tokens=num_prompt_tokens, arrival_ns=0)
+
+
+def test_each_row_of_a_batch_is_chosen_by_its_own_rule_and_tells_the_models_log_probability():
+    """Neither temperature nor filters are in it; a row that did not ask for it gets none."""
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.9]]).repeat(4, 1)
+    sampled = {"greedy": False, "temperature": 100.0, "top_k": 3}
+    seed = next(
+        seed for seed in range(100) if choose_tokens(logits[:1].clone(), [row_of(**sampled, seed=seed)])[0] == [2]
+    )
+    rows = [
+        row_of(with_logprob=True),
+        row_of(**sampled, seed=seed, with_logprob=True),
+        row_of(),
+        row_of(end_ids=frozenset({1}), min_tokens=5, with_logprob=True),
+    ]
+    tokens, logprobs = choose_tokens(logits.clone(), rows)
+    assert tokens == [1, 2, 1, 3]
+    total = sum(math.exp(x) for x in (0.0, 3.0, 1.0, 2.9))
+    assert logprobs[0] == pytest.approx(3.0 - math.log(total), abs=1e-5)
+    assert logprobs[1] == pytest.approx(1.0 - math.log(total), abs=1e-5)
+    assert logprobs[2] is None
+    # Of what min_tokens leaves.
+    assert logprobs[3] == pytest.approx(2.9 - math.log(total - math.exp(3.0)), abs=1e-5)
+
+
+@pytest.mark.parametrize("generated", [0, 1, 2])
+def test_nothing_that_ends_a_request_is_chosen_before_min_tokens(generated):
+    rule = {"end_ids": frozenset({0}), "stop_ids": frozenset({1}), "min_tokens": 2}
+    row = row_of([5] * (3 + generated), 3, **rule)
+    assert choose_tokens(torch.tensor([[3.0, 2.0, 1.0]]), [row])[0] == [2 if generated < 2 else 0]
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e-308, 5e-324])
