@@ -275,6 +275,13 @@ def test_no_more_sequences_run_than_a_step_has_tokens():
     assert engine.stats["numActiveRequests"] == 4
 
 
+def test_a_step_is_filled_to_its_last_token_and_nobody_is_in_it_with_none():
+    engine = make_engine(max_num_tokens=7)
+    for request_id, prompt in enumerate((3, 3, 9, 2)):
+        submit(engine, request_id, prompt, max_tokens=10)
+    assert [(s.request_id, count) for s, count in engine.scheduler.schedule(0)] == [(0, 3), (1, 3), (2, 1)]
+
+
 def test_reports_come_every_interval_and_lose_no_token():
     engine = make_engine()
     submit(engine, 1, 4, max_tokens=23, report_every=10)
