@@ -105,6 +105,7 @@ ONE_OF_100_TOKENS = 4 * 2048 + 6 * 1024 + 13 * 1024
     [
         # Two fit, and some bytes are left: the smallest window's need of another one first, then what has room.
         (2 * ONE_OF_100_TOKENS + 10_000, {}, {24: 8 + 4, 40: 12 + 1, None: 26}),
+        (1 * ONE_OF_100_TOKENS + 10_000, {}, {24: 4 + 4, 40: 6 + 1, None: 13}),
         (2 * ONE_OF_100_TOKENS + 20_000, {}, {24: 8 + 4, 40: 12 + 6, None: 26 + 5}),
         # No more may run: the rest is of no use, unless prefixes are remembered, of whole prompts at most.
         (9 * ONE_OF_100_TOKENS, {"max_sequences": 2}, {24: 8, 40: 12, None: 26}),

@@ -145,8 +145,9 @@ def test_intervals_come_from_single_answers_and_say_so_where_there_are_none():
 def test_intervals_are_the_childs_over_the_baselines():
     """The child is right half as often, twice as long and thrice as fast, at every problem: no interval may hold the
     reciprocal."""
-    ours = {"high": with_outcomes(lambda i: i % 2 == 0, lambda i: 200 + i % 2)}
-    theirs = {"high": with_outcomes(lambda i: i % 20 != 1, lambda i: 100 + i % 3)}
+    brief = with_outcomes(lambda i: i % 2 == 0, lambda i: 50 + i % 2)
+    ours = {"low": brief, "high": with_outcomes(lambda i: i % 2 == 0, lambda i: 200 + i % 2)}
+    theirs = {"low": brief, "high": with_outcomes(lambda i: i % 20 != 1, lambda i: 100 + i % 3)}
     child = measurement("child", [300.0, 301.0, 302.0], efforts=ours)
     result = compare(child, measurement("parent", [100.0, 101.0, 101.0], efforts=theirs))
     high = result.efforts["high"]
@@ -155,6 +156,10 @@ def test_intervals_are_the_childs_over_the_baselines():
     assert 1.9 < high.relative_output_tokens.interval.low < high.relative_output_tokens.interval.high < 2.1
     for rate in (high.relative_request_rate, high.relative_request_rate_to_high):
         assert 1.4 < rate.interval.low < rate.interval.high < 1.6
+    low = result.efforts["low"]
+    assert 2.9 < low.relative_request_rate.interval.low < low.relative_request_rate.interval.high < 3.1
+    to_high = low.relative_request_rate_to_high  # thrice as fast, and half as long as the baseline at high effort
+    assert 5.8 < to_high.interval.low < to_high.value < to_high.interval.high < 6.3
 
 
 def test_two_rounds_have_an_interval_one_has_none():
