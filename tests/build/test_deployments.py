@@ -291,6 +291,10 @@ class TestWindowShares:
         assert load.sequences(40) == 1 and load.sequences(39) == 0
         assert load.shares(40) == [0.75, 0.25] and format_shares([0.75, 0.25]) == "0.75,0.25"
         assert [load.needed(10, sequences) for sequences in (1, 2, 3)] == [10, 20, 20 + 4 + 2]
+        # Where sequences may be evicted, windows are counted with what they keep.
+        evicting = v1_load([10, 10, 10, 200], 100, chunk=20, tokens_per_block=10, evicts=True)
+        assert [evicting.reserved(window) for window in (10, 100)] == [2, 10]
+        assert [evicting.needed(10, sequences) for sequences in (1, 2, 20)] == [10, 20, 24 + 18 * 2]
         # one block a sequence: as many sequences as blocks
         assert v1_load([200], 10, tokens_per_block=10).sequences(7) == 7
 
