@@ -55,7 +55,7 @@ class V1Load:
         return dict(sorted(Counter(self.windows).items()))
 
     def reserved(self, window: int) -> int:
-        """Blocks of one layer that a sequence is counted with until it ends: all that it holds where no window slides."""
+        """Blocks of one layer that a sequence is counted with until it ends: all of it where no window slides."""
         if self.evicts:
             return self._kept(window)
         reach = window + self.chunk

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puzzle_trtllm.architecture import PuzzleArchitecture
+from puzzle_trtllm.build import window_shares
 from puzzle_trtllm.build.derived_values import to_nested
 from puzzle_trtllm.build.engine_build import build_engine, explain
 from puzzle_trtllm.build.expert_layout import expert_cut, warn_of_cut
@@ -291,6 +292,8 @@ class TestWindowShares:
         assert load.sequences(40) == 1 and load.sequences(39) == 0
         assert load.shares(40) == [0.75, 0.25] and format_shares([0.75, 0.25]) == "0.75,0.25"
         assert [load.needed(10, sequences) for sequences in (1, 2, 3)] == [10, 20, 20 + 4 + 2]
+        # Parts of 4096 that a small pool needs are rounded up, 2.25 to 3; the largest, 4093.7, takes what is left.
+        assert window_shares._on_grid([11, 20_000]) == [3, 4093]
         # Where sequences may be evicted, windows are counted with what they keep.
         evicting = v1_load([10, 10, 10, 200], 100, chunk=20, tokens_per_block=10, evicts=True)
         assert [evicting.reserved(window) for window in (10, 100)] == [2, 10]
