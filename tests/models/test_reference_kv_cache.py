@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from puzzle_trtllm.kv_layout import blocks_of_a_sequence, plan_layout
 from puzzle_trtllm.models.reference.kernels.kv_storage import expand_e4m3, store
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
+from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
 from tests.toys import toy_architecture
 
 CPU = torch.device("cpu")
@@ -161,3 +162,18 @@ def test_not_even_one_token_is_admitted_beside_sequences_that_may_claim_every_bl
         assert cache.can_admit(100)
         cache.admit(100)
     assert not cache.can_admit(1)
+
+
+def test_a_step_puts_decoding_sequences_before_prompt_chunks():
+    cache = make_cache()
+
+    def part(num_tokens: int, start: int) -> SequenceStep:
+        return SequenceStep(tokens=[5] * num_tokens, start=start, blocks=cache.admit(40), wants_logits=True)
+
+    step = plan_step([part(1, 9), part(1, 3), part(4, 0), part(1, 0)], cache)
+    assert (step.num_decodes, step.chunks.lengths.tolist(), step.chunks.longest) == (2, [4, 1], 4)
+    assert step.positions.tolist() == [9, 3, 0, 1, 2, 3, 0]
+    assert step.logit_rows.tolist() == [0, 1, 5, 6]
+    for wrong in ([part(4, 0), part(1, 9)], [part(1, 0), part(1, 9)]):
+        with pytest.raises(ValueError, match="decoding sequences must come before"):
+            plan_step(wrong, cache)
