@@ -94,9 +94,9 @@ def find_room(
     fraction = values.get("kv_cache_config.free_gpu_memory_fraction") or FREE_FRACTION[config.parallel]
     assumptions = Assumptions(memory_fraction=fraction, max_num_tokens=max_num_tokens, max_batch_size=128)
     memory = plan_memory(architecture, gpu, layout, assumptions)
-    pool = memory.kv_pool
-    if config.memory_bytes is not None:
-        pool = min(pool, max(0, config.memory_bytes - memory.weights.total))
+    pool, limit, remedy = memory.kv_pool, "num_gpus", "more GPUs"
+    if config.memory_bytes is not None and config.memory_bytes - memory.weights.total < pool:
+        pool, limit, remedy = max(0, config.memory_bytes - memory.weights.total), "memory_bytes", "more memory_bytes"
     load = _v1_load(architecture, values, scenario, max_num_tokens)
     kv = KvGeometry.of(architecture, config.kv_dtype, layout)
     block_bytes = load.tokens_per_block * kv.bytes_per_token_and_layer
@@ -107,9 +107,9 @@ def find_room(
         raise ConfigError(
             f"{size} x {gpu.name} cannot hold one sequence of {values.get('max_seq_len')} tokens",
             file=file,
-            key="num_gpus",
+            key=limit,
             found=f"{pool / 2**30:.1f} GiB for the KV cache beside {memory.weights.total / 2**30:.1f} GiB of weights",
-            expected=f"at least {needed / 2**30:.2f} GiB: more GPUs, kv_dtype fp8, or shorter sequences",
+            expected=f"at least {needed / 2**30:.2f} GiB: {remedy}, kv_dtype fp8, or shorter sequences",
         )
     return Room(
         gpu=gpu,

@@ -55,9 +55,7 @@ class V1Load:
         return dict(sorted(Counter(self.windows).items()))
 
     def reserved(self, window: int) -> int:
-        """Blocks of one layer that a sequence is counted with until it ends."""
-        if window >= self.longest:
-            return self._blocks(self.held)
+        """Blocks of one layer that a sequence is counted with until it ends: all of it where no window slides."""
         if self.evicts:
             return self._kept(window)
         reach = window + self.chunk

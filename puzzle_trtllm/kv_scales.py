@@ -41,8 +41,7 @@ def k_channel_exponents(amax_KDh: NDArray[np.float32], tensor_scale: float) -> N
 def channel_exponents(amax_KDh: NDArray[np.float32], tensor_scale: float) -> NDArray[np.int32]:
     """ceil(log2(amax / 448)) of every channel, plus the spare bits that the whole tensor's scale has."""
     exponents = np.array([fold_exponent(float(a) / E4M3_MAX) for a in amax_KDh.reshape(-1)], dtype=np.int32)
-    whole = float(amax_KDh.max())
-    spare = max(fold_exponent(tensor_scale) - fold_exponent(whole / E4M3_MAX), 0)
-    if whole > 0 and tensor_scale > 0:
+    spare = max(fold_exponent(tensor_scale) - fold_exponent(float(amax_KDh.max()) / E4M3_MAX), 0)
+    if tensor_scale > 0:
         exponents[amax_KDh.reshape(-1) > 0] += spare
     return exponents.reshape(amax_KDh.shape)

@@ -58,7 +58,8 @@ def shared_scales(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     if not np.isfinite(amax).all():
         raise ValueError("NaN or infinity cannot be stored in MXFP4")
     exponent = np.where(amax > 0, np.frexp(amax)[1] - 1 - 2, 0)
-    return (np.clip(exponent, -SCALE_BIAS, SCALE_NAN - 1 - SCALE_BIAS) + SCALE_BIAS).astype(np.uint8)
+    # The largest float32 needs 2^125: no scale reaches the byte of the NaN.
+    return (np.maximum(exponent, -SCALE_BIAS) + SCALE_BIAS).astype(np.uint8)
 
 
 def _nearest_code(magnitude: NDArray[np.float32]) -> NDArray[np.uint8]:

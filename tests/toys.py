@@ -57,6 +57,7 @@ def toy_architecture(
     experts_per_token: int = 2,
     max_position_embeddings: int = 512,
     experts_format: ExpertsFormat = "mxfp4",
+    tie_word_embeddings: bool = False,
 ) -> PuzzleArchitecture:
     """An architecture with these blocks; YaRN stretches 64 positions by 8, so that short texts reach its blend."""
     return PuzzleArchitecture(
@@ -73,6 +74,7 @@ def toy_architecture(
             theta=150000.0, rope_type="yarn", factor=8.0, original_max_position_embeddings=64, truncate=False
         ),
         experts_format=experts_format,
+        tie_word_embeddings=tie_word_embeddings,
     )
 
 

@@ -74,10 +74,9 @@ def _dominated_shares(engines: Sequence[EngineMeasurement]) -> list[float] | Non
     for index in range(len(places)):
         beaten = np.zeros(RESAMPLES, dtype=bool)
         for other in range(len(places)):
-            if other != index:
-                no_worse = (rates[other] >= rates[index]) & (accuracies[other] >= accuracies[index])
-                better = (rates[other] > rates[index]) | (accuracies[other] > accuracies[index])
-                beaten |= no_worse & better
+            no_worse = (rates[other] >= rates[index]) & (accuracies[other] >= accuracies[index])
+            better = (rates[other] > rates[index]) | (accuracies[other] > accuracies[index])
+            beaten |= no_worse & better
         shares.append(float(beaten.mean()))
     return shares
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from puzzle_trtllm.serve.metrics.statistics import Ratio
 from puzzle_trtllm.serve.metrics.units import show_bytes, show_percent, show_ratio
 from puzzle_trtllm.serve.report.compare import Comparison
 from puzzle_trtllm.serve.report.frontier import FrontierPoint
@@ -80,22 +79,14 @@ def headline_tiles(report: Report) -> list[Tile]:
                 detail=f"{ours.accuracy:.1%} against {theirs.accuracy:.1%}",
             )
         )
-    tiles.append(_bytes_tile("weights", first.weight_bytes_ratio, child.weight_bytes, baseline.weight_bytes))
-    tiles.append(
-        _bytes_tile(
-            "KV cache of a sequence",
-            first.kv_bytes_per_sequence_ratio,
-            child.kv_bytes_per_sequence,
-            baseline.kv_bytes_per_sequence,
-        )
-    )
+    tiles.append(_bytes_tile("weights", child.weight_bytes, baseline.weight_bytes))
+    tiles.append(_bytes_tile("KV cache of a sequence", child.kv_bytes_per_sequence, baseline.kv_bytes_per_sequence))
     return tiles
 
 
-def _bytes_tile(caption: str, ratio: Ratio, ours: int, theirs: int) -> Tile:
-    change = (ratio.value or 0) - 1
+def _bytes_tile(caption: str, ours: int, theirs: int) -> Tile:
     return Tile(
-        figure=f"{change:+.0%}".replace("-", "−"),
+        figure=f"{ours / theirs - 1:+.0%}".replace("-", "−"),
         caption=caption,
         detail=f"{show_bytes(ours)} against {show_bytes(theirs)}",
     )

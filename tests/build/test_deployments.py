@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puzzle_trtllm.architecture import PuzzleArchitecture
+from puzzle_trtllm.build import window_shares
 from puzzle_trtllm.build.derived_values import to_nested
 from puzzle_trtllm.build.engine_build import build_engine, explain
 from puzzle_trtllm.build.expert_layout import expert_cut, warn_of_cut
@@ -28,6 +29,7 @@ from puzzle_trtllm.build.planner.allocators import tuned_shares
 from puzzle_trtllm.build.planner.assumptions import Assumptions
 from puzzle_trtllm.build.planner.kv_cache import KvGeometry
 from puzzle_trtllm.build.planner.layout import Layout
+from puzzle_trtllm.build.planner.weights import weights_per_gpu
 from puzzle_trtllm.build.window_shares import V1Load, format_shares, held_tokens
 from puzzle_trtllm.engine import EngineConfig, load_engine_config
 from puzzle_trtllm.errors import ConfigError
@@ -110,6 +112,39 @@ class TestDerived:
         needed = {n: 18 * (8704 + (n - 2) * 5) + 8 * (8704 + (n - 2) * 257) + n * 10 * 4096 for n in (15, 16)}
         assert needed[15] * 32 * 1024 / 2**30 < pool_gib < needed[16] * 32 * 1024 / 2**30
         assert values["max_batch_size"].value == 15
+
+    @pytest.mark.parametrize("sequences", [3, 8])
+    def test_a_memory_cap_is_what_the_pool_is_counted_from(self, sequences):
+        """As above; 5 of 1000 more than so many need, as shares are multiples of 1/4096, are not enough for another."""
+        weights = weights_per_gpu(PuzzleArchitecture.from_path(CHILD), Layout(kind="tp", gpus_per_replica=1)).total
+        others = sequences - 2
+        blocks = 18 * (8704 + others * 5) + 8 * (8704 + others * 257) + sequences * 10 * 4096
+        cap = weights + int(blocks * 32 * 1024 * 1.005)
+        found = arguments(kv_dtype="fp8", memory_bytes=cap)
+        assert found["max_batch_size"] == sequences
+        assert found["kv_cache_config"]["max_gpu_total_bytes"] == cap - weights
+
+    def test_blocks_of_another_size_are_counted_in_that_size(self):
+        config = EngineConfig(
+            runtime="tensorrt_llm", gpu="h100-80gb", scenario="long", kv_dtype="fp8",
+            llm_args={"kv_cache_config": {"tokens_per_block": 128}},
+        )  # fmt: skip
+        reason = next(v.reason for v in explain(CHILD, config=config) if v.key == "max_batch_size")
+        # 8320 tokens are 65 blocks and 16384 are 128, of 128 KiB a layer, and one more while the window slides.
+        assert f"{(18 * 66 + 8 * 129 + 10 * 1024) * 128 * 1024 / 2**30:.3f} GiB a sequence" in reason
+
+    def test_what_one_sequence_needs_is_told_where_none_fits(self):
+        """All 36 layers of a prompt of 131072 tokens, laid out whole: 36 x 4096 blocks of 32 KiB."""
+        with pytest.raises(ConfigError, match=r"memory_bytes: .*found 0\.0 GiB for.*at least 4\.50 GiB: more memory_b"):
+            arguments(kv_dtype="fp8", memory_bytes=1)
+
+    def test_a_smaller_fraction_of_the_memory_holds_fewer_sequences(self):
+        small, whole = (
+            arguments(kv_dtype="fp8", llm_args={"kv_cache_config": {"free_gpu_memory_fraction": fraction}})
+            for fraction in (0.5, 1.0)
+        )
+        assert small["kv_cache_config"]["free_gpu_memory_fraction"] == 0.5
+        assert small["max_batch_size"] < arguments(kv_dtype="fp8")["max_batch_size"] < whole["max_batch_size"]
 
     def test_graphs_end_at_the_batch_limit(self):
         assert graph_sizes(1) == [1] and graph_sizes(6) == [1, 2, 4, 6] and graph_sizes(8) == [1, 2, 4, 8]
@@ -257,6 +292,14 @@ class TestWindowShares:
         assert load.sequences(40) == 1 and load.sequences(39) == 0
         assert load.shares(40) == [0.75, 0.25] and format_shares([0.75, 0.25]) == "0.75,0.25"
         assert [load.needed(10, sequences) for sequences in (1, 2, 3)] == [10, 20, 20 + 4 + 2]
+        # Parts of 4096 that a small pool needs are rounded up, 2.25 to 3; the largest, 4093.7, takes what is left.
+        assert window_shares._on_grid([11, 20_000]) == [3, 4093]
+        # Where sequences may be evicted, windows are counted with what they keep.
+        evicting = v1_load([10, 10, 10, 200], 100, chunk=20, tokens_per_block=10, evicts=True)
+        assert [evicting.reserved(window) for window in (10, 100)] == [2, 10]
+        assert [evicting.needed(10, sequences) for sequences in (1, 2, 20)] == [10, 20, 24 + 18 * 2]
+        # one block a sequence: as many sequences as blocks
+        assert v1_load([200], 10, tokens_per_block=10).sequences(7) == 7
 
     @given(
         windows=st.lists(st.sampled_from([1, 31, 128, 1000, 8192, 131072, 10**6]), min_size=1, max_size=60),

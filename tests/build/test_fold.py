@@ -16,6 +16,7 @@ from puzzle_trtllm.build.fold import fold_scales
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import rewrite_checkpoint, tensor_of, write_shards
 from puzzle_trtllm.errors import CheckpointError
+from puzzle_trtllm.kv_scales import channel_exponents
 from tests.toys import VOCAB_SIZE, change_values
 
 torch = pytest.importorskip("torch")
@@ -29,17 +30,24 @@ FOLDS = [(0.0625, 8.0), (1.0, 0.25), (512.0, 1.0)]
 NUM_KV_HEADS, HEAD_DIM = 2, 16
 
 
-def calibration_file(folder: Path, *, seed: int = 0, layers: int = 3, q_amax: float = 1.0) -> dict[str, np.ndarray]:
-    """Write kv_calibration.safetensors with channels that differ by orders of magnitude, as outliers do."""
+def calibration_file(
+    folder: Path, *, seed: int = 0, layers: int = 3, q_amax: float | None = 1.0, v_amax: float = 0.0
+) -> dict[str, np.ndarray]:
+    """Write kv_calibration.safetensors with channels that differ by orders of magnitude, as outliers do.
+
+    `q_amax` None leaves the queries out; `v_amax` is one channel's of V in layer 0.
+    """
     rng = np.random.default_rng(seed)
     amax = {}
     for layer in range(layers):
         for kind, heads in (("k", NUM_KV_HEADS), ("v", NUM_KV_HEADS), ("q", 4)):
+            if kind == "q" and q_amax is None:
+                continue
             values = (
                 np.exp2(rng.uniform(-4, 14, (heads, HEAD_DIM))) if kind != "q" else np.full((heads, HEAD_DIM), q_amax)
             )
             amax[f"model.layers.{layer}.self_attn.{kind}_amax"] = values.astype(np.float32)
-    amax["model.layers.0.self_attn.v_amax"][0, 3] = 0.0
+    amax["model.layers.0.self_attn.v_amax"][0, 3] = v_amax
     scratch = folder / "scratch"
     scratch.mkdir()
     write_shards(scratch, [tensor_of(name, "F32", values) for name, values in amax.items()])
@@ -205,11 +213,20 @@ class TestWhatIsFolded:
             fold_scales(source, "tensor", quantized_q=True)
         assert fold_scales(source, "none", quantized_q=True).warnings == ()
 
+    def test_warns_of_every_layer(self, make_checkpoint):
+        source = Checkpoint.open(make_checkpoint(BLOCKS, kv_scales=SCALES))
+        calibration_file(source.path, q_amax=1e6)
+        warned = [warning.split(":")[0] for warning in fold_scales(source, "tensor").warnings]
+        assert warned == ["layer 0", "layer 1", "layer 2"]
+
     def test_says_that_queries_cannot_be_checked_without_the_calibration_file(self, make_checkpoint):
         source = Checkpoint.open(make_checkpoint(BLOCKS, kv_scales=SCALES))
         assert fold_scales(source, "tensor").warnings == ()
         (warning,) = fold_scales(source, "tensor", quantized_q=True).warnings
         assert "cannot be checked" in warning
+        calibration_file(source.path, q_amax=None)  # as a tool that looks at K and V alone would write it
+        assert fold_scales(source, "channel").warnings == ()
+        assert fold_scales(source, "channel", quantized_q=True).warnings == (warning,)
 
     def test_does_not_warn_below(self, make_checkpoint):
         source = Checkpoint.open(make_checkpoint(BLOCKS, kv_scales=SCALES))
@@ -269,6 +286,12 @@ class TestRefusals:
         calibration_file(folder, layers=2)
         self.refused(folder, r"layers\.2\.self_attn\.k_amax: missing or of another shape", "channel")
 
+    @pytest.mark.parametrize("bad", [-0.5, float("nan"), float("inf")])
+    def test_channel_with_a_maximum_that_is_none(self, make_checkpoint, bad):
+        folder = make_checkpoint(BLOCKS, kv_scales=SCALES)
+        calibration_file(folder, v_amax=bad)
+        self.refused(folder, r"layers\.0\.self_attn\.v_amax: negative, NaN or infinite", "channel")
+
     def test_weights_that_are_not_bf16(self, make_checkpoint, tmp_path):
         source = Checkpoint.open(make_checkpoint(BLOCKS, kv_scales=SCALES))
         name = "model.layers.0.self_attn.k_proj.weight"
@@ -276,6 +299,20 @@ class TestRefusals:
         replace = {name: tensor_of(name, "F32", source.float32(name))}
         rewrite_checkpoint(source, tmp_path / "c", config=source.config, replace=replace)
         self.refused(tmp_path / "c", r"k_proj\.weight: cannot be folded .found F32, expected BF16")
+
+
+@pytest.mark.parametrize(
+    ("amax", "tensor_scale", "exponents"),
+    [
+        ([448.0, 449.0, 224.0, 1.0, 0.0], 2.0, [0, 1, -1, -8, 0]),  # the largest asks for 2 itself: no bit is spare
+        ([448.0, 449.0, 224.0, 1.0, 0.0], 8.0, [2, 3, 1, -6, 0]),  # two are, of every channel that was seen
+        ([448.0, 1.0], 0.5, [0, -8]),  # a scale too small for the largest takes no bit away
+        ([100.0, 1.0], 0.0, [-2, -8]),
+        ([0.0, 0.0], 2.0, [0, 0]),
+    ],
+)
+def test_every_channel_gets_the_spare_bits_of_the_whole_tensors_scale(amax, tensor_scale, exponents):
+    assert channel_exponents(np.array([amax], np.float32), tensor_scale).tolist() == [exponents]
 
 
 def test_kv_calibration_is_no_shard(make_checkpoint):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from puzzle_trtllm.calibration import expert_scores
 from puzzle_trtllm.calibration.expert_choices import TokenChoices, observe_choices
 from puzzle_trtllm.calibration.expert_scores import (
     SCORES,
@@ -218,6 +220,33 @@ def test_whoever_is_never_asked_goes_first(choices, score):
     assert first_asked >= min(1, choices.num_experts - len(asked))
 
 
+def test_one_who_can_be_replaced_at_no_cost_still_goes_after_those_whom_nobody_asks():
+    """All answer alike, so that no score is above 0; but the only token asks 2, and 1 and 0 are never routed to."""
+    choices = choices_of([[2, 1, 0]], np.full((3, 1), 2.0), top_k=1)
+    assert one_shot(choices, "output-error").tolist() == [0, 0, 0]
+    assert removal_order(choices, "output-error").tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_scores_do_not_depend_on_how_many_tokens_are_looked_at_at_once(layer, score, monkeypatch):
+    def everything() -> list[Any]:
+        error = relative_error(layer.choices, [0, 1, 4, 6])
+        return [one_shot(layer.choices, score), importance(layer.choices, score, "iterative"), error]
+
+    at_once = everything()
+    monkeypatch.setattr(expert_scores, "_TOKENS_AT_ONCE", 7)
+    for ours, theirs in zip(everything(), at_once, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_what_all_logits_of_a_token_share_does_not_matter(score):
+    choices = choices_of([[0, 1, 2], [1, 2, 0], [2, 0, 1]], np.array([[1.0, 0], [2, 1], [0, 5]]), top_k=2)
+    shifted = dataclasses.replace(choices, logits=choices.logits - np.float32(2000))
+    np.testing.assert_array_equal(one_shot(shifted, score), one_shot(choices, score))
+    assert one_shot(choices, score).min() > 0
+
+
 # -- what a child's counts cost ----------------------------------------------------------------------------------------
 
 
@@ -230,6 +259,7 @@ def test_the_error_of_a_set_is_that_of_the_smaller_layer(layer):
         assert relative_error(layer.choices, kept) == pytest.approx(expected, rel=1e-4)
         assert share_out_of_choices(layer.choices, kept) == 0
     assert relative_error(layer.choices, range(NUM_EXPERTS)) == 0
+    assert relative_error(choices_of([[0, 1], [1, 0]], np.zeros((2, 2)), top_k=1), [0]) == 0
     few, kept = with_choices(layer.choices, TOP_K + 1), [0, 1, 2]
     gone = (~np.isin(few.chosen, kept)).sum(axis=1)
     assert share_out_of_choices(few, kept) == pytest.approx((gone > 1).mean())

@@ -143,6 +143,18 @@ def test_storage_quality_equals_a_table_lookup():
     assert quality.snr_db == pytest.approx(expected_snr, rel=1e-9)
 
 
+def test_the_largest_value_is_not_cut_off_and_zero_is_not_flushed():
+    values = torch.tensor([448.0, 449.0, -448.0, 0.0, 2.0**-11, -(2.0**-8)])  # half of the smallest, 2^-9, is 2^-10
+    quality = storage_quality(storage_sums(values, torch.tensor(1.0)))
+    assert (quality.saturated_share, quality.flushed_share) == (pytest.approx(1 / 6), pytest.approx(1 / 6))
+
+
+def test_the_signal_to_noise_ratio_does_not_depend_on_the_unit():
+    values = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    large, small = (storage_quality(storage_sums(values * unit, torch.tensor(unit))) for unit in (1.0, 2.0**-20))
+    assert small.snr_db == pytest.approx(large.snr_db)
+
+
 def test_storage_quality_without_signal_or_error():
     assert storage_quality(storage_sums(torch.zeros(4, 4), torch.tensor(1.0))).snr_db is None
     assert storage_quality(storage_sums(torch.ones(4, 4), torch.tensor(1.0))).snr_db is None

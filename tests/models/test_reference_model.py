@@ -107,6 +107,13 @@ def test_logits_equal_transformers_at_every_position(make_checkpoint, blocks, ex
     assert (torch.cat(rows) - expected[69:]).abs().max() < 1e-4
 
 
+def test_logits_of_a_tied_head_equal_transformers(make_checkpoint):
+    folder = make_checkpoint(CHILD, tie_word_embeddings=True)
+    tokens = tokens_of(50, seed=1)
+    driver = Driver(folder)
+    assert (driver.step((driver.add(tokens), 0, 50))[-1] - oracle_logits(folder, tokens)[-1]).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("chunks", [[1, 1, 1, 97], [13, 50, 37], [100], [99, 1], [64, 8, 28]])
 def test_any_chunking_of_the_prompt_gives_the_same_logits(make_checkpoint, chunks):
     folder = make_checkpoint(CHILD)

@@ -125,6 +125,28 @@ def test_the_longest_prefix_is_found_whatever_blocks_are_gone(data):
         assert own.blocks == pool.table.find(keys[first:longest]) and own.first_block == first
 
 
+@pytest.mark.parametrize(
+    ("window", "num_tokens", "block"), [(None, 80, 0), (8, 16, 1), (9, 16, 1), (10, 16, 0), (1, 16, 2), (24, 16, 0)]
+)
+def test_the_next_token_sees_itself_and_a_window_less_one_of_tokens_before_it(window, num_tokens, block):
+    assert first_visible_block(window, num_tokens, 8) == block
+
+
+def test_reuse_is_counted_in_blocks_of_prompts_of_every_group():
+    cache = make_cache()  # four groups, blocks of 8
+    assert cache.count_reuse(21, 16) == (2 * 4, 3 * 4 - 2 * 4)
+    assert cache.count_reuse(24, 0) == (0, 12)
+
+
+def test_a_block_is_in_use_by_one_and_keeps_the_first_key_it_is_known_by():
+    table = BlockTable(2)
+    block = table.take()
+    assert [table.is_in_use(block), table.is_in_use(1 - block)] == [True, False]
+    table.remember(block, b"first")
+    table.remember(block, b"second")
+    assert table.find([b"first"]) == [block] and table.count_leading([b"second"]) == 0
+
+
 def test_without_reuse_nothing_is_found_and_nothing_more_is_written():
     cache = make_cache(budget=1 << 24, sequences=20)
     plain = PagedKvCache(cache.layout, cache.device, reuse=False)

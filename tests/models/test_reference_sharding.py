@@ -131,6 +131,11 @@ def test_ninety_blocks_of_width_are_cut_unevenly_and_kv_heads_repeated(width_288
     _compare(width_2880, ranks, expert_groups)
 
 
+def test_ranks_share_a_tied_head(make_checkpoint):
+    folder = make_checkpoint(HETEROGENEOUS, tie_word_embeddings=True, **EIGHT_KV_HEADS)
+    _compare(folder, 2, 2)
+
+
 @pytest.fixture(scope="module")
 def every_expert(make_checkpoint) -> Path:
     """All eight experts for every token: no near tie of a router turns a rounding into another expert's output."""
@@ -183,6 +188,8 @@ def test_parts_cover_every_tensor_and_share_none_of_the_large_ones(sizes, expert
         assert any(word in name for word in shared) or held.max() == 1, name
     adding = [shard.rank for shard in shards if shard.adds_bias("model.layers.0.self_attn.o_proj.bias")]
     assert adding == [0]
+    adding = [shard.rank for shard in shards if shard.adds_bias("model.layers.0.mlp.experts.down_proj_bias")]
+    assert adding == list(range(moe_expert))  # of each expert, one of the ranks that hold a part of it
 
 
 def test_ranks_are_numbered_as_in_tensorrt_llm():

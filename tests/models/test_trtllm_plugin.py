@@ -263,6 +263,8 @@ class TestLoading:
         model = build(plugin, folder, quant_algo="W4A16_MXFP4")
         loaded = experts_of(model.model.block[2]).loaded
         assert torch.equal(loaded["w1"][1], scales[1, 0::2]) and torch.equal(loaded["w3"][1], scales[1, 1::2])
+        down = weights_of(folder)["model.layers.2.mlp.experts.down_proj_scales"]
+        assert torch.equal(loaded["w2"][1], down[1]) and not torch.equal(down[0], down[1])
 
     def test_kv_scales_are_dropped_by_name(self, plugin, make_checkpoint):
         build(plugin, make_checkpoint(BLOCKS, kv_scales=[(1.0, 2.0)] * 5))
@@ -295,6 +297,13 @@ class TestLoading:
         with pytest.raises(CheckpointError, match=r"block\.1\.mlp\.experts: .*found 3, expected 4"):
             build(plugin, folder, weights=weights)
 
+    def test_expert_tensors_of_one_layer_must_agree_on_their_number(self, plugin, make_checkpoint):
+        folder = make_checkpoint(BLOCKS)
+        weights = weights_of(folder)
+        name = "model.layers.1.mlp.experts.down_proj_bias"
+        with pytest.raises(CheckpointError, match=r"of one layer disagree on their number .*'down_proj_bias': 3"):
+            build(plugin, folder, weights={**weights, name: weights[name][:3]})
+
     def test_a_module_that_upstream_added_is_noticed(self, plugin, make_checkpoint):
         folder = make_checkpoint(BLOCKS)
         model = build(plugin, folder, load=False)
@@ -319,6 +328,34 @@ class TestLoading:
         model = build(plugin, folder, load=False)
         del model.model.block[1].attn.norm
         with pytest.raises(EngineError, match=r"expected and not found \(found model\.block\.1\.attn\.norm\)"):
+            model.load_weights(weights_of(folder))
+
+    def test_a_tied_head_is_filled_from_the_embedding_or_is_no_module_of_its_own(self, plugin, make_checkpoint):
+        folder = make_checkpoint(BLOCKS, tie_word_embeddings=True)
+        model = build(plugin, folder)
+        assert torch.equal(model.lm_head.weight, weights_of(folder)["model.embed_tokens.weight"])
+        model = build(plugin, folder, load=False)
+        del model.lm_head
+        model.load_weights(weights_of(folder))
+
+    def test_a_head_that_is_not_tied_must_be_there(self, plugin, make_checkpoint):
+        folder = make_checkpoint(BLOCKS)
+        model = build(plugin, folder, load=False)
+        assert not torch.equal(*(weights_of(folder)[f"{n}.weight"] for n in ("lm_head", "model.embed_tokens")))
+        del model.lm_head
+        with pytest.raises(EngineError, match=r"expected and not found \(found lm_head\)"):
+            model.load_weights(weights_of(folder))
+
+    def test_a_norm_may_have_parameters_that_are_none_and_no_others(self, plugin, make_checkpoint):
+        folder = make_checkpoint(BLOCKS)
+        model = build(plugin, folder, load=False)
+        norm = model.model.block[1].attn.norm
+        norm.register_parameter("bias", None)
+        model.load_weights(weights_of(folder))
+        assert torch.equal(norm.weight, weights_of(folder)["model.layers.1.input_layernorm.weight"].float())
+        model = build(plugin, folder, load=False)
+        model.model.block[1].attn.norm.bias = torch.nn.Parameter(torch.zeros(64))
+        with pytest.raises(EngineError, match=r"block\.1\.attn\.norm: other parameters than expected"):
             model.load_weights(weights_of(folder))
 
     def test_a_draft_model_is_left_alone(self, plugin, make_checkpoint):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import statistics
+import time
 from itertools import pairwise
 
 import pytest
@@ -51,11 +52,10 @@ def test_equal_seeds_give_equal_arrivals_and_other_seeds_others():
     assert first == again != other
 
 
-def follow(client, count, times_ns):
+def follow(client, count, times_ns, **options):
     requests = [GenerationRequest(input_ids=[index], max_tokens=3) for index in range(count)]
-    return asyncio.run(
-        follow_schedule(client.stream, requests, times_ns=times_ns, is_truncated=lambda *_: False, observer=Listener())
-    )
+    options = {"times_ns": times_ns, "is_truncated": lambda *_: False, "observer": Listener(), **options}
+    return asyncio.run(follow_schedule(client.stream, requests, **options))
 
 
 def test_arrivals_do_not_wait_for_answers():
@@ -70,6 +70,15 @@ def test_the_clock_of_a_request_starts_at_its_scheduled_arrival():
     sent = [answer.record.sent_ns for answer in run.answers]
     assert [time - sent[0] for time in sent] == [0, 10_000_000, 15_000_000]
     assert run.max_send_delay_ms >= 0
+
+
+def test_how_late_the_client_itself_was_is_told_in_milliseconds_and_part_of_the_latency():
+    start_ns = time.perf_counter_ns() - 2_000_000_000
+    run = follow(FakeClient(one_token_a_response), 2, [0, 2_050_000_000], start_ns=start_ns)
+    assert 2_000 <= run.max_send_delay_ms < 20_000
+    late, on_time = (answer.record for answer in run.answers)
+    assert (late.sent_ns, on_time.sent_ns) == (start_ns, start_ns + 2_050_000_000)
+    assert late.end_ns - late.sent_ns >= 2_000_000_000
 
 
 def test_a_server_that_answers_nothing_is_given_up_on():

@@ -11,8 +11,13 @@ from puzzle_trtllm.build.engine_build import build_engine
 from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import BenchError, ConfigError, ServeError
+from puzzle_trtllm.serve.bench.load import Answer
+from puzzle_trtllm.serve.client.request import GenerationRequest
+from puzzle_trtllm.serve.evaluate.graders import grade_numeric
+from puzzle_trtllm.serve.evaluate.problems import Problem
 from puzzle_trtllm.serve.evaluate.result import EvaluationResult
-from puzzle_trtllm.serve.evaluate.runner import UnfinishedEvaluationError, evaluate
+from puzzle_trtllm.serve.evaluate.runner import UnfinishedEvaluationError, evaluate, grade_effort
+from puzzle_trtllm.serve.metrics.records import RequestRecord
 from tests.serve.fake_client import FakeClient
 
 PROBLEMS = [(12, 30), (5, 5), (99, 1), (40, 2)]
@@ -58,6 +63,45 @@ def run(client, problems, tokenizer, **options):
         connect=client.connect,
         **{**settings, **options},
     )
+
+
+def answer(text, sent_s, end_s, *, tokens, status="completed", error=None):
+    """An answer of so many tokens, all at its end."""
+    end_ns = int(end_s * 1e9)
+    record = RequestRecord(
+        sent_ns=int(sent_s * 1e9), end_ns=end_ns, status=status, token_times_ns=(end_ns,) * tokens, error=error
+    )
+    return Answer(request=GenerationRequest(prompt="p"), record=record, text=text, token_ids=(), finish_reason="stop")
+
+
+def graded(answers, tokenizer):
+    problems = [Problem(id=f"p{index}", prompt="5+5=", answer="10") for index in range(len(answers))]
+    return grade_effort(answers, problems, tokenizer, grade_numeric, effort="low")
+
+
+def test_an_answer_that_broke_off_counts_neither_as_right_nor_as_answered(tokenizer):
+    result = graded(
+        [
+            answer("10", 1.0, 3.0, tokens=10),
+            answer("11", 2.0, 6.0, tokens=20, status="truncated"),
+            answer("10", 2.0, 2.5, tokens=7, status="failed", error="UNAVAILABLE"),
+            answer("10", 3.0, 4.0, tokens=7, status="cancelled", error="UNAVAILABLE"),
+        ],
+        tokenizer,
+    )
+    assert [(a.id, a.correct, a.final) for a in result.answers] == [
+        ("p0", True, "10"), ("p1", False, "11"), ("p2", False, None), ("p3", False, None),
+    ]  # fmt: skip
+    assert (result.num_correct, result.num_problems, result.accuracy) == (1, 4, 0.5)
+    assert (result.mean_output_tokens, result.errors) == (15.0, {"UNAVAILABLE": 2})
+    # From the first sent to the last end, whichever requests those are.
+    assert (result.wall_s, result.measured_requests_per_s) == (5.0, 2 / 5.0)
+
+
+def test_an_effort_without_an_answer_is_an_error_with_the_first_reason(tokenizer):
+    failed = [answer("", 0, 1, tokens=0, status="failed", error=reason) for reason in ("queue is full", "gone")]
+    with pytest.raises(BenchError, match=r"zero successful requests at low effort .2 failed.*first says: queue is"):
+        graded(failed, tokenizer)
 
 
 def test_accuracy_tokens_and_rate_per_effort(problems, tokenizer):

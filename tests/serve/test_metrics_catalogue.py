@@ -81,6 +81,7 @@ def test_the_counts_tell_the_ways_of_ending_apart():
     assert (counts.completed, counts.truncated, counts.failed, counts.cancelled) == (2, 1, 1, 1)
     assert (counts.answered, counts.total) == (3, 5)
     assert str(counts) == "2 completed, 1 truncated, 1 failed, 1 cancelled"
+    assert (RequestCounts().total, str(RequestCounts()), str(RequestCounts(failed=2))) == (0, "none", "2 failed")
 
 
 def test_failed_requests_give_no_latency():
@@ -103,6 +104,13 @@ def test_what_cannot_be_computed_is_absent_with_its_reason_and_never_zero():
         catalogue.ITL_MS.of(MeasuredLoad.of([request(0, 400, [300])], concurrency=1))
 
 
+def test_a_window_in_which_no_token_arrived_is_an_error_and_no_rate_of_zero():
+    # Both in flight at 100; the first end after the last was sent is a failure's at 200, before any token.
+    run = [request(0, 900, [800, 900]), request(100, 200, status="failed"), request(100, 950, [950])]
+    with pytest.raises(BenchError, match="output_tokens_per_s: cannot be computed: no token arrived in the steady"):
+        compute_metrics(MeasuredLoad.of(run, concurrency=2))
+
+
 def test_zero_successful_requests_are_an_error_with_the_first_reason():
     broken = [request(0, 1, status="failed", error="UNAVAILABLE: queue is full") for _ in range(3)]
     with pytest.raises(BenchError, match=r"zero successful requests \(3 failed\); the first says: UNAVAILABLE: queue"):
@@ -115,7 +123,8 @@ def test_every_metric_names_itself_once():
 
 
 def test_a_record_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="must ascend"):
-        request(5, 1)
+    for times in ((5, 1), (0, 9, [7, 6]), (5, 9, [4]), (0, 5, [6])):
+        with pytest.raises(ValueError, match="must ascend"):
+            request(*times)
     with pytest.raises(ValueError, match="must have tokens"):
         request(0, 1)

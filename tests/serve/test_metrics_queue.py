@@ -43,6 +43,7 @@ def test_rates_are_counted_in_the_window():
 def test_in_flight_is_averaged_by_time():
     # [0, 4]: one for 4 s and one for 1 s.
     assert mean_in_flight([request(0, 9), request(3, 9)], 0, 4 * S) == pytest.approx(5 / 4)
+    assert mean_in_flight([request(0, 9)], 4 * S, 4 * S) == 0.0
 
 
 def test_a_server_half_as_fast_as_the_arrivals_is_told():
@@ -65,6 +66,28 @@ def test_a_burst_that_drains_is_no_growing_queue():
     assert not offered([*(request(i, i + 0.5) for i in range(30)), *burst]).queue_grew
 
 
+def in_flight_by_thirds(*levels):
+    """9 s: a window (0, 9] that so many long requests are in flight in over each third, and an arrival at its end."""
+    stays = [request(3 * third, 3 * third + 3) for third, level in enumerate(levels) for _ in range(level)]
+    return [request(-1, 0), *stays, request(9, 10)]
+
+
+@pytest.mark.parametrize(
+    ("levels", "grew"),
+    [
+        ((4, 8, 12), True),
+        ((4, 5, 6), False),  # chance: not by 3 x sqrt(4)
+        ((4, 2, 12), False),  # a burst at the end, and no growth from each third to the next
+        ((4, 14, 12), False),
+        ((12, 8, 4), False),
+    ],
+)
+def test_a_queue_grows_from_each_third_to_the_next_and_by_more_than_chance(levels, grew):
+    load = offered(in_flight_by_thirds(*levels))
+    assert load.mean_in_flight_by_third == pytest.approx(levels)
+    assert load.queue_grew is grew
+
+
 def test_failed_requests_are_offered_but_not_achieved():
     failed = [request(i, i + 2, "failed") if i % 2 else request(i, i + 2) for i in range(11)]
     load = offered(failed)
@@ -79,6 +102,22 @@ def test_latencies_come_from_the_arrivals_in_the_window():
     assert (values.distributions["e2e_ms"].count, values.distributions["e2e_ms"].max) == (8, 2000)
 
 
+def test_an_open_loop_on_unknown_gpus_has_no_figure_per_gpu():
+    values = compute_metrics(MeasuredLoad.of_open_loop(STEADY))
+    assert "output_tokens_per_s_per_gpu" in values.absent
+    assert compute_metrics(MeasuredLoad.of_open_loop(STEADY, num_gpus=2)).scalars[
+        "output_tokens_per_s_per_gpu"
+    ] == pytest.approx(values.scalars["output_tokens_per_s"] / 2)
+
+
+def test_an_open_loop_without_an_answer_to_an_arrival_in_the_window_is_an_error():
+    failed = [request(i, i + 2, "failed") for i in range(3, 11)]
+    with pytest.raises(BenchError, match="no request that arrived in the steady window was answered"):
+        MeasuredLoad.of_open_loop([request(0, 2), request(1, 3), *failed])
+
+
 def test_a_run_that_is_over_before_anything_ended_has_no_window():
     with pytest.raises(BenchError, match=r"num_requests: too few for a steady window.*found 3"):
         open_window([request(i, 10) for i in range(3)])
+    with pytest.raises(BenchError, match="too few for a steady window"):
+        open_window([request(0, 5), request(5, 9)])  # a window of no length

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from puzzle_trtllm.errors import BenchError
-from puzzle_trtllm.serve.metrics.statistics import Distribution, Ratio, median, percentile, wilson_interval
+from puzzle_trtllm.serve.metrics.statistics import Distribution, Ratio, Spread, median, percentile, wilson_interval
 
 samples = st.lists(st.floats(min_value=0, max_value=1e9, allow_subnormal=False), min_size=1, max_size=200)
 
@@ -55,7 +55,15 @@ def test_wilsons_interval_at_its_edges_and_in_the_middle():
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilsons_interval_is_scipys(counts):
     expected = binomtest(*counts).proportion_ci(method="wilson")
-    assert wilson_interval(*counts) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    low, high = wilson_interval(*counts)
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert 0 <= low <= high <= 1
+
+
+def test_a_spread_is_the_median_and_the_range_of_its_rounds():
+    assert Spread.of(iter([3.0, 1.0, 7.0])) == Spread(median=3.0, low=1.0, high=7.0, rounds=(3.0, 1.0, 7.0))
+    with pytest.raises(BenchError, match="no rounds"):
+        Spread.of([])
 
 
 def test_a_ratio_over_zero_is_none_with_its_reason():

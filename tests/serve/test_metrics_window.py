@@ -57,6 +57,13 @@ def test_a_gap_between_an_end_and_the_next_request_does_not_count_as_reaching_mo
         steady_window([request(0, 4, [4]), request(4, 8, [8])], concurrency=2)
 
 
+def test_the_load_may_be_reached_after_requests_have_ended():
+    # One at a time until two are sent together: two are in flight from t=5, and the last one ends first.
+    sent_and_ended = [(0, 1), (1, 2), (2, 3), (4, 9), (5, 8)]
+    window = steady_window([request(sent, end, [end]) for sent, end in sent_and_ended], concurrency=2)
+    assert (window.start_ns, window.end_ns) == (5 * S, 8 * S)
+
+
 def test_a_load_that_was_never_held_is_an_error():
     # The last request ends in the very nanosecond it was sent in: there is no time to divide by.
     with pytest.raises(BenchError, match="never held"):

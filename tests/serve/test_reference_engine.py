@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import zlib
 from collections import Counter
@@ -259,6 +260,32 @@ def test_a_rank_that_hears_the_messages_and_the_choices_runs_the_same_steps():
     assert stats["kvCacheStats"]["usedNumBlocks"] == 0
 
 
+def test_a_request_may_fill_the_cache_to_its_last_position_and_no_further():
+    """Room for one sequence of 120 tokens; the last token of an answer is never fed back."""
+    engine = make_engine(max_batch_size=1, max_num_tokens=200)
+    submit(engine, 1, 100, max_tokens=21)
+    assert len([token for _ in range(21) for update in engine.step() for token in update.token_ids]) == 21
+    beyond = Submit(request_id=2, prompt_token_ids=[5] * 100, rule=DecodingRule(max_tokens=22), arrival_ns=0)
+    refused = engine.submit(beyond)
+    assert refused is not None and "KV cache for 121 tokens" in str(refused.error)
+
+
+def test_no_more_sequences_run_than_a_step_has_tokens():
+    engine = make_engine(max_batch_size=8, max_num_tokens=4)
+    for request_id in range(8):
+        submit(engine, request_id, 1, max_tokens=10)
+    for _ in range(3):
+        engine.step()
+    assert engine.stats["numActiveRequests"] == 4
+
+
+def test_a_step_is_filled_to_its_last_token_and_nobody_is_in_it_with_none():
+    engine = make_engine(max_num_tokens=7)
+    for request_id, prompt in enumerate((3, 3, 9, 2)):
+        submit(engine, request_id, prompt, max_tokens=10)
+    assert [(s.request_id, count) for s, count in engine.scheduler.schedule(0)] == [(0, 3), (1, 3), (2, 1)]
+
+
 def test_reports_come_every_interval_and_lose_no_token():
     engine = make_engine()
     submit(engine, 1, 4, max_tokens=23, report_every=10)
@@ -328,13 +355,48 @@ def test_penalties_lower_what_was_seen_in_the_prompt_too():
     """As TensorRT-LLM's `batchApplyPenalty` (penaltyKernels.cu) and the PenaltyHandler of its TorchSampler count."""
     logits = torch.tensor([[2.0, 1.9, -1.0, 0.5]])
     rule = DecodingRule(max_tokens=9, frequency_penalty=0.1, presence_penalty=0.2, repetition_penalty=2.0)
-    row = Sequence(request_id=1, rule=rule, tokens=[2], num_prompt_tokens=1, arrival_ns=0)
+    row = Sequence(request_id=1, rule=rule, tokens=[3, 2], num_prompt_tokens=2, arrival_ns=0)
     choose_tokens(logits.clone(), [row])
     row.tokens += [0, 0]
     work = logits.clone()
     choose_tokens(work, [row])
-    # token 0: twice (2.0 / 2 - 0.2 - 2 * 0.1); token 2: once, in the prompt (-1.0 * 2 - 0.2 - 0.1)
-    assert work[0].tolist() == pytest.approx([0.6, 1.9, -2.3, 0.5])
+    # token 0: twice (2.0 / 2 - 0.2 - 2 * 0.1); once each, in the prompt, 2 (-1.0 * 2 - 0.2 - 0.1) and 3 (0.5 / 2 - 0.3)
+    assert work[0].tolist() == pytest.approx([0.6, 1.9, -2.3, -0.05])
+
+
+def row_of(tokens=(1, 2), num_prompt_tokens=1, **rule):
+    rule = DecodingRule(max_tokens=9, **rule)
+    return Sequence(request_id=1, rule=rule, tokens=list(tokens), num_prompt_tokens=num_prompt_tokens, arrival_ns=0)
+
+
+def test_each_row_of_a_batch_is_chosen_by_its_own_rule_and_tells_the_models_log_probability():
+    """Neither temperature nor filters are in it; a row that did not ask for it gets none."""
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.9]]).repeat(4, 1)
+    sampled = {"greedy": False, "temperature": 100.0, "top_k": 3}
+    seed = next(
+        seed for seed in range(100) if choose_tokens(logits[:1].clone(), [row_of(**sampled, seed=seed)])[0] == [2]
+    )
+    rows = [
+        row_of(with_logprob=True),
+        row_of(**sampled, seed=seed, with_logprob=True),
+        row_of(),
+        row_of(end_ids=frozenset({1}), min_tokens=5, with_logprob=True),
+    ]
+    tokens, logprobs = choose_tokens(logits.clone(), rows)
+    assert tokens == [1, 2, 1, 3]
+    total = sum(math.exp(x) for x in (0.0, 3.0, 1.0, 2.9))
+    assert logprobs[0] == pytest.approx(3.0 - math.log(total), abs=1e-5)
+    assert logprobs[1] == pytest.approx(1.0 - math.log(total), abs=1e-5)
+    assert logprobs[2] is None
+    # Of what min_tokens leaves.
+    assert logprobs[3] == pytest.approx(2.9 - math.log(total - math.exp(3.0)), abs=1e-5)
+
+
+@pytest.mark.parametrize("generated", [0, 1, 2])
+def test_nothing_that_ends_a_request_is_chosen_before_min_tokens(generated):
+    rule = {"end_ids": frozenset({0}), "stop_ids": frozenset({1}), "min_tokens": 2}
+    row = row_of([5] * (3 + generated), 3, **rule)
+    assert choose_tokens(torch.tensor([[3.0, 2.0, 1.0]]), [row])[0] == [2 if generated < 2 else 0]
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e-308, 5e-324])

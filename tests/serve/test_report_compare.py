@@ -38,6 +38,12 @@ def test_rounds_that_were_not_measured_in_turn_are_not_paired(turns):
     assert paired.per_token_speedup.interval.high == pytest.approx(198 / 90)
 
 
+def test_a_baseline_that_stalled_in_a_round_has_no_range_of_ratios():
+    stalled = PARENT.model_copy(update={"output_tokens_per_s": Spread.of([100.0, 0.0, 110.0])})
+    result = compare(CHILD, stalled)
+    assert (result.per_token_speedup_range, result.per_token_speedup.value) == (None, 2.0)
+
+
 def test_request_rate_takes_the_length_of_the_answers_into_account():
     # requests/s: child 200/10, 200/40, 200/160; parent 100/10, 100/50, 100/100.
     rates = {name: e.relative_request_rate.value for name, e in compare(CHILD, PARENT).efforts.items()}
@@ -137,6 +143,14 @@ def test_names_and_warm_ups_of_a_scenario_may_differ():
     compare(CHILD.model_copy(update=other_load(name="alias", warmup_requests=4, description="x")), PARENT)
 
 
+@pytest.mark.parametrize("unknown", [[CHILD], [PARENT], [CHILD, PARENT]])
+def test_evaluations_that_are_not_described_are_believed(unknown):
+    child, parent = (
+        engine.model_copy(update={"evaluation": None}) if engine in unknown else engine for engine in (CHILD, PARENT)
+    )
+    assert compare(child, parent).efforts["high"].accuracy_retention.value == pytest.approx(1.0)
+
+
 def test_a_swapped_pair_is_noticed():
     with pytest.raises(BenchError, match=r"more experts than in child: are child and baseline swapped\?"):
         compare(PARENT, CHILD)
@@ -179,6 +193,23 @@ def test_notes_say_what_a_reader_must_know():
     assert len(notes) == 9
 
 
+@pytest.mark.parametrize(
+    ("rounds", "overlap"),
+    [([111.0, 120.0], False), ([110.0, 120.0], True), ([80.0, 90.0], True), ([80.0, 89.0], False)],
+)
+def test_rounds_apart_from_the_baselines_range_resolve_the_difference_whoever_is_ahead(rounds, overlap):
+    """The parent's are 90 to 110; rounds that were not measured in turn."""
+    child = CHILD.model_copy(update={"output_tokens_per_s": Spread.of(rounds), "turns": None})
+    told = [note for note in notes_on([PARENT, child], baselines=["parent_bf16"], child="child") if "overlap" in note]
+    assert len(told) == overlap
+
+
+def test_every_baseline_has_its_notes_and_bf16_needs_no_scales():
+    other = PARENT.model_copy(update={"name": "other", "memory_bytes": 3000, "kv_fold": "none"})
+    notes = notes_on([PARENT, other, CHILD], baselines=["parent_bf16", "other"], child="child")
+    assert notes == ["child and other were given different memory."]
+
+
 def test_a_single_round_is_told_because_intervals_of_request_rates_leave_it_out():
     single = measurement("single", [100.0])
     assert notes_on([PARENT, single], baselines=["parent_bf16"], child="single")[0] == (
@@ -191,6 +222,13 @@ def test_a_single_round_is_told_because_intervals_of_request_rates_leave_it_out(
     [
         ([150.0, 135.0, 165.0], []),
         ([110.0, 99.0, 121.0], []),
+        (
+            [150.0, 90.0, 165.0],  # once as fast as the parent
+            [
+                "child and parent_bf16: not every round had the same one ahead, so their difference in throughput is "
+                "not resolved."
+            ],
+        ),
         (
             [110.0, 85.0, 121.0],
             [

@@ -13,8 +13,10 @@ from puzzle_trtllm.errors import BenchError, ConfigError
 from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.serve.bench.result import BenchResult, Turn
 from puzzle_trtllm.serve.bench.runner import run_bench
-from puzzle_trtllm.serve.evaluate.result import EvaluationResult
+from puzzle_trtllm.serve.evaluate.result import EffortResult, EvaluationResult, GradedAnswer
 from puzzle_trtllm.serve.metrics.provenance import EngineProvenance
+from puzzle_trtllm.serve.metrics.records import RequestCounts
+from puzzle_trtllm.serve.metrics.statistics import Distribution
 from puzzle_trtllm.serve.report import assemble_measurement
 from puzzle_trtllm.serve.report.files import load_measurement
 from puzzle_trtllm.serve.report.notes import notes_on
@@ -69,6 +71,53 @@ def test_ranks_and_instances_are_those_of_the_engine_and_of_the_server(engine, b
     shared = replace(engine, llm_args={**engine.llm_args, "tensor_parallel_size": 2})
     found = assemble_measurement("e", engine=shared, rounds=[bench.model_copy(update={"num_instances": 3})])
     assert (found.num_ranks, found.num_instances, found.sequences_held) == (2, 3, None)
+
+
+def test_efforts_are_the_evaluations_and_only_answers_that_came_are_resampled(engine, bench, evaluation):
+    statuses = {"p1": "completed", "p2": "truncated", "p3": "failed", "p4": "cancelled"}
+    answers = [
+        GradedAnswer(id=id, correct=id == "p1", final=None, num_output_tokens=10 * index, status=status)
+        for index, (id, status) in enumerate(statuses.items(), 1)
+    ]
+    high = EffortResult(
+        accuracy=0.5,
+        accuracy_low=0.09,
+        accuracy_high=0.91,
+        num_problems=4,
+        num_correct=1,
+        requests=RequestCounts(completed=1, truncated=1, failed=1, cancelled=1),
+        errors={},
+        mean_output_tokens=15.0,
+        measured_requests_per_s=2.5,
+        wall_s=0.8,
+        answers=answers,
+    )
+    evaluated = evaluation.model_copy(update={"efforts": {"high": high}})
+    found = assemble_measurement("e", engine=engine.path, rounds=[bench], evaluation=evaluated).efforts["high"]
+    assert (found.accuracy, found.accuracy_low, found.accuracy_high) == (0.5, 0.09, 0.91)
+    assert (found.mean_output_tokens, found.measured_requests_per_s, found.requests) == (15.0, 2.5, high.requests)
+    assert found.outcomes == {"p1": (True, 10), "p2": (False, 20)}
+
+
+def test_latencies_are_those_of_the_round_of_median_throughput_and_requests_of_all(engine, bench):
+    def round_of(speed: float) -> BenchResult:
+        scalars = bench.scalars | {"output_tokens_per_s": speed}
+        return bench.model_copy(update={"scalars": scalars, "distributions": {"ttft_ms": Distribution.of([speed])}})
+
+    speeds = (30.0, 10.0, 20.0, 50.0, 40.0)
+    found = assemble_measurement("e", engine=engine, rounds=[round_of(s) for s in speeds])
+    assert found.output_tokens_per_s.rounds == speeds
+    assert found.latencies["ttft_ms"].p50 == found.output_tokens_per_s.median == 30.0
+    assert found.requests.total == 5 * bench.requests.total
+
+
+def test_rounds_of_different_scenarios_are_refused(engine, bench):
+    other = bench.model_copy(update={"scenario": TINY.model_copy(update={"concurrency": 3})})
+    for options in ({"rounds": [bench, other]}, {"rounds": [bench], "uncapped_rounds": [other]}):
+        with pytest.raises(BenchError, match=r"e: rounds of different scenarios .found tiny 6/4 at 3.*expected tiny"):
+            assemble_measurement("e", engine=engine, **options)
+    with pytest.raises(BenchError, match="e: no bench results"):
+        assemble_measurement("e", engine=engine, rounds=[])
 
 
 def test_results_that_do_not_name_their_engine_are_believed(bench, evaluation, tmp_path):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puzzle_trtllm.serve.report import make_report
+from puzzle_trtllm.serve.report import make_report, resampling
 from puzzle_trtllm.serve.report.charts.length_budget import length_budget_chart
 from puzzle_trtllm.serve.report.compare import compare
 from puzzle_trtllm.serve.report.frontier import dominates, frontier_of
+from puzzle_trtllm.serve.report.resampling import resample_efforts
 from tests.serve.measurements import effort, family, measurement
 
 PARENT, PARENT_FP8, CHILD = family()
@@ -55,6 +57,38 @@ def test_the_share_of_resamples_tells_a_safe_verdict_from_chance():
     assert shares == {"slow": 1.0, "fast": 0.0, "better": 0.0}
     chance = [p.dominated_share for p in frontier_of([slow, even])]
     assert all(0.3 < share < 0.7 for share in chance)
+
+
+def test_who_answers_as_well_in_fewer_tokens_dominates_and_equals_do_not():
+    def right(i):
+        return i % 2 == 0
+
+    short = measurement("short", [100.0] * 3, efforts={"high": with_outcomes(right, lambda i: 100 + i)})
+    long = measurement("long", [100.0] * 3, efforts={"high": with_outcomes(right, lambda i: 200 + i)})
+    twin = short.model_copy(update={"name": "twin"})
+    shares = {p.engine: p.dominated_share for p in frontier_of([short, long, twin])}
+    assert shares == {"short": 0.0, "long": 1.0, "twin": 0.0}
+
+
+def test_an_engine_without_single_answers_leaves_no_share_of_resamples():
+    kept = {"high": with_outcomes(lambda i: i % 2 == 0, lambda i: 100 + i)}
+    engines = [measurement("kept", [100.0] * 3, efforts=kept), CHILD]
+    assert [point.dominated_share for point in frontier_of(engines)] == [None] * 4
+    assert set(resample_efforts(engines)) == {("kept", "high")}
+
+
+def test_one_draw_of_problems_counts_for_every_engine_that_answered_them(monkeypatch):
+    """Problems in the order of their names, whatever order the answers came in: the draws are of places in it."""
+    draws = np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 2, 1]])
+    monkeypatch.setattr(resampling, "draw_counts", lambda size: draws)
+    both = effort(0.5, 20).model_copy(update={"outcomes": {"b": (True, 20), "c": (False, 60), "a": (True, 10)}})
+    lost_c = effort(0.5, 20).model_copy(update={"outcomes": {"b": (True, 21), "a": (False, 11)}})
+    engines = [measurement(name, [1.0], efforts={"low": e}) for name, e in (("both", both), ("lost", lost_c))]
+    found = resample_efforts(engines)
+    assert found["both", "low"].accuracy == pytest.approx([1, 1, 0, 2 / 3])
+    assert found["both", "low"].mean_output_tokens == pytest.approx([10, 20, 60, 100 / 3])
+    assert found["lost", "low"].accuracy == pytest.approx([0, 1, np.nan, 1], nan_ok=True)
+    assert found["lost", "low"].mean_output_tokens == pytest.approx([11, 21, np.nan, 21], nan_ok=True)
 
 
 def test_both_normalisations():
@@ -106,6 +140,34 @@ def test_intervals_come_from_single_answers_and_say_so_where_there_are_none():
     assert bare.interval.reason == "the measurement keeps no single answers"
     one_round = compare(measurement("child", [200.0], efforts=ours), parent)
     assert one_round.per_token_speedup.interval.reason == "throughput was measured in a single round"
+
+
+def test_intervals_are_the_childs_over_the_baselines():
+    """The child is right half as often, twice as long and thrice as fast, at every problem: no interval may hold the
+    reciprocal."""
+    brief = with_outcomes(lambda i: i % 2 == 0, lambda i: 50 + i % 2)
+    ours = {"low": brief, "high": with_outcomes(lambda i: i % 2 == 0, lambda i: 200 + i % 2)}
+    theirs = {"low": brief, "high": with_outcomes(lambda i: i % 20 != 1, lambda i: 100 + i % 3)}
+    child = measurement("child", [300.0, 301.0, 302.0], efforts=ours)
+    result = compare(child, measurement("parent", [100.0, 101.0, 101.0], efforts=theirs))
+    high = result.efforts["high"]
+    assert 2.9 < result.per_token_speedup.interval.low < result.per_token_speedup.interval.high < 3.1
+    assert 0.3 < high.accuracy_retention.interval.low < high.accuracy_retention.interval.high < 0.8
+    assert 1.9 < high.relative_output_tokens.interval.low < high.relative_output_tokens.interval.high < 2.1
+    for rate in (high.relative_request_rate, high.relative_request_rate_to_high):
+        assert 1.4 < rate.interval.low < rate.interval.high < 1.6
+    low = result.efforts["low"]
+    assert 2.9 < low.relative_request_rate.interval.low < low.relative_request_rate.interval.high < 3.1
+    to_high = low.relative_request_rate_to_high  # thrice as fast, and half as long as the baseline at high effort
+    assert 5.8 < to_high.interval.low < to_high.value < to_high.interval.high < 6.3
+
+
+def test_two_rounds_have_an_interval_one_has_none():
+    two, one = measurement("two", [100.0, 120.0]), measurement("one", [100.0])
+    interval = compare(two, measurement("parent", [100.0, 100.0])).per_token_speedup.interval
+    assert (interval.low, interval.high) == pytest.approx((1.0, 1.2))
+    for pair in ((two, one), (one, two)):
+        assert compare(*pair).per_token_speedup.interval.low is None
 
 
 def test_report_json_and_markdown_say_all_of_it(tmp_path):

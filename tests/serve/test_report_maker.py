@@ -13,8 +13,10 @@ from puzzle_trtllm.errors import BenchError, ConfigError
 from puzzle_trtllm.scenario import Spread as LengthSpread
 from puzzle_trtllm.serve.metrics.statistics import Spread
 from puzzle_trtllm.serve.report import EngineMeasurement, make_report, maker
+from puzzle_trtllm.serve.report.compare import compare
 from puzzle_trtllm.serve.report.document import DEFINITIONS
 from puzzle_trtllm.serve.report.files import load_measurement
+from puzzle_trtllm.serve.report.summary import Report, headline, headline_tiles
 from tests.serve.measurements import SCENARIO, family, measurement
 
 BASELINES = ["parent_bf16", "parent_fp8"]
@@ -179,6 +181,51 @@ def test_the_page_says_what_was_measured(made):
     )
     assert "room for 10 sequences of 256 tokens (120 B each)" in text
     assert "window × layers: 32 × 2, 64 × 1, full × 1" in text
+
+
+def summed_up(engines, baselines=BASELINES):
+    """(headline, tiles) of a report on these engines, the last one being the child."""
+    child = engines[-1]
+    comparisons = [compare(child, next(e for e in engines if e.name == name)) for name in baselines]
+    report = Report(title="t", engines=tuple(engines), child=child, comparisons=tuple(comparisons), notes=())
+    tiles = {tile.caption: (tile.figure, tile.detail) for tile in headline_tiles(report)}
+    return headline(report), tiles
+
+
+def test_the_headline_figures_are_the_childs_against_the_first_baseline():
+    assert summed_up(family())[1] == {
+        "tokens per second": ("2.00×", "2.00× to 2.20× over rounds"),
+        "requests per second, high effort": ("1.25×", "160 tokens a request against 100"),
+        "accuracy retained, high effort": ("100.0%", "90.0% against 90.0%"),
+        "weights": ("−25%", "750 B against 0.98 KiB"),
+        "KV cache of a sequence": ("−60%", "120 B against 300 B"),
+    }
+
+
+def test_a_headline_figure_that_grew_says_so_and_what_was_not_measured_has_none():
+    parent = measurement("parent", [100.0], efforts={}, evaluation=None)
+    child = measurement("child", [150.0], efforts={}, evaluation=None, weight_bytes=1100)
+    text, tiles = summed_up([parent, child], ["parent"])
+    assert tiles == {
+        "tokens per second": ("1.50×", "against parent"),  # one round has no range
+        "weights": ("+10%", "1.07 KiB against 0.98 KiB"),
+        "KV cache of a sequence": ("+0%", "300 B against 300 B"),
+    }
+    assert text == ("Given 1.95 KiB for weights and KV cache, child generates 1.50× the tokens per second of parent.")
+
+
+@pytest.mark.parametrize(
+    ("changes", "given"),
+    [
+        ({"memory_bytes": 3000}, ""),  # other memory than the baseline's
+        ({"memory_bytes": None}, ""),
+        ({"num_ranks": 2}, "Given 1.95 KiB on each GPU for weights and KV cache, "),
+    ],
+)
+def test_the_headline_names_the_memory_that_both_were_given(changes, given):
+    parent, _, child = family()
+    text, _ = summed_up([parent, child.model_copy(update=changes)], ["parent_bf16"])
+    assert text.startswith(f"{given}child generates 2.00× the tokens per second of parent_bf16.")
 
 
 def test_the_table_cuts_no_name_where_there_is_no_terminal(tmp_path, capsys):

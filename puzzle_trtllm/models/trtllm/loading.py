@@ -17,7 +17,8 @@ import torch
 from puzzle_trtllm.errors import CheckpointError, EngineError
 from puzzle_trtllm.models.trtllm.experts import moe_weights, num_experts_of
 from puzzle_trtllm.models.trtllm.layers import LayerPlan
-from puzzle_trtllm.models.trtllm.names import ModulePlan, canonical_name, is_dropped, is_left_alone, module_plans
+from puzzle_trtllm.models.trtllm.names import ModulePlan, canonical_name, is_left_alone, module_plans
+from puzzle_trtllm.tensors import kv_scale_of
 
 
 def load_checkpoint(
@@ -64,7 +65,8 @@ def _check_tensors(fills: Mapping[str, ModulePlan], weights: Mapping[str, torch.
     if missing:
         raise CheckpointError("tensors are missing", found=f"{len(missing)}, first {missing[0]}")
     for name in weights:
-        if name not in used and not is_dropped(name):
+        # KV scales have no module: TensorRT-LLM's PyTorch backend holds them at 1, and `build` folds them.
+        if name not in used and kv_scale_of(name) is None:
             raise CheckpointError("a tensor that no module takes", key=name)
 
 

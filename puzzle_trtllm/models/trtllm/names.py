@@ -16,8 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from puzzle_trtllm.tensors import kv_scale_of
-
 FillKind = Literal["parts", "experts"]
 
 _PLACEHOLDER = re.compile(r"^model\.block\.\d+\.next_layer_layernorm$")
@@ -61,11 +59,6 @@ def canonical_name(module: str) -> str:
 def is_left_alone(module: str) -> bool:
     """Modules with parameters that are not the checkpoint's: placeholders, and a draft model loaded elsewhere."""
     return _PLACEHOLDER.match(module) is not None or _DRAFT.match(module) is not None
-
-
-def is_dropped(tensor: str) -> bool:
-    """KV scales: TensorRT-LLM's PyTorch backend holds them at 1; `puzzle-trtllm build` folds them."""
-    return kv_scale_of(tensor) is not None
 
 
 def _layer(block: str, layer: str, names: frozenset[str]) -> Iterator[ModulePlan]:
