@@ -25,8 +25,8 @@ PARENT = PuzzleArchitecture.from_path(DATA / "gpt-oss-120b.config.json")
 CHILD = PuzzleArchitecture.from_path(DATA / "gpt-oss-puzzle-88b.config.json")
 
 
-def layout(name: str, gpus: int | None = None, architecture: PuzzleArchitecture = CHILD) -> Layout:
-    return parse_layout(name, gpus or int(name.lstrip("tpde")), architecture)
+def layout(name: str, architecture: PuzzleArchitecture = CHILD) -> Layout:
+    return parse_layout(name, int(name.lstrip("tpde")), architecture)
 
 
 def test_one_gpu_holds_the_whole_model() -> None:

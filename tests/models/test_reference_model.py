@@ -81,8 +81,8 @@ class Driver:
         return self.model.forward(plan_step(steps, self.cache), self.cache)
 
 
-def tokens_of(length: int, seed: int, vocab_size: int = 90) -> list[int]:
-    return torch.randint(7, vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+def tokens_of(length: int, seed: int) -> list[int]:
+    return torch.randint(7, 90, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def oracle_logits(folder: Path, tokens: list[int]) -> torch.Tensor:

@@ -160,12 +160,10 @@ def open_service(*, shared_memory: int = 1 << 30) -> Iterator[SimpleNamespace]:
         outbox.close()
 
 
-def begin(
-    service, *, request_id: str = "", text: str = "hi", sender: Sender | None = None, **flags
-) -> tuple[Sender, Result]:
+def begin(service, *, request_id: str = "", sender: Sender | None = None, **flags) -> tuple[Sender, Result]:
     """Accept a request and wait until the runtime has it."""
     sender, before = sender or Sender(), len(service.llm.results)
-    accept(service, sender, request_id=request_id, text=text, **flags)
+    accept(service, sender, request_id=request_id, **flags)
     wait_until(lambda: len(service.llm.results) > before, what="submission")
     return sender, service.llm.results[-1]
 

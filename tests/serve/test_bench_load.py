@@ -24,8 +24,8 @@ class Listener:
         self.statuses.append(record.status)
 
 
-def requests(count, max_tokens=3):
-    return [GenerationRequest(input_ids=[index], max_tokens=max_tokens) for index in range(count)]
+def requests(count):
+    return [GenerationRequest(input_ids=[index], max_tokens=3) for index in range(count)]
 
 
 def run(client, sent, *, concurrency=2, listener=None):

@@ -40,7 +40,7 @@ sys.exit(7)
 class Started:
     """A guarded SERVER and the pids of its three processes."""
 
-    def __init__(self, tmp_path: Path, *, deaf: bool = False, lives_s: float = 600, grace_s: float = 10) -> None:
+    def __init__(self, tmp_path: Path, *, deaf: bool = False, lives_s: float = 600) -> None:
         self.scratch, self.log = tmp_path / "scratch", tmp_path / "log"
         self.scratch.mkdir()
         self.shm = Path("/dev/shm") / f"puzzle_test_{uuid.uuid4().hex[:8]}_region"
@@ -49,7 +49,7 @@ class Started:
         arguments = ["deaf" if deaf else "hears", str(pid_file), str(lives_s)]
         self.process = GuardedProcess(
             [sys.executable, "-c", SERVER, *arguments], environment={"PUZZLE_TEST": "1"}, log_file=self.log,
-            grace_s=grace_s, shm_prefix=self.shm.name.removesuffix("region"), scratch=self.scratch,
+            grace_s=10, shm_prefix=self.shm.name.removesuffix("region"), scratch=self.scratch,
         )  # fmt: skip
         wait_until(pid_file.exists, what="the server's start")
         self.pids = [int(pid) for pid in pid_file.read_text().split()]
