@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from puzzle_trtllm.serve.report import make_report, resampling
 from puzzle_trtllm.serve.report.charts.length_budget import length_budget_chart
 from puzzle_trtllm.serve.report.compare import compare
+from puzzle_trtllm.serve.report.document import report_document
 from puzzle_trtllm.serve.report.frontier import dominates, frontier_of
 from puzzle_trtllm.serve.report.resampling import resample_efforts
 from tests.serve.measurements import effort, family, measurement
@@ -184,6 +185,30 @@ def test_report_json_and_markdown_say_all_of_it(tmp_path):
     assert "| parent_bf16 | low | 40.0% | 10.0 | dominated by child low | – |" in text
     widths = {line.count(" | ") for line in text.split("## By")[0].splitlines() if line.startswith("| ")}
     assert len(widths) == 1
+
+
+def test_report_json_has_every_baseline_and_its_intervals_or_why_there_are_none():
+    ours = {"high": with_outcomes(lambda i: i % 4 != 0, lambda i: 100 + 3 * i)}
+    theirs = {"high": with_outcomes(lambda i: i % 5 != 0, lambda i: 90 + 2 * i)}
+    child = measurement("child", [200.0, 210.0, 190.0], efforts=ours)
+    parents = [measurement(name, [100.0, 100.0, 101.0], efforts=theirs) for name in ("p0", "p1", "p2")]
+    parents.append(measurement("once", [100.0], efforts={"high": effort(0.8, 100)}))
+    comparisons = [compare(child, parent) for parent in parents]
+    document = report_document([*parents, child], comparisons, child="child", notes=["n"], extra={})
+    assert (document["kind"], document["schema_version"], document["notes"]) == ("report", 1, ["n"])
+    entries = [document["child"], *(document["child"][f"vs_{name}"] for name in ("p1", "p2"))]
+    for entry, comparison in zip(entries, comparisons, strict=False):
+        retention = comparison.efforts["high"].accuracy_retention
+        high = entry["efforts"]["high"]
+        assert high["accuracy_retention"] == retention.value
+        assert high["accuracy_retention_interval"] == [retention.interval.low, retention.interval.high]
+        assert entry["per_token_speedup_range"] == list(comparison.per_token_speedup_range)
+    once = document["child"]["vs_once"]
+    assert (once["per_token_speedup"], once["per_token_speedup_range"]) == (2.0, None)
+    assert once["per_token_speedup_interval"] is None
+    assert once["per_token_speedup_interval_reason"] == "throughput was measured in a single round"
+    high = once["efforts"]["high"]
+    assert high["accuracy_retention_interval_reason"] == "the measurement keeps no single answers"
 
 
 def test_the_length_budget_marks_every_effort_or_is_left_out():

@@ -214,6 +214,12 @@ def test_a_headline_figure_that_grew_says_so_and_what_was_not_measured_has_none(
     assert text == ("Given 1.95 KiB for weights and KV cache, child generates 1.50× the tokens per second of parent.")
 
 
+def test_rounds_that_were_not_measured_in_turn_have_no_range_in_the_headline():
+    parent, _, child = family()
+    tiles = summed_up([parent, child.model_copy(update={"turns": None})], ["parent_bf16"])[1]
+    assert tiles["tokens per second"] == ("2.00×", "against parent_bf16")
+
+
 @pytest.mark.parametrize(
     ("changes", "given"),
     [
