@@ -12,6 +12,7 @@ from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.serve.bench.result import BenchResult
 from puzzle_trtllm.serve.bench.runner import run_bench
 from puzzle_trtllm.serve.bench.sweep import SweepResult, csv_of, find_knee, point_scenario, run_sweep, sweep_table
+from puzzle_trtllm.serve.metrics.units import show_number
 from tests.front_door.cli import invoke
 from tests.serve.fake_client import FakeClient, one_token_a_response
 
@@ -70,6 +71,16 @@ def test_the_table_says_what_the_knee_is_and_where(template, most, said):
     sweep = run_sweep("host:1", scenario=TINY, concurrencies=concurrencies, bench=Server(template))
     assert "knee (smallest concurrency with 90% of the best throughput)" in sweep_table(sweep).caption
     assert said in sweep_table(sweep).caption
+
+
+def test_the_table_has_a_row_a_point_and_marks_the_knee(template):
+    sweep = run_sweep("host:1", scenario=TINY, concurrencies=[1, 2, 4, 8], bench=Server(template))
+    columns = {column.header: list(column.cells) for column in sweep_table(sweep).columns}
+    assert columns["in flight"] == ["1", "2", "4 *", "8"]
+    assert columns["tok/s"] == ["30.0", "60.0", "100", "100"]
+    assert columns["TTFT p50 ms"] == [show_number(p.distributions["ttft_ms"].p50) for p in sweep.points]
+    assert columns["ITL p99 ms"] == [show_number(p.distributions["itl_ms"].p99) for p in sweep.points]
+    assert columns["requests"] == [str(p.requests) for p in sweep.points]
 
 
 def test_a_given_number_of_requests_is_that_of_every_point():

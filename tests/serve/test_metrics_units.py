@@ -23,6 +23,7 @@ from puzzle_trtllm.serve.metrics.units import show_bytes, show_interval, show_nu
         (3 * 2**40, "3.00 TiB"),
         (4096 * 2**40, "4,096 TiB"),
         (-12 * 2**20, "-12.0 MiB"),
+        (-150 * 2**20, "-150 MiB"),
     ],
 )
 def test_bytes_have_three_digits_and_a_binary_unit(count, shown):
@@ -31,7 +32,7 @@ def test_bytes_have_three_digits_and_a_binary_unit(count, shown):
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0.1234, "0.123"), (1, "1.00"), (4.561, "4.56"), (10, "10.0"), (78.91, "78.9"), (100, "100"), (1234.6, "1,235"),
+    [(0.1234, "0.123"), (1, "1.00"), (4.561, "4.56"), (9.5, "9.50"), (10, "10.0"), (78.91, "78.9"), (100, "100"), (1234.6, "1,235"),
      (-78.91, "-78.9")],
 )  # fmt: skip
 def test_numbers_have_three_digits_and_above_1000_are_whole(value, shown):

@@ -102,13 +102,15 @@ def test_efforts_are_the_evaluations_and_only_answers_that_came_are_resampled(en
 def test_latencies_are_those_of_the_round_of_median_throughput_and_requests_of_all(engine, bench):
     def round_of(speed: float) -> BenchResult:
         scalars = bench.scalars | {"output_tokens_per_s": speed}
-        return bench.model_copy(update={"scalars": scalars, "distributions": {"ttft_ms": Distribution.of([speed])}})
+        latencies = {"ttft_ms": Distribution.of([speed])}
+        requests = RequestCounts(completed=4, truncated=3, failed=2, cancelled=1)
+        return bench.model_copy(update={"scalars": scalars, "distributions": latencies, "requests": requests})
 
     speeds = (30.0, 10.0, 20.0, 50.0, 40.0)
     found = assemble_measurement("e", engine=engine, rounds=[round_of(s) for s in speeds])
     assert found.output_tokens_per_s.rounds == speeds
     assert found.latencies["ttft_ms"].p50 == found.output_tokens_per_s.median == 30.0
-    assert found.requests.total == 5 * bench.requests.total
+    assert found.requests == RequestCounts(completed=20, truncated=15, failed=10, cancelled=5)
 
 
 def test_rounds_of_different_scenarios_are_refused(engine, bench):

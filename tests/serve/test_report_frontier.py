@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from puzzle_trtllm.serve.report import make_report, resampling
 from puzzle_trtllm.serve.report.charts.length_budget import length_budget_chart
 from puzzle_trtllm.serve.report.compare import compare
+from puzzle_trtllm.serve.report.document import report_document
 from puzzle_trtllm.serve.report.frontier import dominates, frontier_of
 from puzzle_trtllm.serve.report.resampling import resample_efforts
 from tests.serve.measurements import effort, family, measurement
@@ -184,6 +185,69 @@ def test_report_json_and_markdown_say_all_of_it(tmp_path):
     assert "| parent_bf16 | low | 40.0% | 10.0 | dominated by child low | – |" in text
     widths = {line.count(" | ") for line in text.split("## By")[0].splitlines() if line.startswith("| ")}
     assert len(widths) == 1
+
+
+def test_the_markdown_has_every_engine_effort_and_baseline_with_the_notes_first(tmp_path):
+    parent, parent_fp8, child = family()
+    child = child.model_copy(update={"repeats_prompts": True, "memory_bytes": 3000})
+    make_report(
+        [parent, parent_fp8, child], baselines=["parent_bf16", "parent_fp8"], child="child", out=tmp_path, quiet=True
+    )
+    text = (tmp_path / "report.md").read_text()
+    introduction, by_effort, bf16, fp8, frontier = text.split("\n## ")
+    assert "> - child: rounds had the same prompts" in introduction
+    assert "> - child and parent_fp8 were given different memory." in introduction
+    for line in (
+        "| parent_bf16 | 0.98 KiB | 300 B | 3 | 100 (90.0 to 110) |",
+        "| child | 750 B | 120 B | 18 | 200 (198 to 220) |",
+    ):
+        assert line in introduction
+    assert by_effort.count("\n| ") == 2 + 9
+    assert "| high | child | 90.0% (85% to 95%) | 160.0 | 1.25 |" in by_effort
+    assert bf16.startswith("child against parent_bf16") and fp8.startswith("child against parent_fp8")
+    for line in (
+        "|  | tokens/s | 1.25× (1.25 to 1.32) |",
+        "|  | break-even length ratio | 1.25× the baseline's tokens a request |",
+        "| high | requests/s, same effort | 0.78× |",
+        "| high | requests/s, to its high effort | 0.78× |",
+        "| high | tokens a request | 1.60× |",
+        "| high | length headroom | -22% |",
+        "| high | accuracy retained | 1.00× |",
+        "| low | accuracy retained | – (parent_fp8 solved no problem at low effort) |",
+    ):
+        assert line in fp8
+    assert "| parent_bf16 | high | 90.0% | 1.00 | dominated by parent_fp8 high, child high | – |" in frontier
+    assert "| child | medium | 72.0% | 5.00 | on the frontier | – |" in frontier
+
+
+def test_the_markdown_of_engines_without_an_evaluation_ends_with_the_engines(tmp_path):
+    bare = [engine.model_copy(update={"efforts": {}, "evaluation": None}) for engine in family()]
+    make_report(bare, baselines=["parent_bf16", "parent_fp8"], child="child", out=tmp_path, quiet=True)
+    assert "## " not in (tmp_path / "report.md").read_text()
+
+
+def test_report_json_has_every_baseline_and_its_intervals_or_why_there_are_none():
+    ours = {"high": with_outcomes(lambda i: i % 4 != 0, lambda i: 100 + 3 * i)}
+    theirs = {"high": with_outcomes(lambda i: i % 5 != 0, lambda i: 90 + 2 * i)}
+    child = measurement("child", [200.0, 210.0, 190.0], efforts=ours)
+    parents = [measurement(name, [100.0, 100.0, 101.0], efforts=theirs) for name in ("p0", "p1", "p2")]
+    parents.append(measurement("once", [100.0], efforts={"high": effort(0.8, 100)}))
+    comparisons = [compare(child, parent) for parent in parents]
+    document = report_document([*parents, child], comparisons, child="child", notes=["n"], extra={})
+    assert (document["kind"], document["schema_version"], document["notes"]) == ("report", 1, ["n"])
+    entries = [document["child"], *(document["child"][f"vs_{name}"] for name in ("p1", "p2"))]
+    for entry, comparison in zip(entries, comparisons, strict=False):
+        retention = comparison.efforts["high"].accuracy_retention
+        high = entry["efforts"]["high"]
+        assert high["accuracy_retention"] == retention.value
+        assert high["accuracy_retention_interval"] == [retention.interval.low, retention.interval.high]
+        assert entry["per_token_speedup_range"] == list(comparison.per_token_speedup_range)
+    once = document["child"]["vs_once"]
+    assert (once["per_token_speedup"], once["per_token_speedup_range"]) == (2.0, None)
+    assert once["per_token_speedup_interval"] is None
+    assert once["per_token_speedup_interval_reason"] == "throughput was measured in a single round"
+    high = once["efforts"]["high"]
+    assert high["accuracy_retention_interval_reason"] == "the measurement keeps no single answers"
 
 
 def test_the_length_budget_marks_every_effort_or_is_left_out():

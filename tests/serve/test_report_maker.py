@@ -16,7 +16,9 @@ from puzzle_trtllm.serve.report import EngineMeasurement, make_report, maker
 from puzzle_trtllm.serve.report.compare import compare
 from puzzle_trtllm.serve.report.document import DEFINITIONS
 from puzzle_trtllm.serve.report.files import load_measurement
+from puzzle_trtllm.serve.report.frontier import frontier_of
 from puzzle_trtllm.serve.report.summary import Report, headline, headline_tiles
+from puzzle_trtllm.serve.report.table import engine_table
 from tests.serve.measurements import SCENARIO, family, measurement
 
 BASELINES = ["parent_bf16", "parent_fp8"]
@@ -214,6 +216,12 @@ def test_a_headline_figure_that_grew_says_so_and_what_was_not_measured_has_none(
     assert text == ("Given 1.95 KiB for weights and KV cache, child generates 1.50× the tokens per second of parent.")
 
 
+def test_rounds_that_were_not_measured_in_turn_have_no_range_in_the_headline():
+    parent, _, child = family()
+    tiles = summed_up([parent, child.model_copy(update={"turns": None})], ["parent_bf16"])[1]
+    assert tiles["tokens per second"] == ("2.00×", "against parent_bf16")
+
+
 @pytest.mark.parametrize(
     ("changes", "given"),
     [
@@ -226,6 +234,63 @@ def test_the_headline_names_the_memory_that_both_were_given(changes, given):
     parent, _, child = family()
     text, _ = summed_up([parent, child.model_copy(update=changes)], ["parent_bf16"])
     assert text.startswith(f"{given}child generates 2.00× the tokens per second of parent_bf16.")
+
+
+def rows_of(engines):
+    """The printed table against both baselines, cell by cell."""
+    child = engines[-1]
+    comparisons = tuple(compare(child, engine) for engine in engines[:-1])
+    report = Report(
+        title="t", engines=tuple(engines), child=child, comparisons=comparisons, notes=(), frontier=frontier_of(engines)
+    )
+    columns = ([str(cell) for cell in column.cells] for column in engine_table(report).columns)
+    return [tuple(row) for row in zip(*columns, strict=True)]
+
+
+def test_every_row_of_the_table_by_hand():
+    rows = rows_of(family())
+    efforts = {row[0]: index for index, row in enumerate(rows) if row[0].endswith(" effort") and not any(row[1:])}
+    assert list(efforts) == ["low effort", "medium effort", "high effort"]
+    assert rows[: efforts["low effort"]] == [
+        ("weights", "0.98 KiB", "0.98 KiB", "750 B"),
+        ("KV cache a sequence", "300 B", "150 B", "120 B"),
+        ("memory given", "1.95 KiB", "1.95 KiB", "1.95 KiB"),
+        ("  sequences that fit", "3", "6", "10"),
+        ("TTFT ms, p50 / p95", "2.00 / 2.90", "2.00 / 2.90", "2.00 / 2.90"),
+        ("tokens/s, median", "100", "160", "200"),
+        ("  range of rounds", "90.0 to 110", "150 to 170", "198 to 220"),
+        ("  no memory limit", "400", "–", "420"),
+        ("speedup vs parent_bf16", "", "", "2.00×"),
+        ("  no memory limit", "", "", "1.05×"),
+        ("speedup vs parent_fp8", "", "", "1.25×"),
+    ]
+    assert rows[efforts["high effort"] + 1 :] == [
+        ("  accuracy", "90.0%", "90.0%", "90.0%"),
+        ("  95% interval", "85% to 95%", "85% to 95%", "85% to 95%"),
+        ("  tokens/request", "100.0", "100.0", "160.0"),
+        ("  requests/s", "1.00", "1.60", "1.25"),
+        ("  rate vs parent_bf16", "", "", "1.25×"),
+        ("    95% interval", "", "", "–"),
+        ("    vs its high effort", "", "", "1.25×"),
+        ("  accuracy vs parent_bf16", "", "", "100.0%"),
+        ("  rate vs parent_fp8", "", "", "0.78×"),
+        ("    95% interval", "", "", "–"),
+        ("    vs its high effort", "", "", "0.78×"),
+        ("  accuracy vs parent_fp8", "", "", "100.0%"),
+        ("  accuracy and speed", "dominated", "frontier", "dominated"),
+    ]
+    # Against the FP8 parent's medium effort nobody is as accurate as fast; it solved nothing at low effort.
+    assert rows[efforts["high effort"] - 1] == ("  accuracy and speed", "dominated", "frontier", "frontier")
+    assert rows[efforts["medium effort"] - 2] == ("  accuracy vs parent_fp8", "", "", "–")
+
+
+def test_a_fact_that_no_engine_has_gives_no_row():
+    bare = {"memory_bytes": None, "uncapped_output_tokens_per_s": None, "latencies": {}, "efforts": {}}
+    rows = rows_of([engine.model_copy(update=bare) for engine in family()])
+    assert [row[0] for row in rows] == [
+        "weights", "KV cache a sequence", "tokens/s, median", "  range of rounds", "speedup vs parent_bf16",
+        "speedup vs parent_fp8",
+    ]  # fmt: skip
 
 
 def test_the_table_cuts_no_name_where_there_is_no_terminal(tmp_path, capsys):
