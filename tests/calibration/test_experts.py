@@ -82,6 +82,17 @@ def test_importance_is_the_step_of_dropping():
     assert importance_from_order(np.array([2, 0, 1])).tolist() == [1.0, 2.0, 0.0]
 
 
+def test_of_equally_unimportant_experts_the_report_names_the_one_that_goes_first():
+    layer = experts.LayerImportance(
+        importance=np.array([0.0, 2.0, 0.0, 1.0], np.float32),
+        scores={"votes": np.array([0.0, 7.0, 0.0, 3.0], np.float32)},
+        kept=None,
+        relative_error=None,
+        share_out_of_choices=None,
+    )
+    assert (layer.least_important, layer.never_routed, layer.votes) == (2, (0, 2), (0, 7, 0, 3))
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 

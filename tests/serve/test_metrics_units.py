@@ -32,8 +32,8 @@ def test_bytes_have_three_digits_and_a_binary_unit(count, shown):
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0.1234, "0.123"), (1, "1.00"), (4.561, "4.56"), (9.5, "9.50"), (10, "10.0"), (78.91, "78.9"), (100, "100"), (1234.6, "1,235"),
-     (-78.91, "-78.9")],
+    [(0.1234, "0.123"), (1, "1.00"), (4.561, "4.56"), (9.5, "9.50"), (10, "10.0"), (78.91, "78.9"), (100, "100"),
+     (1234.6, "1,235"), (-78.91, "-78.9")],
 )  # fmt: skip
 def test_numbers_have_three_digits_and_above_1000_are_whole(value, shown):
     assert show_number(value) == shown
