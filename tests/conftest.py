@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,8 +26,14 @@ TORCH_SEED = 67280421310721
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Under `pytest -n`, a worker and the processes that its tests start have one core, as two threads of each of two
-    workers would spin in each other's way; a test of what several threads do asks for them itself."""
+    """Signals do what they do in a terminal, also under nohup and behind a shell's `&`, which have them ignored.
+
+    Under `pytest -n`, a worker and the processes that its tests start have one core, as two threads of each of two
+    workers would spin in each other's way; a test of what several threads do asks for them itself.
+    """
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
     if hasattr(config, "workerinput"):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
