@@ -7,12 +7,19 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import uvicorn
 
+from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.serve.client.request import GenerationChunk, GenerationRequest
 from puzzle_trtllm.serve.openai.app import make_app
 from puzzle_trtllm.serve.openai.model_card import ModelCard
+
+
+def toy_card(folder: Path) -> ModelCard:
+    """The toy checkpoint in `folder`, as the front knows a model."""
+    return ModelCard(name="toy", tokenizer=ChatTokenizer.from_folder(folder), max_seq_len=256)
 
 
 class ScriptedTarget:
