@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 
 from puzzle_trtllm.calibration.dataset import CalibrationDataset
 from puzzle_trtllm.calibration.forward import MAX_TOKENS_PER_BATCH, naming_layers, num_threads, progress, threads
-from puzzle_trtllm.calibration.memory import free_memory
+from puzzle_trtllm.calibration.memory import free_memory, old_objects_kept
 from puzzle_trtllm.calibration.one_layer import embed, load_layer
 from puzzle_trtllm.calibration.ranks import ALONE, Ranks
 from puzzle_trtllm.checkpoint import Checkpoint
@@ -99,7 +99,7 @@ def stream_layers(
     job = _job(source, data, what=what, dtype=dtype, num_threads=num_threads(parameters))
     job |= {"side_runs": runs.describe_side(), "settings": dict(settings or {}), "device": str(device or "cpu")}
     bar = progress(quiet=quiet or not ranks.is_first)
-    with _workplace(out, job, ranks) as folder, threads(parameters), bar, torch.no_grad():
+    with _workplace(out, job, ranks) as folder, threads(parameters), bar, torch.no_grad(), old_objects_kept():
         first = _first_layer(folder, num_layers, runs, ranks)
         task = bar.add_task(f"{what}, layer by layer", total=num_layers * runs.num_tokens)
         bar.advance(task, first * runs.num_tokens)

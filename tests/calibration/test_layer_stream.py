@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +133,26 @@ def test_a_source_that_has_scales_streams_too(make_checkpoint, tmp_path):
     for name, stream in (("plain", False), ("stream", True)):
         calibrate_kv(folder, tmp_path / name, stream=stream, overwrite=True)
     assert contents(tmp_path / "stream") == contents(tmp_path / "plain")
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def test_one_layer_is_held_at_a_time(child, tmp_path, monkeypatch):
+    """Models hold themselves in cycles, which only the collector ends; and it is as it was afterwards."""
+    layers: list[weakref.ref] = []
+
+    def load(*arguments, **options):
+        assert [layer for layer in layers if layer() is not None] == []
+        model = load_layer(*arguments, **options)
+        layers.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(layer_stream, "load_layer", load)
+    frozen = gc.get_freeze_count()
+    calibrate_kv(child, tmp_path / "out", stream=True)
+    assert len(layers) == len(CHILD)
+    assert gc.get_freeze_count() == frozen
 
 
 # -- after a kill ------------------------------------------------------------------------------------------------------

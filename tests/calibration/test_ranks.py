@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,7 +11,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from puzzle_trtllm.calibration import ranks as ranks_module
@@ -22,6 +19,7 @@ from puzzle_trtllm.calibration.rank_processes import run_ranks
 from puzzle_trtllm.calibration.ranks import ALONE, LostRankError, Ranks, joined_ranks, require_enough
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.errors import CalibrationError, PuzzleError
+from tests.calibration import rank_functions
 
 CHILD = [(6, 5), (4, None), (3, 17), (4, 5)]
 
@@ -64,14 +62,9 @@ def test_shares_interleave_and_go_back_into_order():
     assert ALONE.in_order(list(ALONE.share(items))) == items
 
 
-def talk(ranks: Ranks) -> list[str]:
-    shared = [f"item {i}" for i in ranks.share(range(5))]
-    return [*ranks.in_order(shared), str(ranks.smallest(ranks.rank + 4))]
-
-
 @pytest.mark.slow
 def test_what_ranks_made_of_their_shares_comes_back_in_order():
-    assert run_ranks(2, talk, {}) == [*(f"item {i}" for i in range(5)), "4"]
+    assert run_ranks(2, rank_functions.talk, {}) == [*(f"item {i}" for i in range(5)), "4"]
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -135,16 +128,10 @@ def test_after_a_kill_the_ranks_agree_where_to_go_on(folder, alone, tmp_path):
 # -- failing -----------------------------------------------------------------------------------------------------------
 
 
-def die(ranks: Ranks) -> None:
-    if ranks.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(600)
-
-
 def test_a_rank_that_is_killed_ends_all_with_one_line():
     start = time.monotonic()
     with pytest.raises(CalibrationError, match=r"^rank 1: ended without a result \(found killed by SIGKILL\)$"):
-        run_ranks(2, die, {})
+        run_ranks(2, rank_functions.die, {})
     assert time.monotonic() - start < 120
 
 
@@ -155,16 +142,10 @@ def test_a_rank_waits_for_another_longer_than_gloo_would(tmp_path, monkeypatch):
         pass
 
 
-def work_for_long(ranks: Ranks) -> None:
-    os.write(sys.stdout.fileno(), b"working\n")  # one write: two ranks print at once
-    time.sleep(60)
-    print("still working", flush=True)
-
-
 def test_ranks_end_when_the_command_is_killed():
     program = (
         "from puzzle_trtllm.calibration.rank_processes import run_ranks\n"
-        "from tests.calibration.test_ranks import work_for_long\n"
+        "from tests.calibration.rank_functions import work_for_long\n"
         "run_ranks(2, work_for_long, {})\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as command:
@@ -173,16 +154,11 @@ def test_ranks_end_when_the_command_is_killed():
         assert command.communicate(timeout=30) == ("", None)  # their stdout is its own: all have ended
 
 
-def addresses(ranks: Ranks) -> set[str]:
-    ranks.wait()
-    return {connection.laddr.ip for connection in psutil.Process().net_connections()}
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may rename a machine")
 def test_ranks_of_one_machine_talk_over_its_loopback_whatever_its_name_means():
     program = (
         "from puzzle_trtllm.calibration.rank_processes import run_ranks\n"
-        "from tests.calibration.test_ranks import addresses\n"
+        "from tests.calibration.rank_functions import addresses\n"
         "print(run_ranks(2, addresses, {}))\n"
     )
     renamed = ["unshare", "--uts", "sh", "-c", 'hostname nobody.example && exec "$@"', "sh"]
@@ -190,26 +166,16 @@ def test_ranks_of_one_machine_talk_over_its_loopback_whatever_its_name_means():
     assert (done.stdout, done.stderr) == ("{'127.0.0.1'}\n", "")
 
 
-def be_slow_to_leave(ranks: Ranks) -> None:
-    atexit.register(time.sleep, 60)
-
-
 def test_ranks_that_have_done_their_part_go_without_a_word(capfd):
-    run_ranks(2, be_slow_to_leave, {})
+    run_ranks(2, rank_functions.be_slow_to_leave, {})
     assert "Traceback" not in capfd.readouterr().err
-
-
-def refuse(ranks: Ranks, place: str) -> None:
-    if ranks.rank == 1:
-        raise PuzzleError("not like this", file=place, found=1)
-    ranks.wait()
 
 
 @pytest.mark.slow
 def test_a_rank_that_refuses_ends_all_with_its_line():
     """Not with the line of the rank that lost its partner."""
     with pytest.raises(PuzzleError, match=r"^a.txt: not like this \(found 1\)$"):
-        run_ranks(2, refuse, {"place": "a.txt"})
+        run_ranks(2, rank_functions.refuse, {"place": "a.txt"})
 
 
 @pytest.mark.slow
