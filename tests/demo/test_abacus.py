@@ -189,7 +189,8 @@ def test_votes_on_real_conversations_find_the_disposable_experts(abacus: Abacus)
 
 
 def test_careful_pruning_needs_no_healing_and_careless_pruning_hurts(abacus: Abacus) -> None:
-    sample = load_problems(FOLDER / "problems.jsonl").problems[:16]
+    shipped = load_problems(FOLDER / "problems.jsonl").problems
+    sample = [problem for problem in shipped if len(problem.prompt) == len("123456+123456=")][:16]  # one batch
     variants = evaluate.variants(abacus, evaluate.collect_routing(abacus, calibration()[:60]))
     accuracy = {
         name: evaluate.score(abacus, sample, "high", variants[name]).accuracy
