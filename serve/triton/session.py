@@ -34,7 +34,8 @@ from puzzle_trtllm.serve.triton.request import (
 )
 from puzzle_trtllm.serve.triton.response import take_snapshot
 
-_SWEEP_LIMIT_S = 0.06
+_SWEEP_LIMIT_S = 0.05
+"""From the beginning of a sweep to that of the next one, while it takes less than half of that."""
 _SWEEP_SHARE = 0.05
 """Up to that limit, the sweep takes no more than this share of the time."""
 
@@ -284,14 +285,13 @@ class Session:
     # --- the sweep's thread -----------------------------------------------------------------------------------------
 
     def _sweep(self) -> None:
-        period_s = self._sweep_period_s
-        while not self._stopping.wait(period_s):
+        pause_s = self._sweep_period_s
+        while not self._stopping.wait(pause_s):
             began_s = time.monotonic()
             for request in list(self._open.values()):
                 if self._client_has_gone(request):
                     self._loop.call_soon_threadsafe(self._cancel, request, "the client closed the request")
-            spent_s = time.monotonic() - began_s
-            period_s = min(max(self._sweep_period_s, spent_s / _SWEEP_SHARE), _SWEEP_LIMIT_S)
+            pause_s = pause_after_sweep(time.monotonic() - began_s, self._sweep_period_s)
 
     def _client_has_gone(self, request: OpenRequest) -> bool:
         try:
@@ -301,6 +301,11 @@ class Session:
                 request.query_failed = True
                 self._log(f"request {request.request_id!r} cannot be asked for: {type(error).__name__}: {error}")
             return False
+
+
+def pause_after_sweep(spent_s: float, period_s: float) -> float:
+    """Seconds to the next sweep: at least `period_s`, more when this one took long, never less than it took."""
+    return min(max(period_s, spent_s / _SWEEP_SHARE), max(_SWEEP_LIMIT_S - spent_s, spent_s))
 
 
 def engine_is_healthy(llm: Any) -> bool:

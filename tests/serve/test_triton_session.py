@@ -17,7 +17,7 @@ from puzzle_trtllm.serve.runtimes.api import EngineDeadError, RequestError, Samp
 from puzzle_trtllm.serve.triton.outbox import Outbox, free_shared_memory
 from puzzle_trtllm.serve.triton.request import ReplyFormat, RequestLimits
 from puzzle_trtllm.serve.triton.response import Snapshot
-from puzzle_trtllm.serve.triton.session import Session
+from puzzle_trtllm.serve.triton.session import Session, pause_after_sweep
 from tests.serve.fake_session import Encoder, Llm, Sender, accept, begin, open_service
 from tests.serve.scripted import wait_until
 
@@ -376,3 +376,17 @@ def test_a_reply_says_nothing_after_its_end() -> None:
     outbox.close()
     assert sender.responses == [(("CANCELLED", "first"), 1)]
     assert not reply.is_cancelled()
+
+
+@pytest.mark.parametrize(
+    ("spent_ms", "pause_ms"),
+    [
+        (0.5, 25),  # few requests: the period
+        (2, 40),  # a twentieth of the time
+        (4, 46),  # the next one begins 50 ms after this one did
+        (20, 30),
+        (80, 80),  # more requests than that can be asked for: half of the time
+    ],
+)
+def test_a_client_that_has_gone_is_looked_for_every_fifty_ms_while_that_is_possible(spent_ms, pause_ms) -> None:
+    assert pause_after_sweep(spent_ms / 1e3, period_s=0.025) == pytest.approx(pause_ms / 1e3)
