@@ -79,7 +79,7 @@ def build_engine(
     if fold in ("tensor", "channel") and settings.kv_dtype != "fp8":
         raise ConfigError("--fold needs an FP8 KV cache", file=label, key="kv_dtype", found=settings.kv_dtype)
     mode = _choose_fold(source, settings, fold or settings.fold, allow_unit_scale, label)
-    folding = fold_scales(source, mode, quantized_q=settings.quantized_q)
+    folding = fold_scales(source, mode, quantized_q=settings.stores_q_in_fp8)
     warnings = [*folding.warnings, *_runtime_warnings(source.architecture, settings, mode, values)]
     for line in warnings:
         warn(line, quiet=quiet)
