@@ -22,7 +22,7 @@ import yaml
 import puzzle_trtllm
 from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.build.derived_values import DerivedValue, to_nested
-from puzzle_trtllm.build.expert_layout import warn_of_cut
+from puzzle_trtllm.build.expert_layout import warn_of_cut, warn_of_end
 from puzzle_trtllm.build.fold import fold_scales
 from puzzle_trtllm.build.launch import write_launch_folder
 from puzzle_trtllm.build.llm_args import derive_llm_args
@@ -190,7 +190,8 @@ def _runtime_warnings(
             "FP8 KV with attention sinks on Hopper is unverified in TensorRT-LLM: measure kv_dtype bf16 too"
         )
     if config.runtime == "tensorrt_llm":
-        warnings += warn_of_cut(architecture, to_nested(values))
+        llm_args = to_nested(values)
+        warnings += [*warn_of_cut(architecture, llm_args), *warn_of_end(config.target, llm_args)]
     return warnings
 
 

@@ -10,6 +10,7 @@ there and does not fit. The machine is ready when nothing is missing or wrong.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import platform
 import re
@@ -25,7 +26,7 @@ import puzzle_trtllm
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import PuzzleError
 from puzzle_trtllm.models.trtllm.symbols import Finding, check
-from puzzle_trtllm.models.trtllm.upstream import COMMAND_LINES, REQUIREMENTS, Line
+from puzzle_trtllm.models.trtllm.upstream import COMMAND_LINES, REQUIREMENTS, TRITON_EXPERTS, Line
 
 Outcome = Literal["ok", "note", "missing", "wrong"]
 
@@ -250,7 +251,26 @@ def _engine(engine: Engine) -> Iterator[Check]:
         yield Check(group="engine", name=name, outcome="wrong", found=found, advice=advice)
         return
     yield Check(group="engine", name=name, outcome="ok", found="TorchLlmArgs takes its llm_args.yaml")
+    yield from _experts_of_engine(engine)
     yield from _gpus_of_engine(engine)
+
+
+def _experts_of_engine(engine: Engine) -> Iterator[Check]:
+    """Whether the kernels of its experts are there, which TensorRT-LLM asks only while it loads the model."""
+    if (engine.llm_args.get("moe_config") or {}).get("backend") != "TRITON":
+        return
+    row = TRITON_EXPERTS
+    finding = check(row)
+    problems = finding.problems
+    if finding.holds and not getattr(importlib.import_module(row.modules[0]), "IS_TRITON_KERNELS_AVAILABLE", True):
+        problems = ("the package triton_kernels cannot be imported",)
+    yield Check(
+        group="engine",
+        name="experts",
+        outcome="wrong" if problems else "ok",
+        found="; ".join(problems) or "TRITON kernels",
+        advice=f"another image, which brings them, or else: {row.needed_for}" if problems else "",
+    )
 
 
 def _gpus_of_engine(engine: Engine) -> Iterator[Check]:

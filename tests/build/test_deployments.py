@@ -254,6 +254,18 @@ class TestCutExperts:
         balanced = {"moe_config": {"load_balancer": {"num_slots": 144}}}
         assert arguments(MODELS["parent"], num_gpus=8, llm_args=balanced)["moe_config"]["load_balancer"]
 
+    @pytest.mark.parametrize(
+        ("backend", "target", "warned"),
+        [("TRITON", "1.3", True), ("TRITON", "late", True), ("TRITON", "1.2", False), ("CUTLASS", "late", False)],
+    )
+    def test_kernels_that_newer_lines_will_lose_are_told(self, capsys, backend, target, warned):
+        config = EngineConfig(
+            runtime="tensorrt_llm", gpu="h100-80gb", scenario="long", target=target,
+            llm_args={"moe_config": {"backend": backend}},
+        )  # fmt: skip
+        explain(CHILD, config=config, quiet=False)
+        assert ("deprecated its TRITON expert kernels in 1.3" in capsys.readouterr().err) is warned
+
 
 @pytest.fixture
 def toy_engine(make_checkpoint, tmp_path):
