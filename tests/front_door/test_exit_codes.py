@@ -325,6 +325,19 @@ def test_options_that_need_another() -> None:
     assert_user_error(invoke("evaluate", "--problems", "x.jsonl"), "--tokenizer", "--engine")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--temperature", "inf"), "decoding: temperature: "),
+        (("--temperature", "1", "--top-p", "0"), "decoding: top_p: "),
+        (("--top-p", "0.9"), "temperature 0 is greedy: top_p and seed would change nothing"),
+        (("--seed", "3"), "temperature 0 is greedy"),
+    ],
+)
+def test_a_decoding_that_is_none(tmp_path: Path, options: tuple[str, ...], words: str) -> None:
+    assert_user_error(invoke("evaluate", "--problems", "x.jsonl", "--tokenizer", tmp_path, *options), words)
+
+
 def test_debug_shows_the_traceback_wherever_it_stands(tmp_path: Path) -> None:
     for arguments in (("--debug", "inspect", tmp_path), ("inspect", tmp_path, "--debug")):
         result = invoke(*arguments)

@@ -102,7 +102,8 @@ def test_the_flags_are_frozen() -> None:
         "--seed --speed --sweep --tokenizer --trace --trace-block-tokens --trace-time-unit --url --warmup-requests "
         "--workers",
         "evaluate": "--answer-key --ca-cert --client-cert --client-key --concurrency --effort --engine --grader --json "
-        "--limit --max-tokens --name --out --problems --prompt-key --secret --tokenizer --url",
+        "--limit --max-tokens --name --out --problems --prompt-key --secret --seed --temperature --tokenizer --top-p "
+        "--url",
         "report": "--baseline --child --json --out --title",
         "doctor": "--engine --json --line --source",
         "demo": "--json --out --quick",
