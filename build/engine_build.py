@@ -134,6 +134,9 @@ def _load_config(config: EngineConfig | str | Path) -> tuple[EngineConfig, str]:
 
 
 def _derive(architecture: PuzzleArchitecture, config: EngineConfig, label: str) -> list[DerivedValue]:
+    if config.runtime == "tensorrt_llm" and "scenario" not in config.model_fields_set:
+        message = "missing key: sequences and batches are sized for it"
+        raise ConfigError(message, file=label, key="scenario", expected="such as long")
     try:
         scenario = load_scenario(config.scenario)
     except ConfigError as error:

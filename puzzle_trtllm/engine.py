@@ -160,6 +160,13 @@ class Engine:
     def architecture(self) -> PuzzleArchitecture:
         return PuzzleArchitecture.from_path(self.model_path)
 
+    @property
+    def scenario(self) -> str | None:
+        """Name or path of the load that it was built for; None where engine.json does not tell."""
+        config = self.manifest.provenance.get("engine_config")
+        name = config.get("scenario") if isinstance(config, dict) else None
+        return name if isinstance(name, str) else None
+
 
 def describe(a: PuzzleArchitecture) -> dict[str, Any]:
     """An architecture as engine.json has it."""

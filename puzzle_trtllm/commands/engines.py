@@ -230,7 +230,7 @@ def serve_command(
 
 def next_steps(engine: Engine, url: str, *, tls: GrpcTls | None, has_secret: bool) -> list[tuple[str, str]]:
     """Commands for a server that is ready: one that tries it, and one that measures it under the engine's own load."""
-    scenario = engine.manifest.provenance.get("engine_config", {}).get("scenario", "NAME")
+    scenario = engine.scenario or "NAME"
     options = ""
     if tls is not None:
         options += " --ca-cert CA" if tls.root_cert is None else " --ca-cert CA --client-cert CERT --client-key KEY"
