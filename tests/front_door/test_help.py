@@ -92,9 +92,10 @@ def test_the_flags_are_frozen() -> None:
         "--max-samples --max-tokens --overwrite --pack --quality --ranks --seed --seq-len --sequence-length --split "
         "--stream",
         "build": "--allow-unit-scale --config --explain --fold --json --overwrite",
+        "repository": "--decoupled --gpu-device-ids --json --max-open-requests --overwrite --step-timeout",
         "serve": "--engine-cores --gpu-device-ids --grpc-cert --grpc-key --grpc-port --grpc-root-cert --host "
-        "--http-port --json --metrics-port --openai-model --openai-port --restart --restricted --secret "
-        "--startup-timeout --step-timeout",
+        "--http-port --json --max-open-requests --metrics-port --openai-model --openai-port --restart --restricted "
+        "--secret --startup-timeout --step-timeout",
         "generate": "--ca-cert --client-cert --client-key --effort --json --max-tokens --secret --seed --stop "
         "--temperature --tokenizer --top-k --top-p --url",
         "bench": "--arrival --ca-cert --client-cert --client-key --concurrency --csv --engine --json "
