@@ -53,7 +53,7 @@ def generate_command(
     tokenizer: TokenizerOption = None,
     effort: Annotated[str | None, typer.Option("--effort", help="low, medium or high; with --tokenizer.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="To generate, at most.")] = 256,
-    temperature: Annotated[float | None, typer.Option(help="Alone it is still greedy: add --top-k or --top-p.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", help="Sample from the so many likeliest tokens.")] = None,
     top_p: Annotated[
         float | None, typer.Option("--top-p", help="Sample from the likeliest tokens that have this share together.")

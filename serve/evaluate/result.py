@@ -78,7 +78,7 @@ class Decoding(BaseModel):
         return f"temperature {self.temperature:g}, top_p {self.top_p:g}, seed {self.seed}"
 
     def of_problem(self, index: int) -> dict[str, Any]:
-        """A request's fields. Without `top_p` a temperature would still be greedy, as in TensorRT-LLM."""
+        """A request's fields. Without `top_p` servers before TensorRT-LLM 1.2 take a temperature for greedy."""
         if self.temperature == 0:
             return {}
         return {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed + index}

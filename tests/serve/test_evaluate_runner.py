@@ -238,7 +238,7 @@ def test_sampled_answers_are_asked_for_with_a_seed_a_problem_and_are_another_eva
 
 
 def test_a_temperature_alone_is_no_greedy_decoding():
-    """The servers would take it for one: there sampling starts with top_p."""
+    """Servers before TensorRT-LLM 1.2 would take it for one: there sampling starts with top_p."""
     assert Decoding(temperature=0.7).of_problem(2) == {"temperature": 0.7, "top_p": 1.0, "seed": 2}
     assert Decoding().of_problem(2) == {}
 
