@@ -44,6 +44,7 @@ from puzzle_trtllm.engine import (
 )
 from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.folders import atomic_folder
+from puzzle_trtllm.models.trtllm.upstream import Line
 from puzzle_trtllm.output_folder import check_output_folder
 from puzzle_trtllm.scenario import load_scenario
 from puzzle_trtllm.terminal import warn
@@ -58,6 +59,7 @@ def build_engine(
     config: EngineConfig | str | Path,
     fold: FoldName | None = None,
     allow_unit_scale: bool = False,
+    target: Line | None = None,
     overwrite: bool = False,
     quiet: bool = True,
 ) -> Engine:
@@ -69,10 +71,11 @@ def build_engine(
         config: an EngineConfig, the name of a shipped one, or a YAML file.
         fold: how KV scales go into the weights; the engine config's own choice when None.
         allow_unit_scale: accept FP8 KV at scale 1, with fold "none".
+        target: TensorRT-LLM line to build for; the engine config's own when None.
 
     Raises a PuzzleError subclass in one line for anything wrong with the inputs, and leaves nothing behind.
     """
-    settings, label = _load_config(config)
+    settings, label = _load_config(config, target)
     source = Checkpoint.open(checkpoint)
     source.validate()
     values = _derive(source.architecture, settings, label)
@@ -104,7 +107,11 @@ def build_engine(
 
 
 def explain(
-    config_json_or_checkpoint: str | Path, *, config: EngineConfig | str | Path, quiet: bool = True
+    config_json_or_checkpoint: str | Path,
+    *,
+    config: EngineConfig | str | Path,
+    target: Line | None = None,
+    quiet: bool = True,
 ) -> list[DerivedValue]:
     """Every LLM argument that `build_engine` would write: (dotted key, value, reason).
 
@@ -113,7 +120,7 @@ def explain(
     """
     path = Path(config_json_or_checkpoint)
     path = path if path.is_file() else resolve_folder(config_json_or_checkpoint, weights=False)
-    settings, label = _load_config(config)
+    settings, label = _load_config(config, target)
     architecture = PuzzleArchitecture.from_path(path)
     values = _derive(architecture, settings, label)
     for line in _runtime_warnings(architecture, settings, settings.fold, values):
@@ -127,10 +134,12 @@ def render_llm_args(values: list[DerivedValue]) -> str:
     return _LLM_ARGS_HEADER + text
 
 
-def _load_config(config: EngineConfig | str | Path) -> tuple[EngineConfig, str]:
+def _load_config(config: EngineConfig | str | Path, target: Line | None) -> tuple[EngineConfig, str]:
     if isinstance(config, EngineConfig):
-        return config, "engine config"
-    return load_engine_config(config), str(config)
+        settings, label = config, "engine config"
+    else:
+        settings, label = load_engine_config(config), str(config)
+    return (settings if target is None else settings.model_copy(update={"target": target})), label
 
 
 def _derive(architecture: PuzzleArchitecture, config: EngineConfig, label: str) -> list[DerivedValue]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from puzzle_trtllm.engine import Engine
+    from puzzle_trtllm.models.trtllm.upstream import Line
     from puzzle_trtllm.serve.openai.process import OpenAiFront
     from puzzle_trtllm.serve.triton.security import GrpcTls
     from puzzle_trtllm.serve.triton.server import TritonServer
@@ -68,6 +69,10 @@ def build_command(
     allow_unit_scale: Annotated[
         bool, typer.Option("--allow-unit-scale", help="Accept an FP8 KV cache at scale 1, with --fold none.")
     ] = False,
+    target: Annotated[
+        Literal["1.2", "1.3", "late"] | None,
+        typer.Option("--target", help="TensorRT-LLM line, as `doctor` tells it (default: as the config says)."),
+    ] = None,
     only_explain: Annotated[
         bool, typer.Option("--explain", help="Only show the LLM arguments that would be written, and why.")
     ] = False,
@@ -79,7 +84,7 @@ def build_command(
     It holds the serving copy of the checkpoint, with its KV scales folded in, and the arguments to load it.
     """
     if only_explain:
-        _explain(checkpoint, config, as_json=as_json)
+        _explain(checkpoint, config, target, as_json=as_json)
         return
     if out is None:
         raise PuzzleError("missing", key="OUT", expected="the engine's folder; only --explain goes without")
@@ -91,6 +96,7 @@ def build_command(
         config=config,
         fold=fold,
         allow_unit_scale=allow_unit_scale,
+        target=target,
         overwrite=overwrite,
         quiet=False,
     )
@@ -100,11 +106,11 @@ def build_command(
         print_table(engine_table(engine))
 
 
-def _explain(checkpoint: str, config: str, *, as_json: bool) -> None:
+def _explain(checkpoint: str, config: str, target: Line | None, *, as_json: bool) -> None:
     from puzzle_trtllm.build.derived_values import to_nested
     from puzzle_trtllm.build.engine_build import explain
 
-    values = explain(checkpoint, config=config, quiet=False)
+    values = explain(checkpoint, config=config, target=target, quiet=False)
     if as_json:
         print_json({"llm_args": to_nested(values), "reasons": {key: reason for key, _, reason in values}})
         return

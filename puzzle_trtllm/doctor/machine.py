@@ -146,7 +146,7 @@ def _tensorrt_llm() -> Iterator[Check]:
         advice = "this project knows 1.2 and newer"
         yield Check(group="TensorRT-LLM", name="package", outcome="wrong", found=version or "unknown", advice=advice)
     else:
-        advice = f'build engines with `target: "{line}"`'
+        advice = f"build engines with `--target {line}`"
         yield Check(group="TensorRT-LLM", name="package", outcome="ok", found=f"{version} (line {line})", advice=advice)
     for row in (*REQUIREMENTS, *COMMAND_LINES):
         if line in row.lines or line is None:
@@ -247,7 +247,7 @@ def _engine(engine: Engine) -> Iterator[Check]:
         TorchLlmArgs(model=str(engine.model_path), **engine.llm_args)
     except Exception as error:
         found = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-        advice = "build it again with the `target` of the installed line"
+        advice = "build it again with the `--target` of the installed line"
         yield Check(group="engine", name=name, outcome="wrong", found=found, advice=advice)
         return
     yield Check(group="engine", name=name, outcome="ok", found="TorchLlmArgs takes its llm_args.yaml")

@@ -27,6 +27,7 @@ from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.llm_args_schema import check_llm_args
 from puzzle_trtllm.scenario import Scenario, load_scenario
 from tests.build.golden_deployments import CONFIGS, GOLDEN, MODELS, deployment_files
+from tests.front_door.cli import invoke
 from tests.models import trtllm_standin
 
 CHILD = MODELS["child"]
@@ -292,6 +293,16 @@ def test_scripts_speak_the_language_of_their_line(target, option, wins):
     for name in ("trtllm-serve.sh", "trtllm-bench.sh"):
         assert f'{option} "$ENGINE/llm_args.yaml"' in scripts[name]
     assert wins in scripts["trtllm-serve.sh"]
+
+
+def test_a_shipped_config_is_built_for_the_line_that_is_installed(make_checkpoint, tmp_path):
+    checkpoint, out = make_checkpoint([(4, 16), (2, None)], kv_scales=[(0.5, 2.0)] * 2), tmp_path / "engine"
+    config = EngineConfig(runtime="tensorrt_llm", gpu="h100-80gb", kv_dtype="fp8", scenario="cpu-demo")
+    engine = build_engine(checkpoint, out, config=config, target="late")
+    assert "--config" in (out / "launch" / "trtllm-serve.sh").read_text()
+    assert engine.manifest.provenance["engine_config"]["target"] == "late"
+    result = invoke("build", CHILD, "--config", "h100x1-long", "--target", "1.3", "--explain")
+    assert result.exit_code == 0 and "in 1.3 and will remove" in result.stderr
 
 
 class TestEngineFolder:

@@ -91,7 +91,7 @@ def test_the_flags_are_frozen() -> None:
         "calibrate kv": "--column --dataset --dataset-config --device --dtype --effort --exact --held-out --json "
         "--max-samples --max-tokens --overwrite --pack --quality --ranks --seed --seq-len --sequence-length --split "
         "--stream",
-        "build": "--allow-unit-scale --config --explain --fold --json --overwrite",
+        "build": "--allow-unit-scale --config --explain --fold --json --overwrite --target",
         "repository": "--decoupled --gpu-device-ids --json --max-open-requests --overwrite --step-timeout",
         "serve": "--engine-cores --gpu-device-ids --grpc-cert --grpc-key --grpc-port --grpc-root-cert --host "
         "--http-port --json --max-open-requests --metrics-port --openai-model --openai-port --restart --restricted "
