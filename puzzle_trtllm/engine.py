@@ -63,7 +63,7 @@ class EngineConfig(BaseModel):
         """`quantized_q`, or what the runtime does.
 
         TensorRT-LLM's attention makes FP8 of Q, at scale 1, when it reads prompts from a paged FP8 cache, as prefix
-        reuse and chunked prefill have it do (attentionOp.cpp: mFP8ContextFMHA). The reference runtime never does.
+        reuse or chunked prefill has it do (attentionOp.cpp: mFP8ContextFMHA). The reference runtime never does.
         """
         if self.quantized_q is not None:
             return self.quantized_q

@@ -238,6 +238,28 @@ class TestDerived:
             arguments(tmp_path / "config.json", kv_dtype="fp8")
 
 
+class TestPrefixReuse:
+    """TensorRT-LLM 1.2's V1 manager takes the blocks found of a prompt in one window for found in all of them."""
+
+    def reuse(self, model=CHILD, **config):
+        return arguments(model, **config)["kv_cache_config"]["enable_block_reuse"]
+
+    def test_is_off_in_the_line_that_would_answer_wrongly(self):
+        assert self.reuse() is False and self.reuse(MODELS["parent"]) is False
+        assert self.reuse(target="1.3") is True and self.reuse(target="late") is True
+
+    def test_is_on_where_nothing_can_be_mixed_up(self, tmp_path):
+        assert self.reuse(llm_args={"kv_cache_config": {"use_kv_cache_manager_v2": True}}) is True
+        config = json.loads(MODELS["parent"].read_text())
+        config["layer_types"] = ["full_attention"] * 36
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert self.reuse(tmp_path / "config.json", num_gpus=8) is True
+
+    def test_cannot_be_asked_for_there(self):
+        with pytest.raises(ConfigError, match=r"enable_block_reuse: 1.2 mixes up .*found true, expected false, or a"):
+            self.reuse(llm_args={"kv_cache_config": {"enable_block_reuse": True}})
+
+
 class TestCutExperts:
     def test_only_under_cutlass_and_marked_unverified(self):
         ranks = {"moe_expert_parallel_size": 1, "moe_tensor_parallel_size": 8}
