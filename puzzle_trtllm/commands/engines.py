@@ -162,7 +162,7 @@ def engine_table(engine: Engine) -> Table:
 
 def repository_command(
     engine: Annotated[Path, typer.Argument(help="Engine folder, as `build` makes it.", metavar="ENGINE")],
-    out: Annotated[Path, typer.Argument(help="Folder of the model repository, to be made.", metavar="OUT")],
+    out: Annotated[Path, typer.Argument(help="Model repository, new or with other models.", metavar="OUT")],
     gpu_device_ids: GpuDeviceIdsOption = None,
     max_open_requests: MaxOpenRequestsOption = None,
     step_timeout_s: StepTimeoutOption = 600,
@@ -172,7 +172,7 @@ def repository_command(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the Triton model repository of an engine, for a tritonserver of your own.
+    """Write an engine as the model tensorrt_llm of a Triton model repository, for a tritonserver of your own.
 
     It holds no weights: its model.yaml names the engine's folder. `serve` makes one for itself.
     """
@@ -181,7 +181,7 @@ def repository_command(
     from puzzle_trtllm.serve.triton.contract import MODEL_NAME
     from puzzle_trtllm.serve.triton.repository import write_repository
 
-    check_not_source(out, source=engine)
+    check_not_source(out / MODEL_NAME, source=engine)
     folder = write_repository(
         Engine.open(engine),
         out,

@@ -44,14 +44,14 @@ def write_repository(
     engine_cores: Sequence[int] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the model repository of `engine` to the folder `out` and return it.
+    """Write the model of `engine` into the model repository `out`, new or with other models, and return it.
 
     max_open_requests: that an instance takes; None: twice what its engine works on at once, at least 1,024.
     gpu_device_ids: "0,1;2,3" makes two instances, each on its own GPUs.
     step_timeout_s: after which an engine that ends no step, while requests are open, counts as dead; 0: never.
     engine_cores: those that the reference runtime computes on, instead of all that the server may use.
-    Raises ConfigError for wrong GPU ids, ServeError for a path that Triton cannot use and PuzzleError when `out` exists
-    and is not to be overwritten.
+    Raises ConfigError for wrong GPU ids, ServeError for a path that Triton cannot use and PuzzleError when the model
+    exists and is not to be overwritten.
     """
     out = Path(out).absolute()
     if shlex.quote(str(out)) != str(out):
@@ -74,10 +74,10 @@ def write_repository(
         vocab_size=engine.architecture.vocab_size,
     )
     config = _config_text(engine, gpu_device_ids)
-    with atomic_folder(out, overwrite=overwrite) as folder:
-        version = folder / MODEL_NAME / "1"
-        version.mkdir(parents=True)
-        (folder / MODEL_NAME / "config.pbtxt").write_text(config, encoding="utf-8")
+    with atomic_folder(out / MODEL_NAME, overwrite=overwrite) as folder:
+        version = folder / "1"
+        version.mkdir()
+        (folder / "config.pbtxt").write_text(config, encoding="utf-8")
         shutil.copyfile(Path(__file__).with_name("model.py"), version / "model.py")
         if reachable == link:
             (version / _ENGINE_LINK).symlink_to(engine.path, target_is_directory=True)

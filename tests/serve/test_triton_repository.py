@@ -152,10 +152,21 @@ def test_the_repository_of_an_engine_is_served_by_a_tritonserver_of_ones_own(eng
             server.wait(30)
 
 
+def test_other_models_of_a_repository_stay(engine, tmp_path: Path) -> None:
+    other = tmp_path / "out" / "embedding" / "config.pbtxt"
+    other.parent.mkdir(parents=True)
+    other.write_text("")
+    for _ in range(2):
+        assert invoke("repository", engine.path, tmp_path / "out", "--overwrite").exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["embedding", "tensorrt_llm"]
+    assert_user_error(invoke("repository", engine.path, tmp_path / "out"), "tensorrt_llm", "not empty", "--overwrite")
+
+
 def test_a_repository_never_replaces_the_engine_that_it_is_of(engine, tmp_path: Path) -> None:
-    assert_user_error(invoke("repository", engine.path, tmp_path, "--overwrite"), "would replace")
-    assert_user_error(invoke("repository", engine.path, engine.path, "--overwrite"), "would replace")
-    assert Engine.open(engine.path) == engine
+    engine.path.rename(tmp_path / "tensorrt_llm")
+    result = invoke("repository", tmp_path / "tensorrt_llm", tmp_path, "--overwrite")
+    assert_user_error(result, "would replace")
+    assert Engine.open(tmp_path / "tensorrt_llm").llm_args == engine.llm_args
 
 
 @pytest.mark.parametrize(
