@@ -161,10 +161,15 @@ class Engine:
         return PuzzleArchitecture.from_path(self.model_path)
 
     @property
+    def config(self) -> Mapping[str, Any]:
+        """The engine config that it was built from, as engine.json tells; empty where it does not."""
+        config = self.manifest.provenance.get("engine_config")
+        return config if isinstance(config, dict) else {}
+
+    @property
     def scenario(self) -> str | None:
         """Name or path of the load that it was built for; None where engine.json does not tell."""
-        config = self.manifest.provenance.get("engine_config")
-        name = config.get("scenario") if isinstance(config, dict) else None
+        name = self.config.get("scenario")
         return name if isinstance(name, str) else None
 
 

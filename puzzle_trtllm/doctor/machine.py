@@ -26,7 +26,7 @@ import puzzle_trtllm
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import PuzzleError
 from puzzle_trtllm.models.trtllm.symbols import Finding, check
-from puzzle_trtllm.models.trtllm.upstream import COMMAND_LINES, REQUIREMENTS, TRITON_EXPERTS, Line
+from puzzle_trtllm.models.trtllm.upstream import ALL_LINES, COMMAND_LINES, REQUIREMENTS, TRITON_EXPERTS, Line
 
 Outcome = Literal["ok", "note", "missing", "wrong"]
 
@@ -251,8 +251,24 @@ def _engine(engine: Engine) -> Iterator[Check]:
         yield Check(group="engine", name=name, outcome="wrong", found=found, advice=advice)
         return
     yield Check(group="engine", name=name, outcome="ok", found="TorchLlmArgs takes its llm_args.yaml")
+    yield from _line_of_engine(engine)
     yield from _experts_of_engine(engine)
     yield from _gpus_of_engine(engine)
+
+
+def _line_of_engine(engine: Engine) -> Iterator[Check]:
+    """Whether it was built for the installed line, which may compute wrongly what newer ones do not."""
+    line, target = release_line(_version("tensorrt-llm") or _version("tensorrt_llm") or ""), engine.config.get("target")
+    if line is None or target not in ALL_LINES or target == line:
+        return
+    newer = ALL_LINES.index(target) > ALL_LINES.index(line)
+    yield Check(
+        group="engine",
+        name="target",
+        outcome="wrong" if newer else "note",
+        found=f"built for line {target}, and {line} is installed",
+        advice=f"build it again with `--target {line}`",
+    )
 
 
 def _experts_of_engine(engine: Engine) -> Iterator[Check]:

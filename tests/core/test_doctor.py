@@ -200,6 +200,22 @@ class TestEngine:
         assert experts.outcome == outcome and found in experts.found
         assert ("backend: CUTLASS" in experts.advice) is (not diagnosis.ready) is (outcome == "wrong")
 
+    @pytest.mark.parametrize(
+        ("installed", "target", "outcome"),
+        [("1.2.1", "1.2", None), ("1.3.0", "1.2", "note"), ("1.2.1", "1.3", "wrong"), ("1.3.0", "late", "wrong")],
+    )
+    def test_the_line_it_was_built_for(
+        self, make_checkpoint, tmp_path, gpu_host, monkeypatch, installed, target, outcome
+    ):
+        """An older line computes wrongly what engines for newer ones ask of it."""
+        config = EngineConfig(runtime="tensorrt_llm", gpu="h100-80gb", scenario="cpu-demo", target=target)
+        engine = build_engine(make_checkpoint([(4, 16), (2, None)]), tmp_path / "e", config=config)
+        monkeypatch.setattr(machine, "_version", {"tensorrt-llm": installed, "puzzle-trtllm": "0.1"}.get)
+        check = by_name(machine.diagnose(engine.path)).get("engine: target")
+        assert (check and check.outcome) == outcome
+        if check is not None:
+            assert check.advice == f"build it again with `--target {installed[:3]}`"
+
     def test_an_engine_for_other_kernels_needs_none_of_tritons(self, engine, gpu_host, monkeypatch):
         monkeypatch.delattr(sys.modules[TRITON_EXPERTS.modules[0]], "TritonFusedMoE")
         arguments = {**engine.llm_args, "moe_config": {"backend": "TRTLLM"}}
