@@ -22,7 +22,7 @@ import yaml
 import puzzle_trtllm
 from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.build.derived_values import DerivedValue, to_nested
-from puzzle_trtllm.build.expert_layout import warn_of_cut
+from puzzle_trtllm.build.expert_layout import warn_of_cut, warn_of_end
 from puzzle_trtllm.build.fold import fold_scales
 from puzzle_trtllm.build.launch import write_launch_folder
 from puzzle_trtllm.build.llm_args import derive_llm_args
@@ -44,6 +44,7 @@ from puzzle_trtllm.engine import (
 )
 from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.folders import atomic_folder
+from puzzle_trtllm.models.trtllm.upstream import Line
 from puzzle_trtllm.output_folder import check_output_folder
 from puzzle_trtllm.scenario import load_scenario
 from puzzle_trtllm.terminal import warn
@@ -58,6 +59,7 @@ def build_engine(
     config: EngineConfig | str | Path,
     fold: FoldName | None = None,
     allow_unit_scale: bool = False,
+    target: Line | None = None,
     overwrite: bool = False,
     quiet: bool = True,
 ) -> Engine:
@@ -69,17 +71,18 @@ def build_engine(
         config: an EngineConfig, the name of a shipped one, or a YAML file.
         fold: how KV scales go into the weights; the engine config's own choice when None.
         allow_unit_scale: accept FP8 KV at scale 1, with fold "none".
+        target: TensorRT-LLM line to build for; the engine config's own when None.
 
     Raises a PuzzleError subclass in one line for anything wrong with the inputs, and leaves nothing behind.
     """
-    settings, label = _load_config(config)
+    settings, label = _load_config(config, target)
     source = Checkpoint.open(checkpoint)
     source.validate()
     values = _derive(source.architecture, settings, label)
     if fold in ("tensor", "channel") and settings.kv_dtype != "fp8":
         raise ConfigError("--fold needs an FP8 KV cache", file=label, key="kv_dtype", found=settings.kv_dtype)
     mode = _choose_fold(source, settings, fold or settings.fold, allow_unit_scale, label)
-    folding = fold_scales(source, mode, quantized_q=settings.quantized_q)
+    folding = fold_scales(source, mode, quantized_q=settings.stores_q_in_fp8)
     warnings = [*folding.warnings, *_runtime_warnings(source.architecture, settings, mode, values)]
     for line in warnings:
         warn(line, quiet=quiet)
@@ -104,7 +107,11 @@ def build_engine(
 
 
 def explain(
-    config_json_or_checkpoint: str | Path, *, config: EngineConfig | str | Path, quiet: bool = True
+    config_json_or_checkpoint: str | Path,
+    *,
+    config: EngineConfig | str | Path,
+    target: Line | None = None,
+    quiet: bool = True,
 ) -> list[DerivedValue]:
     """Every LLM argument that `build_engine` would write: (dotted key, value, reason).
 
@@ -113,7 +120,7 @@ def explain(
     """
     path = Path(config_json_or_checkpoint)
     path = path if path.is_file() else resolve_folder(config_json_or_checkpoint, weights=False)
-    settings, label = _load_config(config)
+    settings, label = _load_config(config, target)
     architecture = PuzzleArchitecture.from_path(path)
     values = _derive(architecture, settings, label)
     for line in _runtime_warnings(architecture, settings, settings.fold, values):
@@ -127,13 +134,18 @@ def render_llm_args(values: list[DerivedValue]) -> str:
     return _LLM_ARGS_HEADER + text
 
 
-def _load_config(config: EngineConfig | str | Path) -> tuple[EngineConfig, str]:
+def _load_config(config: EngineConfig | str | Path, target: Line | None) -> tuple[EngineConfig, str]:
     if isinstance(config, EngineConfig):
-        return config, "engine config"
-    return load_engine_config(config), str(config)
+        settings, label = config, "engine config"
+    else:
+        settings, label = load_engine_config(config), str(config)
+    return (settings if target is None else settings.model_copy(update={"target": target})), label
 
 
 def _derive(architecture: PuzzleArchitecture, config: EngineConfig, label: str) -> list[DerivedValue]:
+    if config.runtime == "tensorrt_llm" and "scenario" not in config.model_fields_set:
+        message = "missing key: sequences and batches are sized for it"
+        raise ConfigError(message, file=label, key="scenario", expected="such as long")
     try:
         scenario = load_scenario(config.scenario)
     except ConfigError as error:
@@ -190,7 +202,8 @@ def _runtime_warnings(
             "FP8 KV with attention sinks on Hopper is unverified in TensorRT-LLM: measure kv_dtype bf16 too"
         )
     if config.runtime == "tensorrt_llm":
-        warnings += warn_of_cut(architecture, to_nested(values))
+        llm_args = to_nested(values)
+        warnings += [*warn_of_cut(architecture, llm_args), *warn_of_end(config.target, llm_args)]
     return warnings
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.build.serving_copy import serving_family
 from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.models.trtllm.upstream import Line
 from puzzle_trtllm.mxfp4 import BLOCK_SIZE
 from puzzle_trtllm.parallelism import Parallelism
 
@@ -53,3 +54,13 @@ def warn_of_cut(a: PuzzleArchitecture, llm_args: Mapping[str, Any]) -> list[str]
     blocks = a.intermediate_size // BLOCK_SIZE
     aligned = "" if blocks % cut == 0 else f", and {blocks} MXFP4 blocks do not divide by {cut}"
     return [f"experts cut into {cut} parts (expert tensor parallelism) are unverified{aligned}"]
+
+
+def warn_of_end(target: Line, llm_args: Mapping[str, Any]) -> list[str]:
+    """What a newer TensorRT-LLM will not have for long."""
+    if target == "1.2" or (llm_args.get("moe_config") or {}).get("backend") != "TRITON":
+        return []
+    return [
+        "TensorRT-LLM deprecated its TRITON expert kernels in 1.3 and will remove them: "
+        "`llm_args: {moe_config: {backend: CUTLASS}}` asks for those that remain on Hopper (unverified)"
+    ]

@@ -11,6 +11,9 @@ FP8 KV at scale 1 on the folded model is FP8 KV at scale s on the original. A sc
 so none is ever folded. Attention sinks are logits of their own and stay as they are.
 
 Grouped queries: query head h reads KV head h // (H / K), so q_proj rows and o_proj columns repeat the exponents.
+
+The trap: an attention that makes FP8 of Q too (TensorRT-LLM's does, beside an FP8 cache) sees s_k in Q. Where that
+takes Q beyond 448 the fold would saturate what the scale was to keep whole.
 """
 
 from __future__ import annotations
@@ -96,11 +99,15 @@ def _scaled(checkpoint: Checkpoint, name: str, exponents: NDArray[np.int32]) -> 
 
 
 def _query_warnings(checkpoint: Checkpoint, scales: list[LayerScales], *, quantized_q: bool) -> Iterator[str]:
-    """Folding enlarges Q by s_k; an engine that quantizes Q to FP8 as well would saturate it at 448."""
+    """Folding multiplies Q by s_k; an engine that quantizes Q to FP8 as well would saturate it at 448."""
     file = checkpoint.path / KV_CALIBRATION_NAME
     amax = read_amax(file, checkpoint) if file.is_file() else {}
-    if quantized_q and not any(kind == "q" for _, kind in amax):
-        yield f"whether FP8 can hold the folded queries cannot be checked: no {KV_CALIBRATION_NAME} says how large Q is"
+    enlarges = any((layer.k_exponents > 0).any() for layer in scales)
+    if quantized_q and enlarges and not any(kind == "q" for _, kind in amax):
+        yield (
+            "the fold enlarges Q, and whether FP8 can hold it cannot be checked: "
+            f"no {KV_CALIBRATION_NAME} says how large it is (`calibrate kv` writes one)"
+        )
     group = checkpoint.architecture.num_attention_heads // checkpoint.architecture.num_key_value_heads
     for layer in scales:
         q_amax = amax.get((layer.layer, "q"))
@@ -111,7 +118,7 @@ def _query_warnings(checkpoint: Checkpoint, scales: list[LayerScales], *, quanti
             continue
         if quantized_q:
             raise CheckpointError(
-                "FP8 cannot hold the folded queries, and the engine config says that Q is quantized",
+                "FP8 cannot hold the folded queries, which the engine's attention quantizes",
                 file=file,
                 key=f"model.layers.{layer.layer}.self_attn.q_amax",
                 found=f"{largest:g}",

@@ -13,7 +13,7 @@ never less than the model's window; left out, a runtime would derive it from the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture
@@ -47,6 +47,8 @@ DEFAULT_MAX_NUM_TOKENS = 8192
 MIN_TOKENS_PER_BLOCK = 8
 DTYPE_KEY = "kv_cache_config.dtype"
 CACHE_BYTES_KEY = "kv_cache_config.max_gpu_total_bytes"
+REUSE_KEY = "kv_cache_config.enable_block_reuse"
+V2_KEY = "kv_cache_config.use_kv_cache_manager_v2"
 _COUNTS = (
     "tensor_parallel_size",
     "pipeline_parallel_size",
@@ -92,7 +94,7 @@ def derive_llm_args(
     nested = to_nested(result)
     if config.runtime == "tensorrt_llm":
         check_expert_layout(architecture, nested, file=file)
-        _check_kernels(nested, scenario, file)
+        _check_kernels(nested, config, scenario, file)
     _check_windows(architecture, nested, file)
     _check_memory(architecture, config, nested, file)
     check_llm_args(nested, target=config.target, file=file)
@@ -155,9 +157,16 @@ def _disagrees(key: str, found: object, value: object, decided_by: str, decision
     return ConfigError(message, file=file, key=key, found=json.dumps(found), expected=expected)
 
 
-def _check_kernels(llm_args: Mapping[str, Any], scenario: Scenario, file: str) -> None:
+def _check_kernels(llm_args: Mapping[str, Any], config: EngineConfig, scenario: Scenario, file: str) -> None:
     """Overrides with which TensorRT-LLM starts, and serves wrong numbers or none of the scenario's requests."""
-    block = llm_args["kv_cache_config"]["tokens_per_block"]
+    kv = llm_args["kv_cache_config"]
+    if kv["enable_block_reuse"] and _mixes_prefixes(
+        config, kv["max_attention_window"] or (), kv.get("use_kv_cache_manager_v2")
+    ):
+        message = "1.2 mixes up what different windows have of a common prefix"
+        expected = "false, or a newer target"
+        raise ConfigError(message, file=file, key=REUSE_KEY, found="true", expected=expected)
+    block = kv["tokens_per_block"]
     if block & (block - 1):
         key = "kv_cache_config.tokens_per_block"
         raise ConfigError("its kernels need a power of two", file=file, key=key, found=block)
@@ -218,8 +227,8 @@ def _divide_memory(values: Values, config: EngineConfig, room: Room) -> None:
     reason = "a sequence that starts can end: none is evicted half way"
     values.put("scheduler_config.capacity_scheduler_policy", CAPACITY_POLICY, reason)
     windows = values.get("kv_cache_config.max_attention_window") or []
-    if len(room.shares) > 1 and not values.get("kv_cache_config.use_kv_cache_manager_v2"):
-        values.put("kv_cache_config.use_kv_cache_manager_v2", False, "V2 ignores window shares")
+    if len(room.shares) > 1 and not values.get(V2_KEY):
+        values.put(V2_KEY, False, "V2 ignores window shares")
         distinct = ", ".join(str(window) for window in sorted(set(windows)))
         reason = (
             f"memory for windows {distinct} as {room.num_sequences} sequences are counted in it; equal parts otherwise"
@@ -236,8 +245,10 @@ def _kv_cache(values: Values, a: PuzzleArchitecture, config: EngineConfig, file:
     )
     size, reason = _tokens_per_block(a, config)
     values.put("kv_cache_config.tokens_per_block", size, reason)
-    reason = "requests with a common prefix share blocks"
-    values.put("kv_cache_config.enable_block_reuse", True, reason)
+    if _mixes_prefixes(config, windows, values.get(V2_KEY)):
+        values.put(REUSE_KEY, False, "TensorRT-LLM 1.2 mixes up what different windows have of a common prefix")
+    else:
+        values.put(REUSE_KEY, True, "requests with a common prefix share blocks")
     if config.memory_bytes is not None:
         weight_bytes = _weight_bytes_of_a_rank(a, config, to_nested(list(values.finish())))
         left = config.memory_bytes - weight_bytes
@@ -245,6 +256,14 @@ def _kv_cache(values: Values, a: PuzzleArchitecture, config: EngineConfig, file:
         given = values.put(CACHE_BYTES_KEY, left, reason)
         if given != left:
             raise _disagrees(CACHE_BYTES_KEY, given, left, "memory_bytes", config.memory_bytes, file)
+
+
+def _mixes_prefixes(config: EngineConfig, windows: Sequence[int], manager_v2: object) -> bool:
+    """Whether the cache manager would take the blocks that it finds of a prompt in one window for found in all.
+
+    V1 does in 1.2 and 1.2.1: `addSequence` sets the prepopulated length window by window, until pull request 10875.
+    """
+    return config.runtime == "tensorrt_llm" and config.target == "1.2" and len(set(windows)) > 1 and not manager_v2
 
 
 def _tokens_per_block(a: PuzzleArchitecture, config: EngineConfig) -> tuple[int, str]:

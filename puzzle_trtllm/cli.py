@@ -1,6 +1,7 @@
 """The command line `puzzle-trtllm`: thin, every command is a documented Python function.
 
-    inspect ─ plan ─ calibrate ─ derive ─ verify ─ build ─ serve ─ generate ─ bench ─ evaluate ─ report ─ doctor ─ demo
+    inspect ─ plan ─ calibrate ─ derive ─ verify ─ build ─ repository ─ serve ─ generate ─ bench ─ evaluate ─
+    report ─ doctor ─ demo
 
 Results go to stdout, as tables or with `--json` as one JSON object on the last line; progress goes to stderr. The
 commands live in `puzzle_trtllm.commands`; neither it nor this module imports anything heavy.
@@ -21,7 +22,7 @@ from puzzle_trtllm.commands.benching import bench_command
 from puzzle_trtllm.commands.calibrate import experts_command, kv_command
 from puzzle_trtllm.commands.clients import evaluate_command, generate_command
 from puzzle_trtllm.commands.doctor import doctor_command
-from puzzle_trtllm.commands.engines import build_command, serve_command
+from puzzle_trtllm.commands.engines import build_command, repository_command, serve_command
 from puzzle_trtllm.commands.front import PuzzleCommand, PuzzleGroup
 from puzzle_trtllm.commands.models import derive_command, inspect_command, verify_command
 from puzzle_trtllm.commands.planning import plan_command
@@ -72,6 +73,7 @@ app.add_typer(calibrate_app, name="calibrate")
 _add(calibrate_app, "experts", experts_command, "calibrate experts PARENT experts.safetensors --dataset chats.jsonl")
 _add(calibrate_app, "kv", kv_command, "calibrate kv CHILD CHILD-FP8 --dataset chats.jsonl")
 _add(app, "build", build_command, "build CHILD-FP8 ENGINE --config h100x1-long")
+_add(app, "repository", repository_command, "repository ENGINE OUT --gpu-device-ids '0;1'")
 _add(app, "serve", serve_command, "serve ENGINE")
 _add(app, "generate", generate_command, "generate 12345+67890= --url localhost:8001 --tokenizer CHILD --effort high")
 _add(app, "bench", bench_command, "bench --url localhost:8001 --scenario long --engine ENGINE --out child.json")

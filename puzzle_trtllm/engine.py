@@ -50,12 +50,24 @@ class EngineConfig(BaseModel):
     parallel: Literal["tp", "dep"] = "tp"
     kv_dtype: KvDtype = "bf16"
     scenario: str = "cpu-demo"
-    """Name or path of the scenario that sizes sequences and batches."""
+    """Name or path of the scenario that sizes sequences and batches; TensorRT-LLM's engines have no default."""
     fold: FoldName = "tensor"
-    quantized_q: bool = False
-    """Whether the engine's attention stores Q in FP8 as well; a fold that takes Q beyond 448 is an error then."""
+    quantized_q: bool | None = None
+    """Whether the engine's attention makes FP8 of Q as well; a fold that takes Q beyond 448 is an error then. None is
+    what the runtime does."""
     llm_args: dict[str, Any] = Field(default_factory=dict)
     """Overrides for llm_args.yaml; they win over what is derived."""
+
+    @property
+    def stores_q_in_fp8(self) -> bool:
+        """`quantized_q`, or what the runtime does.
+
+        TensorRT-LLM's attention makes FP8 of Q, at scale 1, when it reads prompts from a paged FP8 cache, as prefix
+        reuse or chunked prefill has it do (attentionOp.cpp: mFP8ContextFMHA). The reference runtime never does.
+        """
+        if self.quantized_q is not None:
+            return self.quantized_q
+        return self.runtime == "tensorrt_llm" and self.kv_dtype == "fp8"
 
 
 class LayerFold(BaseModel):
@@ -147,6 +159,18 @@ class Engine:
     @property
     def architecture(self) -> PuzzleArchitecture:
         return PuzzleArchitecture.from_path(self.model_path)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The engine config that it was built from, as engine.json tells; empty where it does not."""
+        config = self.manifest.provenance.get("engine_config")
+        return config if isinstance(config, dict) else {}
+
+    @property
+    def scenario(self) -> str | None:
+        """Name or path of the load that it was built for; None where engine.json does not tell."""
+        name = self.config.get("scenario")
+        return name if isinstance(name, str) else None
 
 
 def describe(a: PuzzleArchitecture) -> dict[str, Any]:

@@ -48,8 +48,9 @@ EXCLUDES = (
 def bench_command(
     url: UrlOption = DEFAULT_URL,
     scenario: Annotated[
-        str, typer.Option("--scenario", help="A YAML file or a shipped name, such as long.")
-    ] = "cpu-demo",
+        str | None,
+        typer.Option("--scenario", help="A YAML file or a shipped name, such as long (default: the engine's own)."),
+    ] = None,
     engine: EngineOption = None,
     tokenizer: TokenizerOption = None,
     concurrency: Annotated[int | None, typer.Option("--concurrency", min=1, help="Overrides the scenario's.")] = None,
@@ -110,6 +111,7 @@ def bench_command(
         "max_ttft_ms": _positive(max_ttft_ms, "--max-ttft-ms"),
         "max_itl_ms": _positive(max_itl_ms, "--max-itl-ms"),
     }
+    scenario = scenario or _scenario_of(engine)
     load = load_any_scenario(scenario)
     load = load.model_copy(update={key: value for key, value in changes.items() if value is not None})
     is_open = _check_loop(
@@ -160,6 +162,14 @@ def bench_command(
         assert isinstance(load, Scenario)
         result = run_bench(url, scenario=load, concurrency=concurrency, **options)
     show_result(result, out, as_json=as_json)
+
+
+def _scenario_of(engine: Path | None) -> str:
+    """The load that the engine was built for; another would say little about it."""
+    from puzzle_trtllm.engine import Engine
+
+    own = None if engine is None else Engine.open(engine).scenario
+    return own or "cpu-demo"
 
 
 def _check_loop(options: Mapping[str, object], *, scenario_is_open: bool) -> bool:

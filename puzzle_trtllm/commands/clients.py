@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from puzzle_trtllm.commands.output import JsonOption, print_json, print_table
-from puzzle_trtllm.errors import PuzzleError
+from puzzle_trtllm.errors import ConfigError, PuzzleError
 
 if TYPE_CHECKING:
     from puzzle_trtllm.chat import ChatTokenizer
@@ -53,7 +53,7 @@ def generate_command(
     tokenizer: TokenizerOption = None,
     effort: Annotated[str | None, typer.Option("--effort", help="low, medium or high; with --tokenizer.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="To generate, at most.")] = 256,
-    temperature: Annotated[float | None, typer.Option(help="Alone it is still greedy: add --top-k or --top-p.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", help="Sample from the so many likeliest tokens.")] = None,
     top_p: Annotated[
         float | None, typer.Option("--top-p", help="Sample from the likeliest tokens that have this share together.")
@@ -183,6 +183,11 @@ def evaluate_command(
     ] = None,
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Problems in flight.")] = 16,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="For reasoning and answer.")] = 4096,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0, help="Sample at this temperature; 0 is greedy.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Of what is sampled from; with --temperature.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Equal seeds draw equal answers.")] = 0,
     grader: Annotated[str, typer.Option("--grader", help="exact, numeric or regex.")] = "numeric",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many problems.")] = None,
     prompt_key: Annotated[str, typer.Option("--prompt-key", help="What the file calls a prompt.")] = "prompt",
@@ -197,24 +202,30 @@ def evaluate_command(
 ) -> None:
     """Measure accuracy at each reasoning effort.
 
-    Every problem at every effort through the server, greedily; accuracy and mean tokens per request. Interrupted, the
-    same command with the same --out goes on at the first effort that is missing there.
+    Every problem at every effort through the server; accuracy and mean tokens per request. Greedy, unless a temperature
+    is given (gpt-oss is published at 1). Interrupted, the same command with the same --out goes on at the first effort
+    that is missing there.
     """
     from puzzle_trtllm.chat import REASONING_EFFORTS
     from puzzle_trtllm.folders import check_writable
+    from puzzle_trtllm.serve.evaluate.result import Decoding
     from puzzle_trtllm.serve.evaluate.runner import UnfinishedEvaluationError, evaluate
+    from puzzle_trtllm.yaml_files import as_model
 
     if out is not None:
         check_writable(out)
     folder = tokenizer or (engine / "model" if engine is not None else None)
     if folder is None:
         raise PuzzleError("missing: prompts need a chat template", key="--tokenizer", expected="it or --engine")
+    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    decoding = as_model(sampling, Decoding, "decoding", ConfigError)
     try:
         result = evaluate(
             url,
             problems=problems,
             tokenizer_folder=folder,
             efforts=tuple(effort or REASONING_EFFORTS),
+            decoding=decoding,
             concurrency=concurrency,
             max_tokens=max_tokens,
             grader=grader,

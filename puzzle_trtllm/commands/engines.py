@@ -1,4 +1,4 @@
-"""`build` and `serve`: from a checkpoint to an engine folder, and from an engine to a running Triton server."""
+"""`build`, `repository`, `serve`: from a checkpoint to an engine folder, and from an engine to a Triton server."""
 
 from __future__ import annotations
 
@@ -23,9 +23,32 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from puzzle_trtllm.engine import Engine
+    from puzzle_trtllm.models.trtllm.upstream import Line
     from puzzle_trtllm.serve.openai.process import OpenAiFront
     from puzzle_trtllm.serve.triton.security import GrpcTls
     from puzzle_trtllm.serve.triton.server import TritonServer
+
+
+GpuDeviceIdsOption = Annotated[
+    str | None,
+    typer.Option("--gpu-device-ids", help='Several instances, each on its own GPUs: "0,1;2,3" makes two.'),
+]
+MaxOpenRequestsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-open-requests",
+        min=1,
+        help="Waiting and running, of an instance; one more is refused (default: twice what runs at once, or 1024).",
+    ),
+]
+StepTimeoutOption = Annotated[
+    float,
+    typer.Option(
+        "--step-timeout",
+        min=0,
+        help="Seconds without a step of the engine, while requests are open, until it counts as dead; 0: never.",
+    ),
+]
 
 
 def build_command(
@@ -46,6 +69,10 @@ def build_command(
     allow_unit_scale: Annotated[
         bool, typer.Option("--allow-unit-scale", help="Accept an FP8 KV cache at scale 1, with --fold none.")
     ] = False,
+    target: Annotated[
+        Literal["1.2", "1.3", "late"] | None,
+        typer.Option("--target", help="TensorRT-LLM line, as `doctor` tells it (default: as the config says)."),
+    ] = None,
     only_explain: Annotated[
         bool, typer.Option("--explain", help="Only show the LLM arguments that would be written, and why.")
     ] = False,
@@ -57,7 +84,7 @@ def build_command(
     It holds the serving copy of the checkpoint, with its KV scales folded in, and the arguments to load it.
     """
     if only_explain:
-        _explain(checkpoint, config, as_json=as_json)
+        _explain(checkpoint, config, target, as_json=as_json)
         return
     if out is None:
         raise PuzzleError("missing", key="OUT", expected="the engine's folder; only --explain goes without")
@@ -69,6 +96,7 @@ def build_command(
         config=config,
         fold=fold,
         allow_unit_scale=allow_unit_scale,
+        target=target,
         overwrite=overwrite,
         quiet=False,
     )
@@ -78,11 +106,11 @@ def build_command(
         print_table(engine_table(engine))
 
 
-def _explain(checkpoint: str, config: str, *, as_json: bool) -> None:
+def _explain(checkpoint: str, config: str, target: Line | None, *, as_json: bool) -> None:
     from puzzle_trtllm.build.derived_values import to_nested
     from puzzle_trtllm.build.engine_build import explain
 
-    values = explain(checkpoint, config=config, quiet=False)
+    values = explain(checkpoint, config=config, target=target, quiet=False)
     if as_json:
         print_json({"llm_args": to_nested(values), "reasons": {key: reason for key, _, reason in values}})
         return
@@ -132,6 +160,44 @@ def engine_table(engine: Engine) -> Table:
     )
 
 
+def repository_command(
+    engine: Annotated[Path, typer.Argument(help="Engine folder, as `build` makes it.", metavar="ENGINE")],
+    out: Annotated[Path, typer.Argument(help="Model repository, new or with other models.", metavar="OUT")],
+    gpu_device_ids: GpuDeviceIdsOption = None,
+    max_open_requests: MaxOpenRequestsOption = None,
+    step_timeout_s: StepTimeoutOption = 600,
+    decoupled: Annotated[
+        bool, typer.Option("--decoupled/--no-decoupled", help="Streams; without, plain ModelInfer of one response.")
+    ] = True,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write an engine as the model tensorrt_llm of a Triton model repository, for a tritonserver of your own.
+
+    It holds no weights: its model.yaml names the engine's folder. `serve` makes one for itself.
+    """
+    from puzzle_trtllm.engine import Engine
+    from puzzle_trtllm.folders import check_not_source
+    from puzzle_trtllm.serve.triton.contract import MODEL_NAME
+    from puzzle_trtllm.serve.triton.repository import write_repository
+
+    check_not_source(out / MODEL_NAME, source=engine)
+    folder = write_repository(
+        Engine.open(engine),
+        out,
+        decoupled=decoupled,
+        max_open_requests=max_open_requests,
+        step_timeout_s=step_timeout_s,
+        gpu_device_ids=gpu_device_ids,
+        overwrite=overwrite,
+    )
+    if as_json:
+        print_json({"path": str(folder), "model": MODEL_NAME})
+    else:
+        steps = [("folder", str(folder)), ("model", MODEL_NAME), ("next", f"tritonserver --model-repository {folder}")]
+        print_table(facts_table("model repository", steps))
+
+
 def serve_command(
     engine: Annotated[Path, typer.Argument(help="Engine folder, as `build` makes it.", metavar="ENGINE")],
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
@@ -139,10 +205,8 @@ def serve_command(
     http_port: Annotated[int, typer.Option("--http-port", min=0, max=65535, help="0: a free one.")] = 8000,
     metrics_port: Annotated[int, typer.Option("--metrics-port", min=0, max=65535, help="0: a free one.")] = 8002,
     restart: Annotated[bool, typer.Option("--restart", help="Start again when the engine dies.")] = False,
-    gpu_device_ids: Annotated[
-        str | None,
-        typer.Option("--gpu-device-ids", help='Several instances, each on its own GPUs: "0,1;2,3" makes two.'),
-    ] = None,
+    gpu_device_ids: GpuDeviceIdsOption = None,
+    max_open_requests: MaxOpenRequestsOption = None,
     engine_cores: Annotated[
         str | None,
         typer.Option("--engine-cores", help="CPU cores for the engine alone, as 1 or 4-7; the server has the others."),
@@ -172,14 +236,7 @@ def serve_command(
     startup_timeout_s: Annotated[
         float, typer.Option("--startup-timeout", min=1, help="Seconds until the model must be ready.")
     ] = 1800,
-    step_timeout_s: Annotated[
-        float,
-        typer.Option(
-            "--step-timeout",
-            min=0,
-            help="Seconds without a step of the engine, while requests are open, until it counts as dead; 0: never.",
-        ),
-    ] = 600,
+    step_timeout_s: StepTimeoutOption = 600,
     as_json: JsonOption = False,
 ) -> None:
     """Serve an engine through Triton until Ctrl-C.
@@ -219,6 +276,7 @@ def serve_command(
         startup_timeout_s=startup_timeout_s,
         step_timeout_s=step_timeout_s,
         gpu_device_ids=gpu_device_ids,
+        max_open_requests=max_open_requests,
         engine_cores=None if engine_cores is None else parse_cores(engine_cores, key="--engine-cores"),
         tls=tls,
         restriction=restriction,
@@ -230,7 +288,7 @@ def serve_command(
 
 def next_steps(engine: Engine, url: str, *, tls: GrpcTls | None, has_secret: bool) -> list[tuple[str, str]]:
     """Commands for a server that is ready: one that tries it, and one that measures it under the engine's own load."""
-    scenario = engine.manifest.provenance.get("engine_config", {}).get("scenario", "NAME")
+    scenario = engine.scenario or "NAME"
     options = ""
     if tls is not None:
         options += " --ca-cert CA" if tls.root_cert is None else " --ca-cert CA --client-cert CERT --client-key KEY"

@@ -53,6 +53,7 @@ ORDER = (
     "derive",
     "verify",
     "build",
+    "repository",
     "serve",
     "generate",
     "bench",

@@ -10,6 +10,7 @@ there and does not fit. The machine is ready when nothing is missing or wrong.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import platform
 import re
@@ -25,7 +26,7 @@ import puzzle_trtllm
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import PuzzleError
 from puzzle_trtllm.models.trtllm.symbols import Finding, check
-from puzzle_trtllm.models.trtllm.upstream import COMMAND_LINES, REQUIREMENTS, Line
+from puzzle_trtllm.models.trtllm.upstream import ALL_LINES, COMMAND_LINES, REQUIREMENTS, TRITON_EXPERTS, Line
 
 Outcome = Literal["ok", "note", "missing", "wrong"]
 
@@ -145,7 +146,7 @@ def _tensorrt_llm() -> Iterator[Check]:
         advice = "this project knows 1.2 and newer"
         yield Check(group="TensorRT-LLM", name="package", outcome="wrong", found=version or "unknown", advice=advice)
     else:
-        advice = f'build engines with `target: "{line}"`'
+        advice = f"build engines with `--target {line}`"
         yield Check(group="TensorRT-LLM", name="package", outcome="ok", found=f"{version} (line {line})", advice=advice)
     for row in (*REQUIREMENTS, *COMMAND_LINES):
         if line in row.lines or line is None:
@@ -246,11 +247,46 @@ def _engine(engine: Engine) -> Iterator[Check]:
         TorchLlmArgs(model=str(engine.model_path), **engine.llm_args)
     except Exception as error:
         found = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-        advice = "build it again with the `target` of the installed line"
+        advice = "build it again with the `--target` of the installed line"
         yield Check(group="engine", name=name, outcome="wrong", found=found, advice=advice)
         return
     yield Check(group="engine", name=name, outcome="ok", found="TorchLlmArgs takes its llm_args.yaml")
+    yield from _line_of_engine(engine)
+    yield from _experts_of_engine(engine)
     yield from _gpus_of_engine(engine)
+
+
+def _line_of_engine(engine: Engine) -> Iterator[Check]:
+    """Whether it was built for the installed line, which may compute wrongly what newer ones do not."""
+    line, target = release_line(_version("tensorrt-llm") or _version("tensorrt_llm") or ""), engine.config.get("target")
+    if line is None or target not in ALL_LINES or target == line:
+        return
+    newer = ALL_LINES.index(target) > ALL_LINES.index(line)
+    yield Check(
+        group="engine",
+        name="target",
+        outcome="wrong" if newer else "note",
+        found=f"built for line {target}, and {line} is installed",
+        advice=f"build it again with `--target {line}`",
+    )
+
+
+def _experts_of_engine(engine: Engine) -> Iterator[Check]:
+    """Whether the kernels of its experts are there, which TensorRT-LLM asks only while it loads the model."""
+    if (engine.llm_args.get("moe_config") or {}).get("backend") != "TRITON":
+        return
+    row = TRITON_EXPERTS
+    finding = check(row)
+    problems = finding.problems
+    if finding.holds and not getattr(importlib.import_module(row.modules[0]), "IS_TRITON_KERNELS_AVAILABLE", True):
+        problems = ("the package triton_kernels cannot be imported",)
+    yield Check(
+        group="engine",
+        name="experts",
+        outcome="wrong" if problems else "ok",
+        found="; ".join(problems) or "TRITON kernels",
+        advice=f"another image, which brings them, or else: {row.needed_for}" if problems else "",
+    )
 
 
 def _gpus_of_engine(engine: Engine) -> Iterator[Check]:

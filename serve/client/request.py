@@ -15,7 +15,8 @@ from puzzle_trtllm.errors import ServeError
 class GenerationRequest:
     """One prompt, as text or as token ids, and how to continue it. None leaves the server's default.
 
-    As in TensorRT-LLM a temperature alone is still greedy: sampling needs `top_k` or `top_p`.
+    Without temperature, top_k and top_p it is greedy, as with temperature 0; older servers (TensorRT-LLM before 1.2)
+    take a temperature alone for greedy, too.
     """
 
     prompt: str | None = None

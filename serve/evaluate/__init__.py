@@ -3,6 +3,6 @@
 problems.py   a problem set: JSONL of {"id", "prompt", "answer"}
 answers.py    what a model finally said: the final channel of a harmony answer
 graders.py    exact, numeric, regex
-runner.py     `evaluate`: render, generate greedily, grade -> EvaluationResult
+runner.py     `evaluate`: render, generate, grade -> EvaluationResult
 result.py     accuracy with its interval, mean tokens, completions per second, per effort
 """

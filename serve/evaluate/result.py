@@ -7,10 +7,11 @@ accuracy and counted apart.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.table import Table
+from typing_extensions import Self
 
 from puzzle_trtllm.chat import REASONING_EFFORTS
 from puzzle_trtllm.serve.bench.result import TokenCounts
@@ -54,6 +55,38 @@ class EffortResult(BaseModel):
     answers: list[GradedAnswer]
 
 
+class Decoding(BaseModel):
+    """How the next token was chosen; older files, which do not say, are greedy."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of the first problem; each has the next."""
+
+    @model_validator(mode="after")
+    def _greedy_is_one_thing(self) -> Self:
+        if self.temperature == 0 and (self.top_p, self.seed) != (1, 0):
+            raise ValueError("temperature 0 is greedy: top_p and seed would change nothing")
+        return self
+
+    def __str__(self) -> str:
+        if self.temperature == 0:
+            return "greedy"
+        return f"temperature {self.temperature:g}, top_p {self.top_p:g}, seed {self.seed}"
+
+    def of_problem(self, index: int) -> dict[str, Any]:
+        """A request's fields. Without `top_p` servers before TensorRT-LLM 1.2 take a temperature for greedy."""
+        if self.temperature == 0:
+            return {}
+        return {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed + index}
+
+
+GREEDY = Decoding()
+
+
 class EvaluationResult(ResultFile):
     """One server on one problem set."""
 
@@ -64,6 +97,7 @@ class EvaluationResult(ResultFile):
     problems_fingerprint: str
     grader: str
     max_tokens: int
+    decoding: Decoding = GREEDY
     concurrency: int
     token_counts: TokenCounts | None = None
     """tokenizer: a stock server tells no counts, so its text is encoded again; None in older files."""
@@ -77,10 +111,12 @@ class EvaluationResult(ResultFile):
         return self.model_copy(update={"efforts": ordered, "token_counts": token_counts})
 
     def __rich__(self) -> Table:
-        counted = "tokens counted by the tokenizer: this server tells no counts"
+        caption = f"decoding: {self.decoding}"
+        if self.token_counts == "tokenizer":
+            caption += "\ntokens counted by the tokenizer: this server tells no counts"
         table = Table(
             title=f"{self.name}: accuracy by reasoning effort",
-            caption=counted if self.token_counts == "tokenizer" else None,
+            caption=caption,
             title_justify="left",
             caption_justify="left",
         )

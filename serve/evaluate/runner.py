@@ -1,4 +1,4 @@
-"""`evaluate`: every problem at every reasoning effort, through the server, greedily, and graded.
+"""`evaluate`: every problem at every reasoning effort, through the server, and graded.
 
 The client renders the chat template (Triton's model knows none) and sends token ids, so that special tokens mean what
 they meant in training. Token ids come back too and are decoded here with special tokens kept: only then are channels
@@ -13,6 +13,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from puzzle_trtllm.chat import REASONING_EFFORTS, ChatTokenizer
 from puzzle_trtllm.errors import BenchError, ConfigError, PuzzleError
@@ -25,12 +26,12 @@ from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.evaluate.answers import final_answer, final_answer_of_tokens
 from puzzle_trtllm.serve.evaluate.graders import Grader, find_grader
 from puzzle_trtllm.serve.evaluate.problems import Problem, ProblemSet, load_problems
-from puzzle_trtllm.serve.evaluate.result import EffortResult, EvaluationResult, GradedAnswer
+from puzzle_trtllm.serve.evaluate.result import GREEDY, Decoding, EffortResult, EvaluationResult, GradedAnswer
 from puzzle_trtllm.serve.metrics.provenance import Provenance
 from puzzle_trtllm.serve.metrics.records import RequestCounts
 from puzzle_trtllm.serve.metrics.statistics import wilson_interval
 
-SAME_EVALUATION = ("name", "url", "problems_fingerprint", "grader", "max_tokens", "concurrency")
+SAME_EVALUATION = ("name", "url", "problems_fingerprint", "grader", "max_tokens", "decoding", "concurrency")
 """What two evaluations have in common whose efforts may stand in one file."""
 
 
@@ -50,6 +51,7 @@ def evaluate(
     tokenizer_folder: str | Path,
     concurrency: int,
     max_tokens: int,
+    decoding: Decoding = GREEDY,
     efforts: Sequence[str] = REASONING_EFFORTS,
     grader: str = "numeric",
     limit: int | None = None,
@@ -65,6 +67,7 @@ def evaluate(
 
     tokenizer_folder: the checkpoint (or an engine's `model/`) whose chat template and tokenizer the server's model has.
     max_tokens: room for reasoning and answer; an answer that needs more is truncated.
+    decoding: greedy, or sampled; equal seeds draw equal answers from equal servers.
     limit: only the first so many problems. prompt_key, answer_key: what the problem set calls them.
     engine: the engine folder behind the URL, for provenance.
     out: the result's file, written after every effort; efforts that it holds already are not measured again.
@@ -85,6 +88,7 @@ def evaluate(
         problems_fingerprint=problem_set.fingerprint,
         grader=grader,
         max_tokens=max_tokens,
+        decoding=decoding,
         concurrency=concurrency,
         efforts={},
         provenance=Provenance.collect(engine=engine),
@@ -177,8 +181,15 @@ async def _answers(
 ) -> list[Answer]:
     """Of one effort, in the order of the problems."""
     requests = [
-        _request(problem, tokenizer, effort, max_tokens=result.max_tokens, as_ids=target.gives_token_ids)
-        for problem in problem_set.problems
+        _request(
+            problem,
+            tokenizer,
+            effort,
+            as_ids=target.gives_token_ids,
+            max_tokens=result.max_tokens,
+            **result.decoding.of_problem(index),
+        )
+        for index, problem in enumerate(problem_set.problems)
     ]
     title = f"{result.name} at {effort} effort"
     with LoadProgress(title, num_requests=len(requests), quiet=quiet) as progress:
@@ -189,13 +200,13 @@ async def _answers(
 
 
 def _request(
-    problem: Problem, tokenizer: ChatTokenizer, effort: str, *, max_tokens: int, as_ids: bool
+    problem: Problem, tokenizer: ChatTokenizer, effort: str, *, as_ids: bool, **fields: Any
 ) -> GenerationRequest:
     """One response a request: nobody times the tokens of an evaluation, and receiving them one by one costs CPU."""
     prompt = tokenizer.render_chat([{"role": "user", "content": problem.prompt}], reasoning_effort=effort)
     if as_ids:
-        return GenerationRequest(input_ids=tokenizer.encode(prompt), max_tokens=max_tokens, streaming=False)
-    return GenerationRequest(prompt=prompt, max_tokens=max_tokens, streaming=False)
+        return GenerationRequest(input_ids=tokenizer.encode(prompt), streaming=False, **fields)
+    return GenerationRequest(prompt=prompt, streaming=False, **fields)
 
 
 def _ran_out(request: GenerationRequest, num_tokens: int, finish_reason: str | None) -> bool:

@@ -1,8 +1,8 @@
 """The served model as its HTTP clients see it, and how their requests become ours.
 
 Sampling: what a request leaves out comes from the model's own generation_config.json, and where that says nothing is
-OpenAI's default, temperature 1. On the server a temperature alone is still greedy, so whoever samples also gets a
-`top_p` (1 keeps every token); temperature 0 is greedy.
+OpenAI's default, temperature 1. Whoever samples also gets a `top_p` (1 keeps every token), without which servers before
+TensorRT-LLM 1.2 would be greedy; temperature 0 is greedy.
 """
 
 from __future__ import annotations

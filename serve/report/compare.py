@@ -202,7 +202,7 @@ def _check_evaluations(child: EngineMeasurement, baseline: EngineMeasurement) ->
             raise BenchError("missing metric: not evaluated at this effort", file=engine.name, key=efforts[0])
     if child.evaluation is None or baseline.evaluation is None:
         return
-    for key in ("problems_fingerprint", "grader", "max_tokens"):
+    for key in ("problems_fingerprint", "grader", "max_tokens", "decoding"):
         found, expected = getattr(child.evaluation, key), getattr(baseline.evaluation, key)
         if found != expected:
             raise BenchError(

@@ -14,6 +14,7 @@ from typing_extensions import Self
 from puzzle_trtllm.architecture import KvDtype
 from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.serve.bench.result import Lengths, TokenCounts, Turn
+from puzzle_trtllm.serve.evaluate.result import GREEDY, Decoding
 from puzzle_trtllm.serve.metrics.provenance import Provenance
 from puzzle_trtllm.serve.metrics.records import RequestCounts
 from puzzle_trtllm.serve.metrics.result_file import ResultFile
@@ -54,6 +55,7 @@ class EvaluationFacts(BaseModel):
     problems_fingerprint: str
     grader: str
     max_tokens: int
+    decoding: Decoding = GREEDY
 
 
 class EngineMeasurement(ResultFile):

@@ -2,7 +2,8 @@
 
 Names, fields and defaults follow `tensorrt_llm.llmapi` (SamplingParams in tensorrt_llm/sampling_params.py,
 RequestOutput and CompletionOutput in tensorrt_llm/executor/result.py). With the `tensorrt_llm` runtime the real classes
-are used; with `reference` these. As there, a temperature alone is still greedy: sampling starts with top_k or top_p.
+are used; with `reference` these. As there since 1.2, whoever gives a temperature, a top_k or a top_p samples; without
+any of them it is greedy, as with temperature 0 or top_k 1.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.folders import atomic_folder
 from puzzle_trtllm.serve.triton.contract import MODEL_NAME, render_config
 from puzzle_trtllm.serve.triton.instances import parse_gpu_device_ids
-from puzzle_trtllm.serve.triton.settings import MODEL_YAML, TritonConfig
+from puzzle_trtllm.serve.triton.settings import MIN_OPEN_REQUESTS, MODEL_YAML, TritonConfig
 
 _ENGINE_LINK = "engine"
 
@@ -37,20 +37,21 @@ def write_repository(
     *,
     decoupled: bool = True,
     cancellation_check_period_ms: float = 25,
-    max_open_requests: int = 1024,
+    max_open_requests: int | None = None,
     step_timeout_s: float = 600,
     gpu_device_ids: str | None = None,
     runtime_module: str | None = None,
     engine_cores: Sequence[int] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the model repository of `engine` to the folder `out` and return it.
+    """Write the model of `engine` into the model repository `out`, new or with other models, and return it.
 
-    gpu_device_ids: "0,1;2,3" makes two instances, each on its own GPUs; each takes `max_open_requests`.
+    max_open_requests: that an instance takes; None: twice what its engine works on at once, at least 1,024.
+    gpu_device_ids: "0,1;2,3" makes two instances, each on its own GPUs.
     step_timeout_s: after which an engine that ends no step, while requests are open, counts as dead; 0: never.
     engine_cores: those that the reference runtime computes on, instead of all that the server may use.
-    Raises ConfigError for wrong GPU ids, ServeError for a path that Triton cannot use and PuzzleError when `out` exists
-    and is not to be overwritten.
+    Raises ConfigError for wrong GPU ids, ServeError for a path that Triton cannot use and PuzzleError when the model
+    exists and is not to be overwritten.
     """
     out = Path(out).absolute()
     if shlex.quote(str(out)) != str(out):
@@ -68,15 +69,15 @@ def write_repository(
         runtime=engine.manifest.runtime,
         runtime_module=runtime_module,
         plugin=str(reachable / PLUGIN_FOLDER) if plugin.is_dir() else None,
-        max_open_requests=max_open_requests,
+        max_open_requests=_open_requests(engine) if max_open_requests is None else max_open_requests,
         step_timeout_s=step_timeout_s,
         vocab_size=engine.architecture.vocab_size,
     )
     config = _config_text(engine, gpu_device_ids)
-    with atomic_folder(out, overwrite=overwrite) as folder:
-        version = folder / MODEL_NAME / "1"
-        version.mkdir(parents=True)
-        (folder / MODEL_NAME / "config.pbtxt").write_text(config, encoding="utf-8")
+    with atomic_folder(out / MODEL_NAME, overwrite=overwrite) as folder:
+        version = folder / "1"
+        version.mkdir()
+        (folder / "config.pbtxt").write_text(config, encoding="utf-8")
         shutil.copyfile(Path(__file__).with_name("model.py"), version / "model.py")
         if reachable == link:
             (version / _ENGINE_LINK).symlink_to(engine.path, target_is_directory=True)
@@ -84,6 +85,13 @@ def write_repository(
         text = render_model_yaml(reachable / engine.model_path.name, llm_args, triton)
         (version / MODEL_YAML).write_text(text, encoding="utf-8")
     return out
+
+
+def _open_requests(engine: Engine) -> int:
+    """As many again may wait as the engine works on at once: a limit below that would leave GPUs idle."""
+    ranks = engine.llm_args.get("tensor_parallel_size") if engine.llm_args.get("enable_attention_dp") else 1
+    at_once = int(engine.llm_args.get("max_batch_size") or 0) * int(ranks or 1)  # it counts for one rank
+    return max(MIN_OPEN_REQUESTS, 2 * at_once)
 
 
 def _config_text(engine: Engine, gpu_device_ids: str | None) -> str:

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from puzzle_trtllm.yaml_files import load_model
 
 MODEL_YAML = "model.yaml"
+MIN_OPEN_REQUESTS = 1024
+"""What a model takes at least, unless it is told otherwise."""
 
 
 class TritonConfig(BaseModel):
@@ -33,7 +35,7 @@ class TritonConfig(BaseModel):
     """Import this module instead of the runtime's own; it must offer the same LLM API (tests use it)."""
     plugin: str | None = None
     """Folder of a Python package imported before the LLM is made; it registers models."""
-    max_open_requests: int = Field(default=1024, ge=1)
+    max_open_requests: int = Field(default=MIN_OPEN_REQUESTS, ge=1)
     """Requests waiting or running; one more is answered UNAVAILABLE at once."""
     step_timeout_s: float = Field(default=600, ge=0)
     """Open requests for which the engine ends no step for so long have a dead engine; 0: they wait for ever. Only of a

@@ -27,6 +27,7 @@ from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.llm_args_schema import check_llm_args
 from puzzle_trtllm.scenario import Scenario, load_scenario
 from tests.build.golden_deployments import CONFIGS, GOLDEN, MODELS, deployment_files
+from tests.front_door.cli import invoke
 from tests.models import trtllm_standin
 
 CHILD = MODELS["child"]
@@ -237,6 +238,28 @@ class TestDerived:
             arguments(tmp_path / "config.json", kv_dtype="fp8")
 
 
+class TestPrefixReuse:
+    """TensorRT-LLM 1.2's V1 manager takes the blocks found of a prompt in one window for found in all of them."""
+
+    def reuse(self, model=CHILD, **config):
+        return arguments(model, **config)["kv_cache_config"]["enable_block_reuse"]
+
+    def test_is_off_in_the_line_that_would_answer_wrongly(self):
+        assert self.reuse() is False and self.reuse(MODELS["parent"]) is False
+        assert self.reuse(target="1.3") is True and self.reuse(target="late") is True
+
+    def test_is_on_where_nothing_can_be_mixed_up(self, tmp_path):
+        assert self.reuse(llm_args={"kv_cache_config": {"use_kv_cache_manager_v2": True}}) is True
+        config = json.loads(MODELS["parent"].read_text())
+        config["layer_types"] = ["full_attention"] * 36
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert self.reuse(tmp_path / "config.json", num_gpus=8) is True
+
+    def test_cannot_be_asked_for_there(self):
+        with pytest.raises(ConfigError, match=r"enable_block_reuse: 1.2 mixes up .*found true, expected false, or a"):
+            self.reuse(llm_args={"kv_cache_config": {"enable_block_reuse": True}})
+
+
 class TestCutExperts:
     def test_only_under_cutlass_and_marked_unverified(self):
         ranks = {"moe_expert_parallel_size": 1, "moe_tensor_parallel_size": 8}
@@ -253,6 +276,18 @@ class TestCutExperts:
     def test_a_parent_may_balance_its_experts(self):
         balanced = {"moe_config": {"load_balancer": {"num_slots": 144}}}
         assert arguments(MODELS["parent"], num_gpus=8, llm_args=balanced)["moe_config"]["load_balancer"]
+
+    @pytest.mark.parametrize(
+        ("backend", "target", "warned"),
+        [("TRITON", "1.3", True), ("TRITON", "late", True), ("TRITON", "1.2", False), ("CUTLASS", "late", False)],
+    )
+    def test_kernels_that_newer_lines_will_lose_are_told(self, capsys, backend, target, warned):
+        config = EngineConfig(
+            runtime="tensorrt_llm", gpu="h100-80gb", scenario="long", target=target,
+            llm_args={"moe_config": {"backend": backend}},
+        )  # fmt: skip
+        explain(CHILD, config=config, quiet=False)
+        assert ("deprecated its TRITON expert kernels in 1.3" in capsys.readouterr().err) is warned
 
 
 @pytest.fixture
@@ -280,6 +315,16 @@ def test_scripts_speak_the_language_of_their_line(target, option, wins):
     for name in ("trtllm-serve.sh", "trtllm-bench.sh"):
         assert f'{option} "$ENGINE/llm_args.yaml"' in scripts[name]
     assert wins in scripts["trtllm-serve.sh"]
+
+
+def test_a_shipped_config_is_built_for_the_line_that_is_installed(make_checkpoint, tmp_path):
+    checkpoint, out = make_checkpoint([(4, 16), (2, None)], kv_scales=[(0.5, 2.0)] * 2), tmp_path / "engine"
+    config = EngineConfig(runtime="tensorrt_llm", gpu="h100-80gb", kv_dtype="fp8", scenario="cpu-demo")
+    engine = build_engine(checkpoint, out, config=config, target="late")
+    assert "--config" in (out / "launch" / "trtllm-serve.sh").read_text()
+    assert engine.manifest.provenance["engine_config"]["target"] == "late"
+    result = invoke("build", CHILD, "--config", "h100x1-long", "--target", "1.3", "--explain")
+    assert result.exit_code == 0 and "in 1.3 and will remove" in result.stderr
 
 
 class TestEngineFolder:

@@ -292,6 +292,12 @@ class TestRefusals:
         file.write_text(yaml.safe_dump({**config().model_dump(), **changes}))
         self.refused(child, tmp_path, ConfigError, rf"mine\.yaml: {match}", config=file)
 
+    def test_tensorrt_llm_without_a_load_to_size_it_for(self, child, tmp_path):
+        """The reference runtime's default, 256 tokens, is none that anybody wants on a GPU."""
+        settings = EngineConfig(runtime="tensorrt_llm", gpu="h100-80gb", kv_dtype="fp8")
+        match = r"engine config: scenario: missing key: sequences and batches are sized for it \(expected such as long"
+        self.refused(child, tmp_path, ConfigError, match, config=settings)
+
     def test_an_unknown_argument_names_the_file(self, child, tmp_path):
         file = tmp_path / "mine.yaml"
         file.write_text(yaml.safe_dump({**config().model_dump(), "llm_args": {"max_len": 3}}))

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from puzzle_trtllm.build.engine_build import build_engine
 from puzzle_trtllm.build.fold import fold_scales
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.checkpoint_writer import rewrite_checkpoint, tensor_of, write_shards
+from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import CheckpointError
 from puzzle_trtllm.kv_scales import channel_exponents
 from tests.toys import VOCAB_SIZE, change_values
@@ -213,6 +215,29 @@ class TestWhatIsFolded:
             fold_scales(source, "tensor", quantized_q=True)
         assert fold_scales(source, "none", quantized_q=True).warnings == ()
 
+    @pytest.mark.parametrize(
+        ("settings", "refused"),
+        [
+            ({"runtime": "tensorrt_llm"}, True),  # its attention makes FP8 of Q beside an FP8 cache
+            ({"runtime": "tensorrt_llm", "quantized_q": False}, False),
+            ({"runtime": "reference"}, False),
+            ({"runtime": "reference", "quantized_q": True}, True),
+        ],
+    )
+    def test_an_engine_stores_queries_as_its_runtime_does_unless_its_config_says_otherwise(
+        self, make_checkpoint, tmp_path, settings, refused
+    ):
+        source = make_checkpoint(BLOCKS, kv_scales=SCALES)
+        calibration_file(source, q_amax=0.9)
+        config = EngineConfig(kv_dtype="fp8", gpu="h100-80gb", scenario="cpu-demo", **settings)
+        if refused:
+            with pytest.raises(CheckpointError, match=r"q_amax: FP8 cannot hold the folded queries"):
+                build_engine(source, tmp_path / "e", config=config)
+            assert not (tmp_path / "e").exists()
+        else:
+            warnings = build_engine(source, tmp_path / "e", config=config).manifest.provenance["warnings"]
+            assert any("the folded queries reach 460.8" in line for line in warnings)
+
     def test_warns_of_every_layer(self, make_checkpoint):
         source = Checkpoint.open(make_checkpoint(BLOCKS, kv_scales=SCALES))
         calibration_file(source.path, q_amax=1e6)
@@ -227,6 +252,11 @@ class TestWhatIsFolded:
         calibration_file(source.path, q_amax=None)  # as a tool that looks at K and V alone would write it
         assert fold_scales(source, "channel").warnings == ()
         assert fold_scales(source, "channel", quantized_q=True).warnings == (warning,)
+
+    def test_queries_that_no_fold_enlarges_need_no_check(self, make_checkpoint):
+        """Without a calibration file, which a checkpoint by other tools does not bring."""
+        source = Checkpoint.open(make_checkpoint(BLOCKS, kv_scales=[(0.037, 5.3), (1.0, 0.25), (0.5, 0.0)]))
+        assert fold_scales(source, "tensor", quantized_q=True).warnings == ()
 
     def test_does_not_warn_below(self, make_checkpoint):
         source = Checkpoint.open(make_checkpoint(BLOCKS, kv_scales=SCALES))

@@ -16,7 +16,7 @@ from puzzle_trtllm.cli import app
 from puzzle_trtllm.doctor import machine
 from puzzle_trtllm.engine import EngineConfig
 from puzzle_trtllm.errors import EngineError
-from puzzle_trtllm.models.trtllm.upstream import COMMAND_LINES, REQUIREMENTS
+from puzzle_trtllm.models.trtllm.upstream import COMMAND_LINES, REQUIREMENTS, TRITON_EXPERTS
 from tests.models import trtllm_standin
 
 GPUS = "NVIDIA H100 80GB HBM3, 81559 MiB, 550.54.15, 9.0\n" * 2
@@ -177,6 +177,52 @@ class TestEngine:
         gpus = by_name(diagnosis)["engine: GPUs"]
         assert (gpus.outcome, gpus.found) == (outcome, found)
         assert ("gpus_per_node" in gpus.advice) is (not diagnosis.ready) is (outcome == "wrong")
+
+    @pytest.mark.parametrize(
+        ("spoil", "outcome", "found"),
+        [
+            (lambda module, monkeypatch: None, "ok", "TRITON kernels"),
+            (
+                lambda module, monkeypatch: monkeypatch.setattr(
+                    module, "IS_TRITON_KERNELS_AVAILABLE", False, raising=False
+                ),
+                "wrong",
+                "the package triton_kernels cannot be imported",
+            ),
+            (lambda module, monkeypatch: monkeypatch.delattr(module, "TritonFusedMoE"), "wrong", "AttributeError"),
+        ],
+    )
+    def test_the_kernels_of_its_experts(self, engine, gpu_host, monkeypatch, spoil, outcome, found):
+        """TensorRT-LLM says `Triton kernels are not available` minutes later, in a worker."""
+        spoil(sys.modules[TRITON_EXPERTS.modules[0]], monkeypatch)
+        diagnosis = machine.diagnose(engine.path)
+        experts = by_name(diagnosis)["engine: experts"]
+        assert experts.outcome == outcome and found in experts.found
+        assert ("backend: CUTLASS" in experts.advice) is (not diagnosis.ready) is (outcome == "wrong")
+
+    @pytest.mark.parametrize(
+        ("installed", "target", "outcome"),
+        [("1.2.1", "1.2", None), ("1.3.0", "1.2", "note"), ("1.2.1", "1.3", "wrong"), ("1.3.0", "late", "wrong")],
+    )
+    def test_the_line_it_was_built_for(
+        self, make_checkpoint, tmp_path, gpu_host, monkeypatch, installed, target, outcome
+    ):
+        """An older line computes wrongly what engines for newer ones ask of it."""
+        config = EngineConfig(runtime="tensorrt_llm", gpu="h100-80gb", scenario="cpu-demo", target=target)
+        engine = build_engine(make_checkpoint([(4, 16), (2, None)]), tmp_path / "e", config=config)
+        monkeypatch.setattr(machine, "_version", {"tensorrt-llm": installed, "puzzle-trtllm": "0.1"}.get)
+        check = by_name(machine.diagnose(engine.path)).get("engine: target")
+        assert (check and check.outcome) == outcome
+        if check is not None:
+            assert check.advice == f"build it again with `--target {installed[:3]}`"
+
+    def test_an_engine_for_other_kernels_needs_none_of_tritons(self, engine, gpu_host, monkeypatch):
+        monkeypatch.delattr(sys.modules[TRITON_EXPERTS.modules[0]], "TritonFusedMoE")
+        arguments = {**engine.llm_args, "moe_config": {"backend": "TRTLLM"}}
+        (engine.path / "llm_args.yaml").write_text(yaml.safe_dump(arguments))
+        diagnosis = machine.diagnose(engine.path)
+        assert diagnosis.ready and "engine: experts" not in by_name(diagnosis)
+        assert by_name(diagnosis)["TensorRT-LLM: triton-experts"].outcome == "note"
 
     def test_an_engine_of_two_nodes_of_eight(self, engine, gpu_host, monkeypatch):
         (engine.path / "llm_args.yaml").write_text(yaml.safe_dump({**engine.llm_args, "tensor_parallel_size": 16}))

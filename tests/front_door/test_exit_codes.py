@@ -203,6 +203,28 @@ def test_serve_shows_how_to_try_and_to_measure_the_engine(engine: Path) -> None:
     assert all(command.endswith(" --ca-cert CA --secret FILE") for _, command in secured)
 
 
+@pytest.mark.parametrize(
+    ("built_for", "asked", "measured"),
+    [("cpu-short", (), "cpu-short"), ("cpu-short", ("--scenario", "cpu-long"), "cpu-long"), (None, (), "cpu-demo")],
+)
+def test_an_engine_is_measured_under_the_load_it_was_built_for(
+    parent: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    built_for: str | None,
+    asked: tuple[str, ...],
+    measured: str,
+) -> None:
+    where = ("--tokenizer", parent)
+    if built_for is not None:
+        assert invoke(*build_arguments(parent, tmp_path, scenario=built_for)).exit_code == 0
+        where = ("--engine", tmp_path / "engine")
+    run_bench = Mock(side_effect=PuzzleError("no server"))
+    monkeypatch.setattr("puzzle_trtllm.serve.bench.runner.run_bench", run_bench)
+    assert_user_error(invoke("bench", *where, *asked), "no server")
+    assert run_bench.call_args.kwargs["scenario"].name == measured
+
+
 def test_a_port_in_use(engine: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -323,6 +345,19 @@ def test_a_result_replaces_neither_the_scenario_nor_another_result(parent: Path,
 def test_options_that_need_another() -> None:
     assert_user_error(invoke("generate", "hello", "--effort", "low"), "--effort", "--tokenizer")
     assert_user_error(invoke("evaluate", "--problems", "x.jsonl"), "--tokenizer", "--engine")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--temperature", "inf"), "decoding: temperature: "),
+        (("--temperature", "1", "--top-p", "0"), "decoding: top_p: "),
+        (("--top-p", "0.9"), "temperature 0 is greedy: top_p and seed would change nothing"),
+        (("--seed", "3"), "temperature 0 is greedy"),
+    ],
+)
+def test_a_decoding_that_is_none(tmp_path: Path, options: tuple[str, ...], words: str) -> None:
+    assert_user_error(invoke("evaluate", "--problems", "x.jsonl", "--tokenizer", tmp_path, *options), words)
 
 
 def test_debug_shows_the_traceback_wherever_it_stands(tmp_path: Path) -> None:

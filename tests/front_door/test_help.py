@@ -91,10 +91,11 @@ def test_the_flags_are_frozen() -> None:
         "calibrate kv": "--column --dataset --dataset-config --device --dtype --effort --exact --held-out --json "
         "--max-samples --max-tokens --overwrite --pack --quality --ranks --seed --seq-len --sequence-length --split "
         "--stream",
-        "build": "--allow-unit-scale --config --explain --fold --json --overwrite",
+        "build": "--allow-unit-scale --config --explain --fold --json --overwrite --target",
+        "repository": "--decoupled --gpu-device-ids --json --max-open-requests --overwrite --step-timeout",
         "serve": "--engine-cores --gpu-device-ids --grpc-cert --grpc-key --grpc-port --grpc-root-cert --host "
-        "--http-port --json --metrics-port --openai-model --openai-port --restart --restricted --secret "
-        "--startup-timeout --step-timeout",
+        "--http-port --json --max-open-requests --metrics-port --openai-model --openai-port --restart --restricted "
+        "--secret --startup-timeout --step-timeout",
         "generate": "--ca-cert --client-cert --client-key --effort --json --max-tokens --secret --seed --stop "
         "--temperature --tokenizer --top-k --top-p --url",
         "bench": "--arrival --ca-cert --client-cert --client-key --concurrency --csv --engine --json "
@@ -102,7 +103,8 @@ def test_the_flags_are_frozen() -> None:
         "--seed --speed --sweep --tokenizer --trace --trace-block-tokens --trace-time-unit --url --warmup-requests "
         "--workers",
         "evaluate": "--answer-key --ca-cert --client-cert --client-key --concurrency --effort --engine --grader --json "
-        "--limit --max-tokens --name --out --problems --prompt-key --secret --tokenizer --url",
+        "--limit --max-tokens --name --out --problems --prompt-key --secret --seed --temperature --tokenizer --top-p "
+        "--url",
         "report": "--baseline --child --json --out --title",
         "doctor": "--engine --json --line --source",
         "demo": "--json --out --quick",

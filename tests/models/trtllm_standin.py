@@ -152,6 +152,9 @@ class MoE(Counted):
                     self.loaded.setdefault(name, {})[e] = given[f"{e}.{name}.weight_scale_inv"]
 
 
+class TritonFusedMoE(MoE): ...
+
+
 class ConfigurableMoE(nn.Module):
     """Later lines: a wrapper whose weights live in a child."""
 

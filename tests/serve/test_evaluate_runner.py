@@ -15,7 +15,7 @@ from puzzle_trtllm.serve.bench.load import Answer
 from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.evaluate.graders import grade_numeric
 from puzzle_trtllm.serve.evaluate.problems import Problem
-from puzzle_trtllm.serve.evaluate.result import EvaluationResult
+from puzzle_trtllm.serve.evaluate.result import Decoding, EvaluationResult
 from puzzle_trtllm.serve.evaluate.runner import UnfinishedEvaluationError, evaluate, grade_effort
 from puzzle_trtllm.serve.metrics.records import RequestRecord
 from tests.serve.fake_client import FakeClient
@@ -223,6 +223,34 @@ def test_a_file_of_another_evaluation_is_refused_and_kept(problems, tokenizer, t
         with pytest.raises(BenchError, match=r"evaluation\.json: " + message):
             run(client, problems, tokenizer, out=out, **change)
     assert len(client.requests) == num_asked and EvaluationResult.load(out) == earlier
+
+
+def test_sampled_answers_are_asked_for_with_a_seed_a_problem_and_are_another_evaluation(problems, tokenizer, tmp_path):
+    out = tmp_path / "evaluation.json"
+    client = FakeClient(Model(tokenizer), finish_reason="stop")
+    sampled = Decoding(temperature=1.0, top_p=0.9, seed=7)
+    result = run(client, problems, tokenizer, efforts=("low",), concurrency=1, decoding=sampled, out=out)
+    asked = [(request.temperature, request.top_p, request.seed) for request in client.requests]
+    assert asked == [(1.0, 0.9, 7), (1.0, 0.9, 8), (1.0, 0.9, 9), (1.0, 0.9, 10)]
+    assert EvaluationResult.load(out) == result and str(result.decoding) == "temperature 1, top_p 0.9, seed 7"
+    with pytest.raises(BenchError, match=r"decoding: holds another.*\(found temperature 1, .*, expected greedy\)"):
+        run(client, problems, tokenizer, concurrency=1, out=out)
+
+
+def test_a_temperature_alone_is_no_greedy_decoding():
+    """Servers before TensorRT-LLM 1.2 would take it for one: there sampling starts with top_p."""
+    assert Decoding(temperature=0.7).of_problem(2) == {"temperature": 0.7, "top_p": 1.0, "seed": 2}
+    assert Decoding().of_problem(2) == {}
+
+
+def test_files_from_before_sampling_are_greedy(problems, tokenizer, tmp_path):
+    out = tmp_path / "evaluation.json"
+    run(FakeClient(Model(tokenizer), finish_reason="stop"), problems, tokenizer, efforts=("low",), out=out)
+    older = json.loads(out.read_text())
+    del older["decoding"]
+    out.write_text(json.dumps(older))
+    result = run(FakeClient(Model(tokenizer), finish_reason="stop"), problems, tokenizer, out=out)
+    assert list(result.efforts) == ["low", "high"] and str(result.decoding) == "greedy"
 
 
 def test_an_engine_that_was_built_otherwise_since_is_another_evaluation(problems, tokenizer, tmp_path, make_checkpoint):

@@ -153,7 +153,7 @@ def test_sampling_parameters_reach_the_server(front):
     [
         ({}, {}, (1.0, 1.0, None)),  # OpenAI's default samples
         ({"do_sample": False}, {}, (None, None, None)),
-        ({"do_sample": False}, {"temperature": 0.7}, (0.7, 1.0, None)),  # alone it would still be greedy
+        ({"do_sample": False}, {"temperature": 0.7}, (0.7, 1.0, None)),
         ({"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 40}, {}, (0.6, 0.95, 40)),
         ({"do_sample": True, "temperature": 0.6}, {"temperature": 0}, (None, None, None)),
     ],
@@ -181,7 +181,7 @@ def test_defaults_that_no_server_takes_are_told_at_the_start(make_checkpoint, tm
 
 
 def test_null_in_a_generation_config_says_nothing(make_checkpoint, tmp_path):
-    """A top_p of null beside a temperature would be greedy."""
+    """A top_p of null beside a temperature would be greedy on older servers."""
     engine = scripted_engine(tmp_path / "engine", make_checkpoint([(4, None)]))
     config = {"do_sample": True, "temperature": 0.7, "top_p": None, "eos_token_id": 1}
     (engine.model_path / "generation_config.json").write_text(json.dumps(config))

@@ -114,9 +114,21 @@ def test_sampling_depends_on_seed_and_position_only(llm):
     assert llm.generate(prompt(2), other).outputs[0].token_ids != alone
 
 
-def test_temperature_alone_is_greedy(llm):
+@pytest.mark.parametrize("sampling", [{"temperature": 2.0}, {"top_p": 1.0}, {"top_k": 0}, {"top_k": 50}])
+def test_any_of_the_three_samples(llm, sampling):
+    """As in TensorRT-LLM since 1.2: nothing else is needed."""
     greedy = llm.generate(prompt(3), SamplingParams(max_tokens=20)).outputs[0].token_ids
-    assert llm.generate(prompt(3), SamplingParams(max_tokens=20, temperature=2.0)).outputs[0].token_ids == greedy
+    drawn = [
+        llm.generate(prompt(3), SamplingParams(max_tokens=20, seed=seed, **sampling)).outputs[0].token_ids
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2] and drawn[0] != greedy
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0, "top_p": 0.9}, {"top_k": 1, "temperature": 2.0}])
+def test_temperature_0_and_top_k_1_are_greedy(llm, sampling):
+    greedy = llm.generate(prompt(3), SamplingParams(max_tokens=20)).outputs[0].token_ids
+    assert llm.generate(prompt(3), SamplingParams(max_tokens=20, seed=1, **sampling)).outputs[0].token_ids == greedy
 
 
 def test_streaming_ends_with_what_the_whole_gives(llm):

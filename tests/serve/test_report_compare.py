@@ -7,6 +7,7 @@ import pytest
 from puzzle_trtllm.errors import BenchError
 from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.serve.bench.result import Turn
+from puzzle_trtllm.serve.evaluate.result import Decoding
 from puzzle_trtllm.serve.metrics.provenance import Hardware
 from puzzle_trtllm.serve.metrics.records import RequestCounts
 from puzzle_trtllm.serve.metrics.statistics import Spread
@@ -128,6 +129,10 @@ def other_load(**changes):
             r"problems_fingerprint: evaluated differently from parent_bf16 \(found xyz, expected abc\)",
         ),
         ({"evaluation": EVALUATION.model_copy(update={"max_tokens": 80})}, "max_tokens: evaluated differently"),
+        (
+            {"evaluation": EVALUATION.model_copy(update={"decoding": Decoding(temperature=1.0)})},
+            r"decoding: evaluated differently .*\(found temperature 1, top_p 1, seed 0, expected greedy\)",
+        ),
         ({"efforts": {"low": effort(0.5, 10)}}, "child: medium: missing metric: not evaluated at this effort"),
         ({"efforts": {**CHILD.efforts, "max": effort(1, 9)}}, "parent_bf16: max: missing metric"),
         ({"blocks": CHILD.blocks[:2]}, r"another number of layers \(found 2, expected 4\)"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,18 @@ import yaml
 from puzzle_trtllm.build.engine_build import build_engine
 from puzzle_trtllm.engine import Engine, EngineConfig
 from puzzle_trtllm.errors import ConfigError, PuzzleError, ServeError
+from puzzle_trtllm.serve.client.triton_client import generate
 from puzzle_trtllm.serve.triton.contract import render_config
+from puzzle_trtllm.serve.triton.install import find_triton
+from puzzle_trtllm.serve.triton.launch import python_path
 from puzzle_trtllm.serve.triton.plugin import import_plugin
+from puzzle_trtllm.serve.triton.ports import hold_ports
+from puzzle_trtllm.serve.triton.probe import http_status
 from puzzle_trtllm.serve.triton.ranks import scrub_mpi_job
 from puzzle_trtllm.serve.triton.repository import write_repository
 from puzzle_trtllm.serve.triton.settings import read_model_yaml
-from tests.serve.scripted import scripted_engine
+from tests.front_door.cli import assert_user_error, invoke
+from tests.serve.scripted import SCRIPTED, scripted_engine, wait_until
 from tests.toys import VOCAB_SIZE
 
 
@@ -64,6 +72,24 @@ def test_tensorrt_llm_is_asked_for_the_statistics_that_our_metrics_show(
     assert read_model_yaml(out / "tensorrt_llm/1/model.yaml").llm_args["enable_iter_perf_stats"] is written
 
 
+@pytest.mark.parametrize(
+    ("arguments", "taken"),
+    [
+        ({}, 1024),
+        ({"max_batch_size": 15}, 1024),
+        ({"max_batch_size": 1024, "tensor_parallel_size": 8}, 2048),
+        # h100x8-short-dep: 201 on each of 8 GPUs.
+        ({"max_batch_size": 201, "tensor_parallel_size": 8, "enable_attention_dp": True}, 3216),
+    ],
+)
+def test_the_queue_is_never_shorter_than_what_the_engine_works_on(make_checkpoint, tmp_path, arguments, taken) -> None:
+    engine = scripted_engine(tmp_path / "e", make_checkpoint([(4, None), (2, 16)]), **arguments)
+    written = write_repository(engine, tmp_path / "repository") / "tensorrt_llm/1/model.yaml"
+    assert read_model_yaml(written).triton.max_open_requests == taken
+    write_repository(engine, tmp_path / "repository", max_open_requests=7, overwrite=True)
+    assert read_model_yaml(written).triton.max_open_requests == 7
+
+
 def test_model_yaml_is_read_back_as_written(engine, tmp_path: Path) -> None:
     out = write_repository(engine, tmp_path / "repository", decoupled=False)
     settings = read_model_yaml(out / "tensorrt_llm/1/model.yaml")
@@ -101,6 +127,46 @@ def test_an_existing_repository_is_only_replaced_when_told_so(engine, tmp_path: 
     with pytest.raises(PuzzleError, match="not empty"):
         write_repository(engine, tmp_path / "repository")
     write_repository(engine, tmp_path / "repository", overwrite=True)
+
+
+def test_the_repository_of_an_engine_is_served_by_a_tritonserver_of_ones_own(engine, tmp_path: Path) -> None:
+    assert invoke("repository", engine.path, tmp_path / "out", "--max-open-requests", "7").exit_code == 0
+    file = tmp_path / "out" / "tensorrt_llm" / "1" / "model.yaml"
+    settings = yaml.safe_load(file.read_text())
+    assert settings["triton_config"]["max_open_requests"] == 7
+    settings["triton_config"]["runtime_module"] = SCRIPTED["runtime_module"]
+    file.write_text(yaml.safe_dump(settings))
+    install = find_triton()
+    environment = {**os.environ, **install.environment, **python_path(SCRIPTED["environment"])}
+    with hold_ports("127.0.0.1", {"HTTP": 0, "gRPC": 0, "metrics": 0}) as ports:
+        options = [f"--{name.lower()}-port={port}" for name, port in ports.items()]
+        command = [str(install.server), "--model-repository", str(tmp_path / "out"), *install.arguments(tmp_path)]
+        with (tmp_path / "log").open("wb") as log:
+            server = subprocess.Popen([*command, *options], env=environment, stdout=log, stderr=log)
+        try:
+            ready = f"http://127.0.0.1:{ports['HTTP']}/v2/models/tensorrt_llm/ready"
+            wait_until(lambda: http_status(ready) == 200, what="ready")
+            assert generate("ab", url=f"127.0.0.1:{ports['gRPC']}", max_tokens=5).text == "ababa"
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def test_other_models_of_a_repository_stay(engine, tmp_path: Path) -> None:
+    other = tmp_path / "out" / "embedding" / "config.pbtxt"
+    other.parent.mkdir(parents=True)
+    other.write_text("")
+    for _ in range(2):
+        assert invoke("repository", engine.path, tmp_path / "out", "--overwrite").exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["embedding", "tensorrt_llm"]
+    assert_user_error(invoke("repository", engine.path, tmp_path / "out"), "tensorrt_llm", "not empty", "--overwrite")
+
+
+def test_a_repository_never_replaces_the_engine_that_it_is_of(engine, tmp_path: Path) -> None:
+    engine.path.rename(tmp_path / "tensorrt_llm")
+    result = invoke("repository", tmp_path / "tensorrt_llm", tmp_path, "--overwrite")
+    assert_user_error(result, "would replace")
+    assert Engine.open(tmp_path / "tensorrt_llm").llm_args == engine.llm_args
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,15 @@ BLOCK = Requirement(
     needed_for="one layer from one config; `use_custom_cublas_mm` is passed on where it exists",
     source=_FILE,
 )
+TRITON_EXPERTS = Requirement(
+    key="triton-experts",
+    modules=("tensorrt_llm._torch.modules.fused_moe.fused_moe_triton",),
+    path="TritonFusedMoE",
+    optional=True,
+    needed_for="moe_config.backend TRITON, the experts on Hopper; deprecated in 1.3. Where it is gone, build with "
+    "`llm_args: {moe_config: {backend: CUTLASS}}`",
+    source="tensorrt_llm/_torch/modules/fused_moe/fused_moe_triton.py",
+)
 REQUIREMENTS: tuple[Requirement, ...] = (
     REGISTER,
     CAUSAL_LM,
@@ -184,6 +193,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         needed_for="global numbers of the rank's experts; without it every rank is handed all experts",
         source="tensorrt_llm/_torch/modules/fused_moe/interface.py",
     ),
+    TRITON_EXPERTS,
     Requirement(
         key="fused-gate-up",
         modules=(

@@ -208,11 +208,11 @@ class LLM:
     def _resolve_rule(self, params: SamplingParams, num_prompt_tokens: int, streaming: bool) -> DecodingRule:
         end_ids = self._end_ids if params.end_id is None else {params.end_id}
         vocabulary = range(self._vocab_size)  # -1 stands for no id
-        filters = params.top_k not in (None, 1) or params.top_p is not None
+        says_nothing = (params.temperature, params.top_k, params.top_p) == (None, None, None)
         return DecodingRule(
             # As TensorRT-LLM: what does not fit behind the prompt is not generated.
             max_tokens=min(params.max_tokens, self.args.max_seq_len - num_prompt_tokens),
-            greedy=not filters or params.temperature == 0,
+            greedy=says_nothing or params.temperature == 0 or params.top_k == 1,
             temperature=params.temperature or 1.0,
             top_k=params.top_k or 0,
             top_p=params.top_p or 1.0,
