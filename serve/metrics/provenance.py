@@ -1,7 +1,7 @@
 """Where a number was made: without it a result file is only a number.
 
 Collected on the client's side: the machine, the versions, the commit, the command line, and, when the caller knows the
-engine folder behind the URL, that engine's manifest. Nothing here may fail a measurement: what cannot be found out is
+engine folder behind the URL, that engine's manifest and arguments. Nothing here may fail a measurement: what cannot be found out is
 None.
 """
 
@@ -15,6 +15,7 @@ import sys
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -56,12 +57,14 @@ class EngineProvenance(BaseModel):
     num_gpus: int
     """Of one engine; 0 if it runs on the CPU. A server may run several (LoadResult.num_instances)."""
     manifest: EngineManifest
+    llm_args: dict[str, Any] | None = None
+    """Batch and token limits, KV cache, kernels, streaming: what the runtime was started with. None in older files."""
 
     @classmethod
     def of(cls, engine: Engine) -> EngineProvenance:
         on_gpu = engine.manifest.runtime == "tensorrt_llm"
         num_gpus = int(engine.llm_args.get("tensor_parallel_size", 1)) if on_gpu else 0
-        return cls(path=str(engine.path), num_gpus=num_gpus, manifest=engine.manifest)
+        return cls(path=str(engine.path), num_gpus=num_gpus, manifest=engine.manifest, llm_args=engine.llm_args)
 
 
 class Provenance(BaseModel):

@@ -41,10 +41,11 @@ def test_versions_and_command_line(monkeypatch):
     assert found.engine is None
 
 
-def test_the_engine_brings_its_manifest(make_checkpoint, tmp_path):
+def test_the_engine_brings_its_manifest_and_its_arguments(make_checkpoint, tmp_path):
     engine = scripted_engine(tmp_path / "engine", make_checkpoint([(4, None)]), tensor_parallel_size=8)
     found = Provenance.collect(engine=engine.path).engine
     assert (found.path, found.manifest) == (str(engine.path), engine.manifest)
+    assert found.llm_args == {"tensor_parallel_size": 8}
     assert found.num_gpus == 0  # the reference runtime's tensor_parallel_size are processes, not GPUs
     with pytest.raises(EngineError, match="missing"):
         Provenance.collect(engine=tmp_path)

@@ -69,7 +69,8 @@ def test_ranks_and_instances_are_those_of_the_engine_and_of_the_server(engine, b
     found = assemble_measurement("e", engine=engine, rounds=[bench])
     assert (found.num_ranks, found.num_instances, found.sequences_held is None) == (1, 1, False)
     shared = replace(engine, llm_args={**engine.llm_args, "tensor_parallel_size": 2})
-    found = assemble_measurement("e", engine=shared, rounds=[bench.model_copy(update={"num_instances": 3})])
+    of_shared = with_engine(bench, EngineProvenance.of(shared)).model_copy(update={"num_instances": 3})
+    found = assemble_measurement("e", engine=shared, rounds=[of_shared])
     assert (found.num_ranks, found.num_instances, found.sequences_held) == (2, 3, None)
 
 
@@ -122,6 +123,14 @@ def test_rounds_of_different_scenarios_are_refused(engine, bench):
         assemble_measurement("e", engine=engine, rounds=[])
 
 
+def test_results_of_other_llm_args_are_refused_and_older_ones_told_none(engine, bench):
+    edited = replace(engine, llm_args={**engine.llm_args, "stream_interval": 20})
+    with pytest.raises(BenchError, match=r"e, round 1: provenance.engine.llm_args.stream_interval.* 20"):
+        assemble_measurement("e", engine=edited, rounds=[bench])
+    older = bench.provenance.engine.model_copy(update={"llm_args": None})
+    assert assemble_measurement("e", engine=edited, rounds=[with_engine(bench, older)]).name == "e"
+
+
 def test_results_that_do_not_name_their_engine_are_believed(bench, evaluation, tmp_path):
     unnamed = evaluation.model_copy(update={"provenance": PROVENANCE})
     found = load_measurement("e", save(tmp_path, bench, with_engine(bench, None), unnamed))
@@ -139,8 +148,9 @@ def test_rounds_with_one_seed_are_told_where_the_engine_reuses_prefixes(engine, 
         "e: rounds had the same prompts (bench --seed), and the engine reuses prefixes: unless its server was started "
         "anew, its cache answered part of them."
     ]
-    args = {**engine.llm_args, "kv_cache_config": {"enable_block_reuse": False}}
-    assert not assemble_measurement("e", engine=replace(engine, llm_args=args), rounds=[bench, bench]).repeats_prompts
+    forgetful = replace(engine, llm_args={**engine.llm_args, "kv_cache_config": {"enable_block_reuse": False}})
+    of_forgetful = with_engine(bench, EngineProvenance.of(forgetful))
+    assert not assemble_measurement("e", engine=forgetful, rounds=[of_forgetful, of_forgetful]).repeats_prompts
 
 
 def test_a_round_of_another_engine_is_refused(bench, evaluation, tmp_path):
