@@ -1,8 +1,8 @@
 """Where a number was made: without it a result file is only a number.
 
 Collected on the client's side: the machine, the versions, the commit, the command line, and, when the caller knows the
-engine folder behind the URL, that engine's manifest and arguments. Nothing here may fail a measurement: what cannot be found out is
-None.
+engine folder behind the URL, that engine's manifest and arguments. Nothing here may fail a measurement: what cannot be
+found out is None.
 """
 
 from __future__ import annotations
