@@ -7,7 +7,10 @@ Conventions that differ between tools, and what is done here:
 
 - ITL of a response that brings k tokens is gap / k, k times (a server with `stream_interval` k sends k at once);
   the tokens after the first one in a first response have no gap.
-- TPOT leaves the first token out: (last token - first token) / (tokens - 1).
+- TPOT leaves the first token out: (last token - first token) / (tokens - 1). Tokens that all came in one response say
+  nothing about it, and a TPOT of 0 would pass for the fastest of all.
+- output_tokens_per_s is that of the steady window; other tools divide all tokens by the whole run's time, idle tail
+  included, which is whole_run_output_tokens_per_s.
 - requests_per_s is output_tokens_per_s / mean_output_tokens, so that it can be formed for other mean lengths too (the
   request-level efficiency of a reasoning effort); what an evaluation run completes is `measured_requests_per_s`.
 """
@@ -20,14 +23,14 @@ from dataclasses import dataclass
 from puzzle_trtllm.errors import BenchError
 from puzzle_trtllm.serve.metrics.records import RequestCounts, RequestRecord
 from puzzle_trtllm.serve.metrics.statistics import Distribution
-from puzzle_trtllm.serve.metrics.window import SteadyWindow, open_window, steady_window
+from puzzle_trtllm.serve.metrics.window import NANOSECONDS_PER_SECOND, SteadyWindow, open_window, steady_window
 
 NANOSECONDS_PER_MILLISECOND = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyLimits:
-    """Limits that users would notice, ms; None is no limit. A request of one token has no gap to exceed."""
+    """Limits that users would notice, ms; None is no limit. A request of one response has no gap to exceed."""
 
     max_ttft_ms: float | None = None
     max_itl_ms: float | None = None
@@ -155,6 +158,12 @@ def _output_tokens_per_s_per_gpu(load: MeasuredLoad) -> float | None:
     return OUTPUT_TOKENS_PER_S.of(load) / load.num_gpus if load.num_gpus else None
 
 
+def _whole_run_output_tokens_per_s(load: MeasuredLoad) -> float | None:
+    tokens = sum(record.num_output_tokens for record in load.records if record.is_answered)
+    run_ns = max(record.end_ns for record in load.records) - min(record.sent_ns for record in load.records)
+    return tokens / run_ns * NANOSECONDS_PER_SECOND if run_ns else None
+
+
 def _mean_output_tokens(load: MeasuredLoad) -> float:
     return sum(record.num_output_tokens for record in load.answered) / len(load.answered)
 
@@ -191,9 +200,13 @@ def _itl_ms(record: RequestRecord) -> Iterator[float]:
 
 
 def _tpot_ms(record: RequestRecord) -> Iterator[float]:
-    if record.num_output_tokens > 1:
-        decode_ns = record.token_times_ns[-1] - record.first_token_ns
+    if decode_ns := record.token_times_ns[-1] - record.first_token_ns:
         yield decode_ns / (record.num_output_tokens - 1) / NANOSECONDS_PER_MILLISECOND
+
+
+def _output_tokens_per_s_per_user(record: RequestRecord) -> Iterator[float]:
+    for tpot_ms in _tpot_ms(record):
+        yield 1000 / tpot_ms
 
 
 def _e2e_ms(record: RequestRecord) -> Iterator[float]:
@@ -213,6 +226,13 @@ OUTPUT_TOKENS_PER_S_PER_GPU = ScalarMetric(
     formula="output_tokens_per_s / GPUs of the server",
     prerequisite="the server's number of GPUs is 0 or unknown",
     compute=_output_tokens_per_s_per_gpu,
+)
+WHOLE_RUN_OUTPUT_TOKENS_PER_S = ScalarMetric(
+    tag="whole_run_output_tokens_per_s",
+    unit="tok/s",
+    formula="generated tokens of answered requests / from the first request sent to the last end",
+    prerequisite="requests end in the instant they are sent",
+    compute=_whole_run_output_tokens_per_s,
 )
 MEAN_OUTPUT_TOKENS = ScalarMetric(
     tag="mean_output_tokens",
@@ -260,13 +280,20 @@ TPOT_MS = DistributionMetric(
     tag="tpot_ms",
     unit="ms",
     formula="time per output token: (last token - first token) / (tokens - 1), per request",
-    prerequisite="no request generated two tokens",
+    prerequisite="no request streamed two responses",
     values=_tpot_ms,
+)
+OUTPUT_TOKENS_PER_S_PER_USER = DistributionMetric(
+    tag="output_tokens_per_s_per_user",
+    unit="tok/s/user",
+    formula="interactivity: 1000 / TPOT in ms, per request",
+    prerequisite="no request streamed two responses",
+    values=_output_tokens_per_s_per_user,
 )
 E2E_MS = DistributionMetric(
     tag="e2e_ms",
     unit="ms",
-    formula="end-to-end latency: last response - sent",
+    formula="end-to-end latency: end of the answer's stream - sent",
     prerequisite="no request was answered",
     values=_e2e_ms,
 )
@@ -274,12 +301,13 @@ E2E_MS = DistributionMetric(
 SCALARS = (
     OUTPUT_TOKENS_PER_S,
     OUTPUT_TOKENS_PER_S_PER_GPU,
+    WHOLE_RUN_OUTPUT_TOKENS_PER_S,
     MEAN_OUTPUT_TOKENS,
     REQUESTS_PER_S,
     GOODPUT_FRACTION,
     GOODPUT_REQUESTS_PER_S,
 )
-DISTRIBUTIONS = (TTFT_MS, ITL_MS, TPOT_MS, E2E_MS)
+DISTRIBUTIONS = (TTFT_MS, ITL_MS, TPOT_MS, OUTPUT_TOKENS_PER_S_PER_USER, E2E_MS)
 METRICS: Mapping[str, Metric] = {metric.tag: metric for metric in (*SCALARS, *DISTRIBUTIONS)}
 
 
