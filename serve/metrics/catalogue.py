@@ -93,13 +93,21 @@ class MeasuredLoad:
         return load
 
     @property
+    def counted(self) -> list[RequestRecord]:
+        """The requests that count, however they ended."""
+        if not self.arrivals_in_window_only:
+            return list(self.records)
+        return [record for record in self.records if self.window.holds(record.sent_ns)]
+
+    @property
     def answered(self) -> list[RequestRecord]:
         """The requests whose lengths and latencies count."""
-        return [
-            record
-            for record in self.records
-            if record.is_answered and (not self.arrivals_in_window_only or self.window.holds(record.sent_ns))
-        ]
+        return [record for record in self.counted if record.is_answered]
+
+    @property
+    def good(self) -> list[RequestRecord]:
+        """The requests within all limits."""
+        return [record for record in self.answered if self.limits.met_by(record)]
 
 
 def _require_answers(records: Sequence[RequestRecord]) -> None:
@@ -173,12 +181,11 @@ def _requests_per_s(load: MeasuredLoad) -> float:
 
 
 def _goodput_fraction(load: MeasuredLoad) -> float | None:
-    good = sum(load.limits.met_by(record) for record in load.answered)
-    return good / len(load.answered) if load.limits else None
+    return len(load.good) / len(load.counted) if load.limits else None
 
 
 def _goodput_requests_per_s(load: MeasuredLoad) -> float | None:
-    return REQUESTS_PER_S.of(load) * GOODPUT_FRACTION.of(load) if load.limits else None
+    return REQUESTS_PER_S.of(load) * len(load.good) / len(load.answered) if load.limits else None
 
 
 def _ttft_ms(record: RequestRecord) -> Iterator[float]:
@@ -250,15 +257,15 @@ REQUESTS_PER_S = ScalarMetric(
 )
 GOODPUT_FRACTION = ScalarMetric(
     tag="goodput_fraction",
-    unit="of answered requests",
-    formula="completed requests with TTFT <= max_ttft_ms and TPOT <= max_itl_ms / answered requests",
+    unit="of requests",
+    formula="good: completed requests with TTFT <= max_ttft_ms and TPOT <= max_itl_ms / requests, failed ones too",
     prerequisite="the load sets no latency limit",
     compute=_goodput_fraction,
 )
 GOODPUT_REQUESTS_PER_S = ScalarMetric(
     tag="goodput_requests_per_s",
     unit="requests/s",
-    formula="requests_per_s * goodput_fraction",
+    formula="requests_per_s * good requests / answered requests",
     prerequisite="the load sets no latency limit",
     compute=_goodput_requests_per_s,
 )

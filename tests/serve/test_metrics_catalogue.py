@@ -74,6 +74,15 @@ def test_goodput_is_the_share_of_requests_within_all_limits(ttft, itl, good):
     assert values["goodput_requests_per_s"] == pytest.approx(14 / 3 * good / 3)
 
 
+def test_a_request_that_failed_is_one_whose_user_was_not_served():
+    # Of A, B, C and a refusal A and B are good: half of the requests, and of the answered ones' rate two thirds.
+    refused = request(0, 1, status="failed", error="UNAVAILABLE: the queue is full")
+    limits = LatencyLimits(max_ttft_ms=1000)
+    values = compute_metrics(MeasuredLoad.of([A, B, C, refused], concurrency=2, limits=limits)).scalars
+    assert values["goodput_fraction"] == 0.5
+    assert values["goodput_requests_per_s"] == pytest.approx(values["requests_per_s"] * 2 / 3)
+
+
 def test_one_token_has_no_gap_to_be_too_long():
     one = MeasuredLoad.of([request(0, 400, [300])], concurrency=1, limits=LatencyLimits(max_itl_ms=1))
     assert catalogue.GOODPUT_FRACTION.of(one) == 1.0
