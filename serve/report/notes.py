@@ -58,8 +58,8 @@ def _on_lengths(child: EngineMeasurement) -> Iterator[str]:
         asked, answered = child.scenario.output_tokens, child.efforts[effort].mean_output_tokens
         if max(asked, answered) > LENGTH_FACTOR * min(asked, answered):
             yield (
-                f"{child.name}: throughput was measured with answers of {asked:,} tokens, and at {effort} effort "
-                f"they have {show_number(answered)}: requests per second are throughput / length, no rate that was served."
+                f"{child.name}: throughput was measured with answers of {asked:,} tokens, and at {effort} effort they "
+                f"have {show_number(answered)}: requests per second are throughput / length, no rate that was served."
             )
 
 
