@@ -36,11 +36,19 @@ class Hardware(BaseModel):
     memory_bytes: int | None
     gpus: list[str]
     """Names as nvidia-smi lists them."""
+    gpu_driver: str | None = None
+    """Version of NVIDIA's driver."""
 
     @classmethod
     def of_this_machine(cls) -> Hardware:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return cls(cpu_model=_cpu_model(), cpu_cores=cores, memory_bytes=_memory_bytes(), gpus=_gpus())
+        return cls(
+            cpu_model=_cpu_model(),
+            cpu_cores=cores,
+            memory_bytes=_memory_bytes(),
+            gpus=_ask_gpus("name"),
+            gpu_driver=next(iter(_ask_gpus("driver_version")), None),
+        )
 
     def __str__(self) -> str:
         memory = f", {self.memory_bytes / 2**30:.0f} GiB" if self.memory_bytes else ""
@@ -119,8 +127,9 @@ def _memory_bytes() -> int | None:
         return None
 
 
-def _gpus() -> list[str]:
-    return _output_of(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]).splitlines()
+def _ask_gpus(field: str) -> list[str]:
+    """What nvidia-smi says of each GPU."""
+    return _output_of(["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]).splitlines()
 
 
 def _git_commit() -> str | None:
