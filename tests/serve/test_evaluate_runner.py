@@ -250,6 +250,12 @@ def test_an_engine_that_was_built_otherwise_since_is_another_evaluation(problems
     assert len(run(client, problems, tokenizer, engine=engine.path, out=out).efforts) == 2
     with pytest.raises(BenchError, match=r"engine: holds another evaluation.*\(found \S*/e, expected none\)"):
         run(client, problems, tokenizer, efforts=("medium",), out=out)
+    args = engine.path / "llm_args.yaml"
+    written = args.read_text()
+    args.write_text(written + "stream_interval: 20\n")
+    with pytest.raises(BenchError, match=r"engine: holds another evaluation.*\(found \S*/e, built otherwise, expected"):
+        run(client, problems, tokenizer, efforts=("medium",), engine=engine.path, out=out)
+    args.write_text(written)
     again = config.model_copy(update={"memory_bytes": 1_000_000})
     build_engine(make_checkpoint([(4, None)]), engine.path, config=again, overwrite=True)
     with pytest.raises(BenchError, match=r"engine: holds another evaluation.*\(found \S*/e, built otherwise, expected"):
