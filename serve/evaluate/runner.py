@@ -108,7 +108,7 @@ def _go_on_from(file: Path, result: EvaluationResult) -> EvaluationResult:
     then, now = earlier.provenance.engine, result.provenance.engine
     if then is None or now is None:
         differences["engine"] = ((then and then.path) or "none", (now and now.path) or "none")
-    elif then.manifest != now.manifest or then.llm_args not in (None, now.llm_args):
+    elif not then.describes(now):
         differences["engine"] = (f"{then.path}, built otherwise", now.path)
     for key, (found, expected) in differences.items():
         if found != expected:

@@ -74,6 +74,10 @@ class EngineProvenance(BaseModel):
         num_gpus = int(engine.llm_args.get("tensor_parallel_size", 1)) if on_gpu else 0
         return cls(path=str(engine.path), num_gpus=num_gpus, manifest=engine.manifest, llm_args=engine.llm_args)
 
+    def describes(self, engine: EngineProvenance) -> bool:
+        """Whether what was measured here is `engine`, as far as older files tell."""
+        return self.manifest == engine.manifest and self.llm_args in (None, engine.llm_args)
+
 
 class Provenance(BaseModel):
     """How to find this measurement's origin again."""
