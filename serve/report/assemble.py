@@ -72,6 +72,7 @@ def assemble_measurement(
         ),
         latencies=dict(median_round.distributions),
         requests=_sum_counts([r.requests for r in rounds]),
+        busiest_client_cpu=max((r.client.busiest_cpu for r in rounds if r.client is not None), default=None),
         lengths=median_round.lengths,
         token_counts=median_round.token_counts,
         evaluation=_evaluation_facts(evaluation) if evaluation else None,

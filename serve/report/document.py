@@ -109,6 +109,7 @@ def _engine_entry(engine: EngineMeasurement) -> dict[str, Any]:
         **_spread_entry("uncapped_output_tokens_per_s", engine.uncapped_output_tokens_per_s),
         "latencies": {tag: asdict(distribution) for tag, distribution in engine.latencies.items()},
         "requests": asdict(engine.requests),
+        "busiest_client_cpu": engine.busiest_client_cpu,
         "lengths": engine.lengths,
         "token_counts": engine.token_counts,
         "evaluation": engine.evaluation.model_dump() if engine.evaluation else None,

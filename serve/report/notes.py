@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from puzzle_trtllm.serve.bench.result import BUSY_CLIENT
 from puzzle_trtllm.serve.metrics.units import show_number
 from puzzle_trtllm.serve.report.compare import paired_range
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
@@ -30,6 +31,12 @@ def _on_engine(engine: EngineMeasurement) -> Iterator[str]:
         yield f"{engine.name}: the load ended with {engine.requests}."
     if len(engine.output_tokens_per_s.rounds) == 1:
         yield f"{engine.name}: throughput was measured in a single round, and no interval says how far another may lie."
+    cpu = engine.busiest_client_cpu
+    if cpu is not None and cpu > BUSY_CLIENT:
+        yield (
+            f"{engine.name}: a process of the client used {cpu:.0%} of a core, so the client's own speed may be in the "
+            "throughput (bench --workers)."
+        )
     if engine.lengths != "exact":
         yield f"{engine.name}: the server takes no token ids, so prompt and answer lengths are nominal."
     if engine.token_counts != "server":

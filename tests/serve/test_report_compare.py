@@ -171,6 +171,21 @@ def test_answers_much_shorter_or_longer_than_the_load_were_not_served_at_this_ra
     assert notes_on([PARENT, child], baselines=["parent_bf16"], child="child") == ([note] if told else [])
 
 
+@pytest.mark.parametrize(("cpu", "told"), [(None, False), (0.8, False), (0.93, True)])
+def test_a_client_that_may_have_been_the_limit_is_told(cpu, told):
+    notes = notes_on(
+        [PARENT, CHILD.model_copy(update={"busiest_client_cpu": cpu})], baselines=["parent_bf16"], child="child"
+    )
+    assert notes == (
+        [
+            "child: a process of the client used 93% of a core, so the client's own speed may be in the throughput "
+            "(bench --workers)."
+        ]
+        if told
+        else []
+    )
+
+
 def test_notes_say_what_a_reader_must_know():
     elsewhere = PROVENANCE.model_copy(
         update={"hardware": Hardware(cpu_model="other", cpu_cores=8, memory_bytes=None, gpus=[])}

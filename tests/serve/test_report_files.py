@@ -100,13 +100,16 @@ def test_efforts_are_the_evaluations_and_only_answers_that_came_are_resampled(en
     assert found.outcomes == {"p1": (True, 10), "p2": (False, 20)}
 
 
-def test_latencies_are_those_of_the_round_of_median_throughput_and_requests_of_all(engine, bench):
+def test_latencies_are_of_the_median_round_requests_of_all_and_the_client_of_the_worst(engine, bench):
     def round_of(speed: float) -> BenchResult:
         scalars = bench.scalars | {"output_tokens_per_s": speed}
         latencies = {"ttft_ms": Distribution.of([speed])}
         requests = RequestCounts(completed=4, truncated=3, failed=2, cancelled=1)
         return bench.model_copy(update={"scalars": scalars, "distributions": latencies, "requests": requests})
 
+    lazy, busy = (bench.client.model_copy(update={"busiest_cpu": cpu}) for cpu in (0.1, 0.9))
+    of_clients = [bench.model_copy(update={"client": client}) for client in (lazy, busy, None)]
+    assert assemble_measurement("e", engine=engine, rounds=of_clients).busiest_client_cpu == 0.9
     speeds = (30.0, 10.0, 20.0, 50.0, 40.0)
     found = assemble_measurement("e", engine=engine, rounds=[round_of(s) for s in speeds])
     assert found.output_tokens_per_s.rounds == speeds
