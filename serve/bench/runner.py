@@ -170,7 +170,7 @@ def run_open_loop(
     seed: equal seeds give equal prompts and equal arrival times.
     workers: "auto" is one process for each 2,000 tokens/s that the load asks for, at most one a core.
 
-    Raises BenchError also when no request ended before the last one arrived: then there is no steady window.
+    Raises BenchError also when no request was answered before the last one arrived: then there is no steady window.
     """
     tokenizer = prompt_tokenizer(engine=engine, tokenizer_folder=tokenizer_folder)
     load: Load

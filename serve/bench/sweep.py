@@ -23,11 +23,13 @@ from typing import Any, Literal
 
 from rich.table import Table
 
+from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import BenchError
 from puzzle_trtllm.folders import write_atomically
 from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.serve.bench.result import BenchResult, show_lengths
 from puzzle_trtllm.serve.bench.runner import override_scenario, run_bench
+from puzzle_trtllm.serve.metrics.provenance import EngineProvenance
 from puzzle_trtllm.serve.metrics.result_file import ResultFile
 from puzzle_trtllm.serve.metrics.units import NONE, show_number
 
@@ -134,7 +136,17 @@ def _finished_points(
             raise BenchError(
                 "holds another sweep; remove it or write elsewhere", file=out, key=key, found=found, expected=expected
             )
+    if engine is not None:
+        _check_engine_of(earlier.points, EngineProvenance.of(Engine.open(engine)), out)
     return earlier.points
+
+
+def _check_engine_of(points: Sequence[BenchResult], now: EngineProvenance, out: str | Path) -> None:
+    for point in points:
+        then = point.provenance.engine
+        if then is not None and not then.describes(now):
+            message = "holds points of another engine than the folder now does; remove it or write elsewhere"
+            raise BenchError(message, file=out, key="engine", found=f"{then.path}, built otherwise", expected=now.path)
 
 
 def sweep_table(sweep: SweepResult) -> Table:

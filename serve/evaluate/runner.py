@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def _go_on_from(file: Path, result: EvaluationResult) -> EvaluationResult:
     then, now = earlier.provenance.engine, result.provenance.engine
     if then is None or now is None:
         differences["engine"] = ((then and then.path) or "none", (now and now.path) or "none")
-    elif then.manifest != now.manifest:
+    elif not then.describes(now):
         differences["engine"] = (f"{then.path}, built otherwise", now.path)
     for key, (found, expected) in differences.items():
         if found != expected:
@@ -196,7 +197,16 @@ async def _answers(
         answers = await hold_concurrency(
             target.stream, requests, concurrency=result.concurrency, is_truncated=_ran_out, observer=progress
         )
-    return answers if target.gives_token_ids else count_by_tokenizer(answers, tokenizer)
+    counted = answers if target.gives_token_ids else count_by_tokenizer(answers, tokenizer)
+    return [_with_its_end(answer) for answer in counted]
+
+
+def _with_its_end(answer: Answer) -> Answer:
+    """An answer that the model ended at once has failed no more than another: its one token is the end itself."""
+    record = answer.record
+    if record.token_times_ns or answer.finish_reason is None:
+        return answer
+    return replace(answer, record=replace(record, status="completed", error=None, token_times_ns=(record.end_ns,)))
 
 
 def _request(

@@ -7,7 +7,10 @@ Conventions that differ between tools, and what is done here:
 
 - ITL of a response that brings k tokens is gap / k, k times (a server with `stream_interval` k sends k at once);
   the tokens after the first one in a first response have no gap.
-- TPOT leaves the first token out: (last token - first token) / (tokens - 1).
+- TPOT leaves the first token out: (last token - first token) / (tokens - 1). Tokens that all came in one response say
+  nothing about it, and a TPOT of 0 would pass for the fastest of all.
+- output_tokens_per_s is that of the steady window; other tools divide all tokens by the whole run's time, idle tail
+  included, which is whole_run_output_tokens_per_s.
 - requests_per_s is output_tokens_per_s / mean_output_tokens, so that it can be formed for other mean lengths too (the
   request-level efficiency of a reasoning effort); what an evaluation run completes is `measured_requests_per_s`.
 """
@@ -20,14 +23,14 @@ from dataclasses import dataclass
 from puzzle_trtllm.errors import BenchError
 from puzzle_trtllm.serve.metrics.records import RequestCounts, RequestRecord
 from puzzle_trtllm.serve.metrics.statistics import Distribution
-from puzzle_trtllm.serve.metrics.window import SteadyWindow, open_window, steady_window
+from puzzle_trtllm.serve.metrics.window import NANOSECONDS_PER_SECOND, SteadyWindow, open_window, steady_window
 
 NANOSECONDS_PER_MILLISECOND = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyLimits:
-    """Limits that users would notice, ms; None is no limit. A request of one token has no gap to exceed."""
+    """Limits that users would notice, ms; None is no limit. A request of one response has no gap to exceed."""
 
     max_ttft_ms: float | None = None
     max_itl_ms: float | None = None
@@ -90,13 +93,21 @@ class MeasuredLoad:
         return load
 
     @property
+    def counted(self) -> list[RequestRecord]:
+        """The requests that count, however they ended."""
+        if not self.arrivals_in_window_only:
+            return list(self.records)
+        return [record for record in self.records if self.window.holds(record.sent_ns)]
+
+    @property
     def answered(self) -> list[RequestRecord]:
         """The requests whose lengths and latencies count."""
-        return [
-            record
-            for record in self.records
-            if record.is_answered and (not self.arrivals_in_window_only or self.window.holds(record.sent_ns))
-        ]
+        return [record for record in self.counted if record.is_answered]
+
+    @property
+    def good(self) -> list[RequestRecord]:
+        """The requests within all limits."""
+        return [record for record in self.answered if self.limits.met_by(record)]
 
 
 def _require_answers(records: Sequence[RequestRecord]) -> None:
@@ -155,6 +166,12 @@ def _output_tokens_per_s_per_gpu(load: MeasuredLoad) -> float | None:
     return OUTPUT_TOKENS_PER_S.of(load) / load.num_gpus if load.num_gpus else None
 
 
+def _whole_run_output_tokens_per_s(load: MeasuredLoad) -> float | None:
+    tokens = sum(record.num_output_tokens for record in load.records if record.is_answered)
+    run_ns = max(record.end_ns for record in load.records) - min(record.sent_ns for record in load.records)
+    return tokens / run_ns * NANOSECONDS_PER_SECOND if run_ns else None
+
+
 def _mean_output_tokens(load: MeasuredLoad) -> float:
     return sum(record.num_output_tokens for record in load.answered) / len(load.answered)
 
@@ -164,12 +181,11 @@ def _requests_per_s(load: MeasuredLoad) -> float:
 
 
 def _goodput_fraction(load: MeasuredLoad) -> float | None:
-    good = sum(load.limits.met_by(record) for record in load.answered)
-    return good / len(load.answered) if load.limits else None
+    return len(load.good) / len(load.counted) if load.limits else None
 
 
 def _goodput_requests_per_s(load: MeasuredLoad) -> float | None:
-    return REQUESTS_PER_S.of(load) * GOODPUT_FRACTION.of(load) if load.limits else None
+    return REQUESTS_PER_S.of(load) * len(load.good) / len(load.answered) if load.limits else None
 
 
 def _ttft_ms(record: RequestRecord) -> Iterator[float]:
@@ -191,9 +207,13 @@ def _itl_ms(record: RequestRecord) -> Iterator[float]:
 
 
 def _tpot_ms(record: RequestRecord) -> Iterator[float]:
-    if record.num_output_tokens > 1:
-        decode_ns = record.token_times_ns[-1] - record.first_token_ns
+    if decode_ns := record.token_times_ns[-1] - record.first_token_ns:
         yield decode_ns / (record.num_output_tokens - 1) / NANOSECONDS_PER_MILLISECOND
+
+
+def _output_tokens_per_s_per_user(record: RequestRecord) -> Iterator[float]:
+    for tpot_ms in _tpot_ms(record):
+        yield 1000 / tpot_ms
 
 
 def _e2e_ms(record: RequestRecord) -> Iterator[float]:
@@ -214,6 +234,13 @@ OUTPUT_TOKENS_PER_S_PER_GPU = ScalarMetric(
     prerequisite="the server's number of GPUs is 0 or unknown",
     compute=_output_tokens_per_s_per_gpu,
 )
+WHOLE_RUN_OUTPUT_TOKENS_PER_S = ScalarMetric(
+    tag="whole_run_output_tokens_per_s",
+    unit="tok/s",
+    formula="generated tokens of answered requests / from the first request sent to the last end",
+    prerequisite="requests end in the instant they are sent",
+    compute=_whole_run_output_tokens_per_s,
+)
 MEAN_OUTPUT_TOKENS = ScalarMetric(
     tag="mean_output_tokens",
     unit="tokens",
@@ -230,15 +257,15 @@ REQUESTS_PER_S = ScalarMetric(
 )
 GOODPUT_FRACTION = ScalarMetric(
     tag="goodput_fraction",
-    unit="of answered requests",
-    formula="completed requests with TTFT <= max_ttft_ms and TPOT <= max_itl_ms / answered requests",
+    unit="of requests",
+    formula="good: completed requests with TTFT <= max_ttft_ms and TPOT <= max_itl_ms / requests, failed ones too",
     prerequisite="the load sets no latency limit",
     compute=_goodput_fraction,
 )
 GOODPUT_REQUESTS_PER_S = ScalarMetric(
     tag="goodput_requests_per_s",
     unit="requests/s",
-    formula="requests_per_s * goodput_fraction",
+    formula="requests_per_s * good requests / answered requests",
     prerequisite="the load sets no latency limit",
     compute=_goodput_requests_per_s,
 )
@@ -260,13 +287,20 @@ TPOT_MS = DistributionMetric(
     tag="tpot_ms",
     unit="ms",
     formula="time per output token: (last token - first token) / (tokens - 1), per request",
-    prerequisite="no request generated two tokens",
+    prerequisite="no request streamed two responses",
     values=_tpot_ms,
+)
+OUTPUT_TOKENS_PER_S_PER_USER = DistributionMetric(
+    tag="output_tokens_per_s_per_user",
+    unit="tok/s/user",
+    formula="interactivity: 1000 / TPOT in ms, per request",
+    prerequisite="no request streamed two responses",
+    values=_output_tokens_per_s_per_user,
 )
 E2E_MS = DistributionMetric(
     tag="e2e_ms",
     unit="ms",
-    formula="end-to-end latency: last response - sent",
+    formula="end-to-end latency: end of the answer's stream - sent",
     prerequisite="no request was answered",
     values=_e2e_ms,
 )
@@ -274,12 +308,13 @@ E2E_MS = DistributionMetric(
 SCALARS = (
     OUTPUT_TOKENS_PER_S,
     OUTPUT_TOKENS_PER_S_PER_GPU,
+    WHOLE_RUN_OUTPUT_TOKENS_PER_S,
     MEAN_OUTPUT_TOKENS,
     REQUESTS_PER_S,
     GOODPUT_FRACTION,
     GOODPUT_REQUESTS_PER_S,
 )
-DISTRIBUTIONS = (TTFT_MS, ITL_MS, TPOT_MS, E2E_MS)
+DISTRIBUTIONS = (TTFT_MS, ITL_MS, TPOT_MS, OUTPUT_TOKENS_PER_S_PER_USER, E2E_MS)
 METRICS: Mapping[str, Metric] = {metric.tag: metric for metric in (*SCALARS, *DISTRIBUTIONS)}
 
 

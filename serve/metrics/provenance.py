@@ -1,8 +1,8 @@
 """Where a number was made: without it a result file is only a number.
 
 Collected on the client's side: the machine, the versions, the commit, the command line, and, when the caller knows the
-engine folder behind the URL, that engine's manifest. Nothing here may fail a measurement: what cannot be found out is
-None.
+engine folder behind the URL, that engine's manifest and arguments. Nothing here may fail a measurement: what cannot be
+found out is None.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -35,11 +36,19 @@ class Hardware(BaseModel):
     memory_bytes: int | None
     gpus: list[str]
     """Names as nvidia-smi lists them."""
+    gpu_driver: str | None = None
+    """Version of NVIDIA's driver."""
 
     @classmethod
     def of_this_machine(cls) -> Hardware:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return cls(cpu_model=_cpu_model(), cpu_cores=cores, memory_bytes=_memory_bytes(), gpus=_gpus())
+        return cls(
+            cpu_model=_cpu_model(),
+            cpu_cores=cores,
+            memory_bytes=_memory_bytes(),
+            gpus=_ask_gpus("name"),
+            gpu_driver=next(iter(_ask_gpus("driver_version")), None),
+        )
 
     def __str__(self) -> str:
         memory = f", {self.memory_bytes / 2**30:.0f} GiB" if self.memory_bytes else ""
@@ -56,12 +65,18 @@ class EngineProvenance(BaseModel):
     num_gpus: int
     """Of one engine; 0 if it runs on the CPU. A server may run several (LoadResult.num_instances)."""
     manifest: EngineManifest
+    llm_args: dict[str, Any] | None = None
+    """Batch and token limits, KV cache, kernels, streaming: what the runtime was started with. None in older files."""
 
     @classmethod
     def of(cls, engine: Engine) -> EngineProvenance:
         on_gpu = engine.manifest.runtime == "tensorrt_llm"
         num_gpus = int(engine.llm_args.get("tensor_parallel_size", 1)) if on_gpu else 0
-        return cls(path=str(engine.path), num_gpus=num_gpus, manifest=engine.manifest)
+        return cls(path=str(engine.path), num_gpus=num_gpus, manifest=engine.manifest, llm_args=engine.llm_args)
+
+    def describes(self, engine: EngineProvenance) -> bool:
+        """Whether what was measured here is `engine`, as far as older files tell."""
+        return self.manifest == engine.manifest and self.llm_args in (None, engine.llm_args)
 
 
 class Provenance(BaseModel):
@@ -116,8 +131,9 @@ def _memory_bytes() -> int | None:
         return None
 
 
-def _gpus() -> list[str]:
-    return _output_of(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]).splitlines()
+def _ask_gpus(field: str) -> list[str]:
+    """What nvidia-smi says of each GPU."""
+    return _output_of(["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]).splitlines()
 
 
 def _git_commit() -> str | None:

@@ -14,7 +14,8 @@ for the part inside. In flight means from the client's side: a request that wait
 
 An open loop has edges too: it begins with an idle server, and ends when nothing arrives any more. There
 
-    start = the first end of a request: until then the number in flight can only rise
+    start = the first end of a request that was answered (one that is refused at once tells nothing): until then the
+            server is filling up
     end   = the last arrival
 
 and latencies come from the requests that arrived in the window; those before it met a server that was filling up.
@@ -68,12 +69,15 @@ def steady_window(records: Sequence[RequestRecord], *, concurrency: int) -> Stea
 
 
 def open_window(records: Sequence[RequestRecord]) -> SteadyWindow:
-    """The window of an open-loop run. Raises BenchError when no request ended before the last one arrived."""
-    start_ns = min(record.end_ns for record in records)
+    """The window of an open-loop run, of which some request was answered.
+
+    Raises BenchError when none was answered before the last one arrived.
+    """
+    start_ns = min(record.end_ns for record in records if record.is_answered)
     end_ns = max(record.sent_ns for record in records)
     if end_ns <= start_ns:
         raise BenchError(
-            "too few for a steady window: the last one arrived before the first one had ended",
+            "too few for a steady window: the last one arrived before the first one was answered",
             key="num_requests",
             found=len(records),
             expected="more requests, or a lower request rate",

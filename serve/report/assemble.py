@@ -13,6 +13,7 @@ from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.scenario import Spread as LengthSpread
 from puzzle_trtllm.serve.bench.result import BenchResult, Turn
 from puzzle_trtllm.serve.evaluate.result import EffortResult, EvaluationResult
+from puzzle_trtllm.serve.metrics.provenance import EngineProvenance
 from puzzle_trtllm.serve.metrics.records import RequestCounts
 from puzzle_trtllm.serve.metrics.statistics import Spread
 from puzzle_trtllm.serve.report.measurement import EffortMeasurement, EngineMeasurement, EvaluationFacts, LayerBlock
@@ -71,6 +72,7 @@ def assemble_measurement(
         ),
         latencies=dict(median_round.distributions),
         requests=_sum_counts([r.requests for r in rounds]),
+        busiest_client_cpu=max((r.client.busiest_cpu for r in rounds if r.client is not None), default=None),
         lengths=median_round.lengths,
         token_counts=median_round.token_counts,
         evaluation=_evaluation_facts(evaluation) if evaluation else None,
@@ -98,18 +100,20 @@ def check_engine(engine: Engine, results: Mapping[str, BenchResult | EvaluationR
 
     A result made without naming its engine is believed.
     """
-    expected = engine.manifest.model_dump(mode="json")
+    held = EngineProvenance.of(engine)
     for source, result in results.items():
         measured = result.provenance.engine
         if measured is None:
             continue
-        difference = _first_difference(measured.manifest.model_dump(mode="json"), expected)
+        fields = {"manifest"} if measured.llm_args is None else {"manifest", "llm_args"}
+        then, now = (each.model_dump(mode="json", include=fields) for each in (measured, held))
+        difference = _first_difference(then, now)
         if difference is not None:
             key, found, wanted = difference
             raise BenchError(
                 f"measured on another engine than {engine.path} now holds",
                 file=source,
-                key=f"provenance.engine.manifest.{key}",
+                key=f"provenance.engine.{key}",
                 found=_shorten(found),
                 expected=_shorten(wanted),
             )

@@ -25,7 +25,8 @@ DEFINITIONS: Mapping[str, str] = {
     "per_token_speedup": "child output_tokens_per_s / baseline output_tokens_per_s",
     "per_token_speedup_range": "lowest and highest ratio of rounds measured in turn; null for rounds that were not",
     "mean_output_tokens": "generated tokens / answered problems at one reasoning effort",
-    "requests_per_s": "output_tokens_per_s / mean_output_tokens: request-level efficiency",
+    "requests_per_s": "output_tokens_per_s / mean_output_tokens: request-level efficiency; the throughput is the "
+    "scenario's, whose answers may be longer or shorter than an effort's",
     "measured_requests_per_s": "answered problems / wall time of the evaluation run",
     "relative_request_rate": "child requests_per_s / baseline requests_per_s at the same effort (same-effort "
     "normalisation)",
@@ -108,6 +109,7 @@ def _engine_entry(engine: EngineMeasurement) -> dict[str, Any]:
         **_spread_entry("uncapped_output_tokens_per_s", engine.uncapped_output_tokens_per_s),
         "latencies": {tag: asdict(distribution) for tag, distribution in engine.latencies.items()},
         "requests": asdict(engine.requests),
+        "busiest_client_cpu": engine.busiest_client_cpu,
         "lengths": engine.lengths,
         "token_counts": engine.token_counts,
         "evaluation": engine.evaluation.model_dump() if engine.evaluation else None,

@@ -90,6 +90,8 @@ class EngineMeasurement(ResultFile):
     """Tag -> distribution of the median round."""
     requests: RequestCounts
     """Of all rounds together."""
+    busiest_client_cpu: float | None = None
+    """Share of a core that the busiest process of the load generator used, in any round; None in older files."""
     lengths: Lengths
     token_counts: TokenCounts
     evaluation: EvaluationFacts | None = None

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from puzzle_trtllm.serve.bench.result import BUSY_CLIENT
+from puzzle_trtllm.serve.metrics.units import show_number
 from puzzle_trtllm.serve.report.compare import paired_range
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
+
+LENGTH_FACTOR = 2
+"""Answers that differ by more from what the scenario asked for are another load than the one that was measured."""
 
 
 def notes_on(engines: Sequence[EngineMeasurement], *, baselines: Sequence[str], child: str) -> list[str]:
     """All notes on a comparison of `child` with `baselines`."""
     by_name = {engine.name: engine for engine in engines}
     notes = [note for engine in engines for note in _on_engine(engine)]
+    notes.extend(_on_lengths(by_name[child]))
     for name in baselines:
         notes.extend(_on_pair(by_name[child], by_name[name]))
     return notes
@@ -25,6 +31,12 @@ def _on_engine(engine: EngineMeasurement) -> Iterator[str]:
         yield f"{engine.name}: the load ended with {engine.requests}."
     if len(engine.output_tokens_per_s.rounds) == 1:
         yield f"{engine.name}: throughput was measured in a single round, and no interval says how far another may lie."
+    cpu = engine.busiest_client_cpu
+    if cpu is not None and cpu > BUSY_CLIENT:
+        yield (
+            f"{engine.name}: a process of the client used {cpu:.0%} of a core, so the client's own speed may be in the "
+            "throughput (bench --workers)."
+        )
     if engine.lengths != "exact":
         yield f"{engine.name}: the server takes no token ids, so prompt and answer lengths are nominal."
     if engine.token_counts != "server":
@@ -41,7 +53,21 @@ def _on_engine(engine: EngineMeasurement) -> Iterator[str]:
             yield f"{engine.name}, {effort} effort: {result.requests}; accuracy is over answered problems."
         if result.requests.truncated:
             cut, answered = result.requests.truncated, result.requests.answered
-            yield f"{engine.name}, {effort} effort: {cut} of {answered} answers ran out of tokens."
+            yield (
+                f"{engine.name}, {effort} effort: {cut} of {answered} answers ran out of tokens. Their mean length "
+                "counts them as they were cut, so requests per second are too high."
+            )
+
+
+def _on_lengths(child: EngineMeasurement) -> Iterator[str]:
+    """Headlines are about the last effort."""
+    for effort in list(child.efforts)[-1:]:
+        asked, answered = child.scenario.output_tokens, child.efforts[effort].mean_output_tokens
+        if max(asked, answered) > LENGTH_FACTOR * min(asked, answered):
+            yield (
+                f"{child.name}: throughput was measured with answers of {asked:,} tokens, and at {effort} effort they "
+                f"have {show_number(answered)}: requests per second are throughput / length, no rate that was served."
+            )
 
 
 def _on_pair(child: EngineMeasurement, baseline: EngineMeasurement) -> Iterator[str]:

@@ -64,6 +64,16 @@ def test_every_shipped_deployment_is_listed_with_the_sequences_that_build_lets_i
     assert {row[1]: row[-3:-1] for row in rows} == expected
 
 
+def test_the_load_for_eight_gpus_is_more_than_any_engine_takes():
+    """A child that is given fewer than it holds is measured below its best."""
+    loads = re.findall(r"--scenario long-node --concurrency (\d+) --num-requests (\d+)", DEPLOY)
+    rows = re.findall(r"^\| `h100x8-long-(tp|dep)` .*\| (\d+)(?: a GPU)? \| \d+(?: a GPU)? \|$", DEPLOY, re.MULTILINE)
+    held = [int(sequences) * (8 if layout == "dep" else 1) for layout, sequences in rows]
+    assert len(held) == 2 and loads
+    for concurrency, requests in loads:
+        assert int(concurrency) > max(held) and int(requests) >= 2 * int(concurrency)
+
+
 def test_every_file_that_is_named_exists():
     named = re.findall(r"\b(?:tests|puzzle_trtllm|docs)/[\w./-]+\.\w+", EVERYTHING)
     assert named and [name for name in named if not (ROOT / name).exists()] == []

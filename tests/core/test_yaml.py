@@ -25,6 +25,12 @@ def test_every_shipped_engine_config_loads_and_its_scenario_exists(name):
     assert load_scenario(config.scenario).name == config.scenario
 
 
+def test_a_load_of_minutes_has_a_warm_up_and_only_one_of_hours_has_none():
+    """A server's first requests compile kernels, which shows in a short run's throughput and latencies."""
+    cold = {name for name in SCENARIOS if not load_scenario(name).warmup_requests}
+    assert cold == {"long", "long-node", "isl1024-osl32768"}
+
+
 def test_the_names_that_the_documentation_uses_are_shipped():
     assert {"long", "short", "cpu-demo"} <= set(SCENARIOS)
     assert "cpu-demo" in ENGINE_CONFIGS

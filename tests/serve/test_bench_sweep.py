@@ -15,6 +15,7 @@ from puzzle_trtllm.serve.bench.sweep import SweepResult, csv_of, find_knee, poin
 from puzzle_trtllm.serve.metrics.units import show_number
 from tests.front_door.cli import invoke
 from tests.serve.fake_client import FakeClient, one_token_a_response
+from tests.serve.scripted import scripted_engine
 
 TINY = Scenario(name="tiny", input_tokens=6, output_tokens=4, concurrency=2, num_requests=6)
 
@@ -125,6 +126,21 @@ def test_another_sweep_is_not_mixed_in(template, tmp_path, change, key):
     run_sweep(**options)
     with pytest.raises(BenchError, match=rf"sweep\.json: {key}: holds another sweep"):
         run_sweep(**{**options, **change})
+
+
+def test_points_of_an_engine_that_was_changed_since_are_not_mixed_in(make_checkpoint, tmp_path):
+    client, out = FakeClient(one_token_a_response), tmp_path / "sweep.json"
+    engine = scripted_engine(tmp_path / "e", make_checkpoint([(4, None)]))
+
+    def sweep(*concurrencies):
+        options = {"scenario": TINY, "engine": engine.path, "out": out, "connect": client.connect, "quiet": True}
+        return run_sweep("host:1", concurrencies=concurrencies, **options)
+
+    sweep(1)
+    assert len(sweep(1, 2).points) == 2
+    (engine.path / "llm_args.yaml").write_text("stream_interval: 20")
+    with pytest.raises(BenchError, match=r"sweep\.json: engine: holds points of another engine.*built otherwise"):
+        sweep(1, 2, 4)
 
 
 @pytest.mark.parametrize("concurrencies", [[], [0, 2]])

@@ -17,7 +17,7 @@ from puzzle_trtllm.serve.evaluate.graders import grade_numeric
 from puzzle_trtllm.serve.evaluate.problems import Problem
 from puzzle_trtllm.serve.evaluate.result import Decoding, EvaluationResult
 from puzzle_trtllm.serve.evaluate.runner import UnfinishedEvaluationError, evaluate, grade_effort
-from puzzle_trtllm.serve.metrics.records import RequestRecord
+from puzzle_trtllm.serve.metrics.records import RequestCounts, RequestRecord
 from tests.serve.fake_client import FakeClient
 
 PROBLEMS = [(12, 30), (5, 5), (99, 1), (40, 2)]
@@ -96,6 +96,23 @@ def test_an_answer_that_broke_off_counts_neither_as_right_nor_as_answered(tokeni
     assert (result.mean_output_tokens, result.errors) == (15.0, {"UNAVAILABLE": 2})
     # From the first sent to the last end, whichever requests those are.
     assert (result.wall_s, result.measured_requests_per_s) == (5.0, 2 / 5.0)
+
+
+@pytest.mark.parametrize("gives_token_ids", [True, False])
+def test_an_answer_that_ends_at_once_is_wrong_and_one_token_long(problems, tokenizer, gives_token_ids):
+    # 12+30 and 5+5 end at once, with a token that the server keeps to itself; the others say 10, which is wrong too.
+    client = FakeClient(
+        lambda index, _: [[]] if index < 2 else [[*b"10"]], gives_token_ids=gives_token_ids, finish_reason="stop"
+    )
+    result = run(client, problems, tokenizer, efforts=("low",)).efforts["low"]
+    assert (result.requests, result.errors, result.accuracy) == (RequestCounts(completed=4), {}, 0.0)
+    assert [(a.correct, a.num_output_tokens) for a in result.answers] == [(False, 1)] * 2 + [(False, 2)] * 2
+
+
+def test_a_server_that_ends_a_request_without_a_word_has_failed(problems, tokenizer):
+    client = FakeClient(lambda index, _: [] if index < 2 else [[*b"10"]], finish_reason="stop")
+    result = run(client, problems, tokenizer, efforts=("low",)).efforts["low"]
+    assert result.requests == RequestCounts(completed=2, failed=2)
 
 
 def test_an_effort_without_an_answer_is_an_error_with_the_first_reason(tokenizer):
@@ -261,6 +278,12 @@ def test_an_engine_that_was_built_otherwise_since_is_another_evaluation(problems
     assert len(run(client, problems, tokenizer, engine=engine.path, out=out).efforts) == 2
     with pytest.raises(BenchError, match=r"engine: holds another evaluation.*\(found \S*/e, expected none\)"):
         run(client, problems, tokenizer, efforts=("medium",), out=out)
+    args = engine.path / "llm_args.yaml"
+    written = args.read_text()
+    args.write_text(written + "stream_interval: 20\n")
+    with pytest.raises(BenchError, match=r"engine: holds another evaluation.*\(found \S*/e, built otherwise, expected"):
+        run(client, problems, tokenizer, efforts=("medium",), engine=engine.path, out=out)
+    args.write_text(written)
     again = config.model_copy(update={"memory_bytes": 1_000_000})
     build_engine(make_checkpoint([(4, None)]), engine.path, config=again, overwrite=True)
     with pytest.raises(BenchError, match=r"engine: holds another evaluation.*\(found \S*/e, built otherwise, expected"):

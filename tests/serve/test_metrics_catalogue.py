@@ -30,6 +30,8 @@ def test_scalars():
     # All 7 tokens of A and B arrive by 500 ms, none of C's: 7 tokens / 0.5 s. Mean tokens (3 + 4 + 2) / 3 = 3.
     assert values["output_tokens_per_s"] == pytest.approx(14.0)
     assert values["output_tokens_per_s_per_gpu"] == pytest.approx(7.0)
+    # The whole run, as other tools count: all 9 tokens, from 0 to C's end at 1 s, though C was alone for half of it.
+    assert values["whole_run_output_tokens_per_s"] == pytest.approx(9.0)
     assert values["mean_output_tokens"] == pytest.approx(3.0)
     assert values["requests_per_s"] == pytest.approx(14 / 3)
 
@@ -41,6 +43,9 @@ def test_latencies():
     itl = values["itl_ms"]
     assert (itl.count, itl.p50, itl.p90, itl.max) == (6, pytest.approx(150), pytest.approx(300), 400)
     assert values["tpot_ms"].mean == pytest.approx((150 + 400 / 3 + 400) / 3)
+    # 1000 / 150, 3000 / 400 and 1000 / 400 tokens a second.
+    per_user = values["output_tokens_per_s_per_user"]
+    assert (per_user.min, per_user.p50, per_user.max) == pytest.approx((2.5, 1000 / 150, 7.5))
     assert (values["e2e_ms"].min, values["e2e_ms"].p50, values["e2e_ms"].max) == (400, 500, 600)
 
 
@@ -69,9 +74,27 @@ def test_goodput_is_the_share_of_requests_within_all_limits(ttft, itl, good):
     assert values["goodput_requests_per_s"] == pytest.approx(14 / 3 * good / 3)
 
 
+def test_a_request_that_failed_is_one_whose_user_was_not_served():
+    # Of A, B, C and a refusal A and B are good: half of the requests, and of the answered ones' rate two thirds.
+    refused = request(0, 1, status="failed", error="UNAVAILABLE: the queue is full")
+    limits = LatencyLimits(max_ttft_ms=1000)
+    values = compute_metrics(MeasuredLoad.of([A, B, C, refused], concurrency=2, limits=limits)).scalars
+    assert values["goodput_fraction"] == 0.5
+    assert values["goodput_requests_per_s"] == pytest.approx(values["requests_per_s"] * 2 / 3)
+
+
 def test_one_token_has_no_gap_to_be_too_long():
     one = MeasuredLoad.of([request(0, 400, [300])], concurrency=1, limits=LatencyLimits(max_itl_ms=1))
     assert catalogue.GOODPUT_FRACTION.of(one) == 1.0
+
+
+def test_tokens_that_all_came_at_once_tell_no_gap():
+    # Behind a client or server that lagged a whole answer is one response: its TPOT is unknown, not 0.
+    at_once = request(0, 400, [300, 300, 300])
+    run = MeasuredLoad.of([at_once, A], concurrency=2, limits=LatencyLimits(max_itl_ms=1))
+    tpot = catalogue.TPOT_MS.of(run)
+    assert (tpot.count, tpot.min) == (1, 150)
+    assert catalogue.GOODPUT_FRACTION.of(run) == 0.5  # no gap to be too long, as with one token; A's are
 
 
 def test_the_counts_tell_the_ways_of_ending_apart():
@@ -97,7 +120,8 @@ def test_what_cannot_be_computed_is_absent_with_its_reason_and_never_zero():
         "goodput_fraction": "the load sets no latency limit",
         "goodput_requests_per_s": "the load sets no latency limit",
         "itl_ms": "no request streamed two responses",
-        "tpot_ms": "no request generated two tokens",
+        "tpot_ms": "no request streamed two responses",
+        "output_tokens_per_s_per_user": "no request streamed two responses",
     }
     assert not set(values.absent) & (set(values.scalars) | set(values.distributions))
     with pytest.raises(BenchError, match="itl_ms: cannot be computed: no request streamed two responses"):

@@ -32,6 +32,11 @@ def test_the_window_lasts_from_the_first_end_to_the_last_arrival():
     assert (window.start_ns, window.end_ns) == (2 * S, 10 * S)
 
 
+def test_a_request_that_is_refused_at_once_does_not_open_the_window():
+    # Otherwise it would be (0.1, 10], and hold the time in which the server was still filling up.
+    assert open_window([request(0, 0.1, "failed"), *STEADY]) == open_window(STEADY)
+
+
 def test_rates_are_counted_in_the_window():
     # Arrivals 3..10 and ends 3..10 lie inside, 8 each in 8 s.
     load = offered(STEADY)

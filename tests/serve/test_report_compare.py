@@ -11,6 +11,7 @@ from puzzle_trtllm.serve.evaluate.result import Decoding
 from puzzle_trtllm.serve.metrics.provenance import Hardware
 from puzzle_trtllm.serve.metrics.records import RequestCounts
 from puzzle_trtllm.serve.metrics.statistics import Spread
+from puzzle_trtllm.serve.metrics.units import show_number
 from puzzle_trtllm.serve.report.compare import compare
 from puzzle_trtllm.serve.report.measurement import LayerBlock
 from puzzle_trtllm.serve.report.notes import notes_on
@@ -165,6 +166,31 @@ def test_a_clean_comparison_needs_no_note():
     assert notes_on(family(), baselines=["parent_bf16", "parent_fp8"], child="child") == []
 
 
+@pytest.mark.parametrize(("tokens", "told"), [(63, True), (64, False), (256, False), (257, True)])
+def test_answers_much_shorter_or_longer_than_the_load_were_not_served_at_this_rate(tokens, told):
+    child = CHILD.model_copy(update={"efforts": {**CHILD.efforts, "high": effort(0.9, tokens)}})
+    note = (
+        "child: throughput was measured with answers of 128 tokens, and at high effort "
+        f"they have {show_number(tokens)}: requests per second are throughput / length, no rate that was served."
+    )
+    assert notes_on([PARENT, child], baselines=["parent_bf16"], child="child") == ([note] if told else [])
+
+
+@pytest.mark.parametrize(("cpu", "told"), [(None, False), (0.8, False), (0.93, True)])
+def test_a_client_that_may_have_been_the_limit_is_told(cpu, told):
+    notes = notes_on(
+        [PARENT, CHILD.model_copy(update={"busiest_client_cpu": cpu})], baselines=["parent_bf16"], child="child"
+    )
+    assert notes == (
+        [
+            "child: a process of the client used 93% of a core, so the client's own speed may be in the throughput "
+            "(bench --workers)."
+        ]
+        if told
+        else []
+    )
+
+
 def test_notes_say_what_a_reader_must_know():
     elsewhere = PROVENANCE.model_copy(
         update={"hardware": Hardware(cpu_model="other", cpu_cores=8, memory_bytes=None, gpus=[])}
@@ -189,7 +215,7 @@ def test_notes_say_what_a_reader_must_know():
         "prompt and answer lengths are nominal",
         "so its text was encoded again",
         "child, high effort: 90 completed, 7 truncated, 3 failed; accuracy is over answered problems.",
-        "child, high effort: 7 of 97 answers ran out of tokens.",
+        "child, high effort: 7 of 97 answers ran out of tokens. Their mean length counts them as they were cut",
         "the ranges of their rounds overlap",
         "were given different memory",
         "measured on different machines",

@@ -69,7 +69,8 @@ def test_ranks_and_instances_are_those_of_the_engine_and_of_the_server(engine, b
     found = assemble_measurement("e", engine=engine, rounds=[bench])
     assert (found.num_ranks, found.num_instances, found.sequences_held is None) == (1, 1, False)
     shared = replace(engine, llm_args={**engine.llm_args, "tensor_parallel_size": 2})
-    found = assemble_measurement("e", engine=shared, rounds=[bench.model_copy(update={"num_instances": 3})])
+    of_shared = with_engine(bench, EngineProvenance.of(shared)).model_copy(update={"num_instances": 3})
+    found = assemble_measurement("e", engine=shared, rounds=[of_shared])
     assert (found.num_ranks, found.num_instances, found.sequences_held) == (2, 3, None)
 
 
@@ -99,13 +100,16 @@ def test_efforts_are_the_evaluations_and_only_answers_that_came_are_resampled(en
     assert found.outcomes == {"p1": (True, 10), "p2": (False, 20)}
 
 
-def test_latencies_are_those_of_the_round_of_median_throughput_and_requests_of_all(engine, bench):
+def test_latencies_are_of_the_median_round_requests_of_all_and_the_client_of_the_worst(engine, bench):
     def round_of(speed: float) -> BenchResult:
         scalars = bench.scalars | {"output_tokens_per_s": speed}
         latencies = {"ttft_ms": Distribution.of([speed])}
         requests = RequestCounts(completed=4, truncated=3, failed=2, cancelled=1)
         return bench.model_copy(update={"scalars": scalars, "distributions": latencies, "requests": requests})
 
+    lazy, busy = (bench.client.model_copy(update={"busiest_cpu": cpu}) for cpu in (0.1, 0.9))
+    of_clients = [bench.model_copy(update={"client": client}) for client in (lazy, busy, None)]
+    assert assemble_measurement("e", engine=engine, rounds=of_clients).busiest_client_cpu == 0.9
     speeds = (30.0, 10.0, 20.0, 50.0, 40.0)
     found = assemble_measurement("e", engine=engine, rounds=[round_of(s) for s in speeds])
     assert found.output_tokens_per_s.rounds == speeds
@@ -120,6 +124,14 @@ def test_rounds_of_different_scenarios_are_refused(engine, bench):
             assemble_measurement("e", engine=engine, **options)
     with pytest.raises(BenchError, match="e: no bench results"):
         assemble_measurement("e", engine=engine, rounds=[])
+
+
+def test_results_of_other_llm_args_are_refused_and_older_ones_told_none(engine, bench):
+    edited = replace(engine, llm_args={**engine.llm_args, "stream_interval": 20})
+    with pytest.raises(BenchError, match=r"e, round 1: provenance.engine.llm_args.stream_interval.* 20"):
+        assemble_measurement("e", engine=edited, rounds=[bench])
+    older = bench.provenance.engine.model_copy(update={"llm_args": None})
+    assert assemble_measurement("e", engine=edited, rounds=[with_engine(bench, older)]).name == "e"
 
 
 def test_results_that_do_not_name_their_engine_are_believed(bench, evaluation, tmp_path):
@@ -139,8 +151,9 @@ def test_rounds_with_one_seed_are_told_where_the_engine_reuses_prefixes(engine, 
         "e: rounds had the same prompts (bench --seed), and the engine reuses prefixes: unless its server was started "
         "anew, its cache answered part of them."
     ]
-    args = {**engine.llm_args, "kv_cache_config": {"enable_block_reuse": False}}
-    assert not assemble_measurement("e", engine=replace(engine, llm_args=args), rounds=[bench, bench]).repeats_prompts
+    forgetful = replace(engine, llm_args={**engine.llm_args, "kv_cache_config": {"enable_block_reuse": False}})
+    of_forgetful = with_engine(bench, EngineProvenance.of(forgetful))
+    assert not assemble_measurement("e", engine=forgetful, rounds=[of_forgetful, of_forgetful]).repeats_prompts
 
 
 def test_a_round_of_another_engine_is_refused(bench, evaluation, tmp_path):
