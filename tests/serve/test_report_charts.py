@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -10,8 +11,13 @@ from hypothesis import strategies as st
 
 from puzzle_trtllm.axes import Axis, round_step
 from puzzle_trtllm.serve.metrics.units import show_bytes, show_number
+from puzzle_trtllm.serve.report.charts.frontier import frontier_chart
 from puzzle_trtllm.serve.report.charts.layer_map import layer_map
+from puzzle_trtllm.serve.report.charts.length_budget import length_budget_chart
 from puzzle_trtllm.serve.report.charts.memory import MOST_SEGMENTS, memory_chart
+from puzzle_trtllm.serve.report.charts.throughput import throughput_chart
+from puzzle_trtllm.serve.report.compare import compare
+from puzzle_trtllm.svg import NAME_PX, text_width
 from tests.serve.measurements import family, measurement
 
 
@@ -59,6 +65,36 @@ def test_more_sequences_than_can_be_seen_become_one_block():
     engine = measurement("many", [1.0], kv_bytes_per_sequence=2)
     assert engine.sequences_held > MOST_SEGMENTS
     assert len(drawn(memory_chart([engine], {"many": "child"}), "fill pale child")) == 1
+
+
+def name_spans(svg):
+    """(y, from, to) of every name in a drawing."""
+    pattern = (
+        r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)"(?: textLength="([\d.]+)"[^>]*)? class="name">([^<]*)<'
+    )
+    for x, y, anchor, squeezed, name in re.findall(pattern, svg):
+        width = float(squeezed or text_width(name, NAME_PX))
+        start = float(x) - (width if anchor == "end" else 0)
+        yield float(y), start, start + width
+
+
+@pytest.mark.parametrize("length", [4, 26, 80])
+def test_names_of_any_length_are_whole_inside_the_drawing_and_apart(length):
+    """As `gpt-oss-puzzle-88B, FP8 KV` has: 26 characters."""
+    engines = [engine.model_copy(update={"name": f"{engine.name:x<{length}}"[:length]}) for engine in family()[1:]]
+    parent, child = engines
+    styles, comparison = {parent.name: "s0", child.name: "child"}, compare(child, parent)
+    drawings = [
+        throughput_chart(engines, styles, [comparison]),
+        memory_chart(engines, styles),
+        frontier_chart(engines, styles, baseline=parent),
+        length_budget_chart([comparison]),
+    ]
+    for svg in drawings:
+        spans = sorted(name_spans(svg))
+        assert spans and all(start >= 0 and end <= 960 for _, start, end in spans)
+        assert all(y < next_y or end < start for (y, _, end), (next_y, start, _) in pairwise(spans))
+        assert parent.name in svg
 
 
 def test_the_layer_map_draws_experts_to_scale_over_the_parents():
