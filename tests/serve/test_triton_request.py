@@ -49,6 +49,12 @@ def test_every_sampling_parameter_reaches_its_argument() -> None:
     assert all(getattr(parameters, name) == value for name, value in call.sampling.items())
 
 
+def test_the_limits_themselves_are_allowed() -> None:
+    limits = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "max_tokens": 1, "min_tokens": 0}
+    call = parse_request(tensors(**{f"sampling_param_{name}": value for name, value in limits.items()}), LIMITS)
+    assert call.sampling == limits
+
+
 def test_every_sampling_tensor_of_the_contract_is_known_to_sampling_params() -> None:
     names = {spec.name.removeprefix("sampling_param_") for spec in INPUTS if spec.name.startswith("sampling_param_")}
     assert names <= set(SamplingParams.__dataclass_fields__)
@@ -110,6 +116,7 @@ def test_stop_is_recognised() -> None:
         (tensors(sampling_param_temperature=float("nan")), "sampling_param_temperature: impossible value (found nan"),
         (tensors(sampling_param_temperature=float("inf")), "sampling_param_temperature: impossible value (found inf"),
         (tensors(sampling_param_top_p=0.0), "sampling_param_top_p: impossible value (found 0.0, expected above 0"),
+        (tensors(sampling_param_top_p=1.5), "sampling_param_top_p: impossible value (found 1.5"),
         (
             tensors(sampling_param_exclude_input_from_output=False),
             "sampling_param_exclude_input_from_output: impossible value (found False, expected True",
