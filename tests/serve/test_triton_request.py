@@ -94,6 +94,11 @@ def test_token_ids_replace_an_empty_text() -> None:
     assert parse_request(tensors("", input_ids=[5, 99, 0]), LIMITS).prompt == [5, 99, 0]
 
 
+def test_where_no_limit_is_known_any_length_and_any_token_pass() -> None:
+    assert parse_request(tensors("", input_ids=[10**6] * 64), RequestLimits()).prompt == [10**6] * 64
+    assert parse_request(tensors("a" * (1 << 21)), RequestLimits()).prompt == "a" * (1 << 21)
+
+
 def test_stop_is_recognised() -> None:
     assert is_stop(tensors(stop=True))
     assert not is_stop(tensors(stop=False)) and not is_stop(tensors())
@@ -109,8 +114,9 @@ def test_stop_is_recognised() -> None:
         (tensors(""), "text_input: the prompt is empty"),
         (tensors("a", input_ids=[1]), "input_ids: given beside a text_input that is not empty"),
         (tensors("", input_ids=[]), "input_ids: no token ids (found shape [0]"),
+        (tensors("", input_ids=[[1, 2]]), "input_ids: no token ids (found shape [1, 2]"),
         (tensors("", input_ids=[1] * 32), "input_ids: the prompt is too long (found 32 tokens"),
-        (tensors("", input_ids=[1, 100]), "input_ids: no such token (found 100, expected ids from 0 and below 100)"),
+        (tensors("", input_ids=[0, 100]), "input_ids: no such token (found 100, expected ids from 0 and below 100)"),
         (tensors("", input_ids=[-1]), "input_ids: no such token (found -1"),
         (tensors(sampling_param_temperature=-0.5), "sampling_param_temperature: impossible value (found -0.5"),
         (tensors(sampling_param_temperature=float("nan")), "sampling_param_temperature: impossible value (found nan"),
