@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given, settings
@@ -95,6 +96,63 @@ def test_names_of_any_length_are_whole_inside_the_drawing_and_apart(length):
         assert spans and all(start >= 0 and end <= 960 for _, start, end in spans)
         assert all(y < next_y or end < start for (y, _, end), (next_y, start, _) in pairwise(spans))
         assert parent.name in svg
+
+
+def numbers(svg, tag, *names):
+    """The named attributes of every element `tag` that has them, as floats."""
+    for element in ElementTree.fromstring(svg).iter(tag):
+        if set(names) <= set(element.keys()):
+            yield tuple(float(element.get(name)) for name in names)
+
+
+@pytest.mark.parametrize("uncapped", [True, False])
+@pytest.mark.parametrize("held", [True, False])
+def test_everything_drawn_lies_inside_its_drawing(uncapped, held):
+    changes = {} if uncapped else {"uncapped_output_tokens_per_s": None}
+    changes |= {} if held else {"memory_bytes": None}
+    engines = [engine.model_copy(update=changes) for engine in family()]
+    *parents, child = engines
+    styles = {engine.name: style for engine, style in zip(engines, ("s0", "s1", "child"), strict=True)}
+    comparisons = [compare(child, parent) for parent in parents]
+    drawings = [
+        throughput_chart(engines, styles, comparisons),
+        *([memory_chart(engines, styles)] if held else []),
+        frontier_chart(engines, styles, baseline=parents[0]),
+        length_budget_chart(comparisons),
+        layer_map(child, parents[0]),
+    ]
+    for svg in drawings:
+        left, top, width, height = map(float, ElementTree.fromstring(svg).get("viewBox").split())
+        boxes = [(x, y, x + w, y + h) for x, y, w, h in numbers(svg, "rect", "x", "y", "width", "height")]
+        boxes += [(x - r, y - r, x + r, y + r) for x, y, r in numbers(svg, "circle", "cx", "cy", "r")]
+        boxes += numbers(svg, "line", "x1", "y1", "x2", "y2")
+        boxes += [(x, y - 11, x, y + 3) for x, y in numbers(svg, "text", "x", "y")]
+        assert width == 960
+        for x1, y1, x2, y2 in boxes:
+            assert left <= min(x1, x2) <= max(x1, x2) <= width and top <= min(y1, y2) <= max(y1, y2) <= height
+
+
+def test_the_throughput_chart_draws_medians_ranges_and_rounds_to_scale():
+    engines = family()
+    styles = {engine.name: style for engine, style in zip(engines, ("s0", "s1", "child"), strict=True)}
+    svg = throughput_chart(engines, styles, [compare(engines[2], engines[0])])
+    ((left, top, parent, bar),) = drawn(svg, "fill s0")
+    ((_, _, fp8, _),), ((_, child_top, child, _),) = drawn(svg, "fill s1"), drawn(svg, "fill child")
+    ((_, pale_top, uncapped, thin),) = drawn(svg, "fill pale child")
+    assert [width / parent for width in (fp8, child, uncapped)] == pytest.approx([1.6, 2.0, 4.2], rel=1e-3)
+    assert child_top + bar < pale_top and thin < bar
+    assert pale_top - child_top == drawn(svg, "fill pale s0")[0][1] - top
+    unit = parent / 100
+    whiskers = re.findall(r'<line x1="([\d.]+)" y1="([\d.]+)" x2="([\d.]+)" y2="[\d.]+" class="whisker">', svg)
+    low, middle, high = map(float, whiskers[0])
+    assert [(low - left) / unit, (high - left) / unit] == pytest.approx([90, 110], rel=1e-3)
+    assert middle == top + bar / 2
+    dots = [(x - left) / unit for x, y, _ in numbers(svg, "circle", "cx", "cy", "r") if y == middle]
+    assert dots == pytest.approx([100, 90, 110], rel=1e-3)
+    words = [element.text for element in ElementTree.fromstring(svg).iter("text")]
+    assert {"100 tok/s", "160 tok/s", "200 tok/s · 2.00×", "400 uncapped", "420 uncapped · 1.05×"} <= set(words)
+    assert {"BF16 KV · room for 3", "FP8 KV · room for 10"} <= set(words)
+    assert "<title>median 100 tok/s; rounds 100, 90.0, 110</title>" in svg
 
 
 def test_the_layer_map_draws_experts_to_scale_over_the_parents():
