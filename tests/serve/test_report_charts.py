@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from itertools import pairwise
 from xml.etree import ElementTree
@@ -18,8 +19,9 @@ from puzzle_trtllm.serve.report.charts.length_budget import length_budget_chart
 from puzzle_trtllm.serve.report.charts.memory import MOST_SEGMENTS, memory_chart
 from puzzle_trtllm.serve.report.charts.throughput import throughput_chart
 from puzzle_trtllm.serve.report.compare import compare
+from puzzle_trtllm.serve.report.frontier import frontier_of
 from puzzle_trtllm.svg import NAME_PX, text_width
-from tests.serve.measurements import family, measurement
+from tests.serve.measurements import effort, family, measurement
 
 
 def test_axes_map_their_ends_and_middles():
@@ -153,6 +155,68 @@ def test_the_throughput_chart_draws_medians_ranges_and_rounds_to_scale():
     assert {"100 tok/s", "160 tok/s", "200 tok/s · 2.00×", "400 uncapped", "420 uncapped · 1.05×"} <= set(words)
     assert {"BF16 KV · room for 3", "FP8 KV · room for 10"} <= set(words)
     assert "<title>median 100 tok/s; rounds 100, 90.0, 110</title>" in svg
+
+
+def marks_of(svg):
+    """(letter, x, y, classes, hover) of every effort's mark."""
+    pattern = (
+        r'<circle cx="([\d.]+)" cy="([\d.]+)" r="10" class="([^"]*)"><title>([^<]*)</title></circle><text [^>]*>(\w)<'
+    )
+    for x, y, css, hover, letter in re.findall(pattern, svg):
+        yield letter, float(x), float(y), css, hover
+
+
+def test_the_frontier_chart_places_rates_by_their_ratio_and_accuracies_with_their_intervals():
+    """Rates over the parent's at high effort: parent 10, 2, 1; child 20, 5, 1.25; the axis is logarithmic."""
+    parent, _, child = family()
+    styles = {parent.name: "s0", child.name: "child"}
+    svg = frontier_chart([parent, child], styles, baseline=parent, frontier=frontier_of([parent, child]))
+    marks = list(marks_of(svg))
+    assert [letter for letter, *_ in marks] == list("LMHLMH")
+    (low, _, high), (child_low, _, child_high) = ([x for _, x, *_ in part] for part in (marks[:3], marks[3:]))
+    decade = low - high
+    assert decade > 0
+    assert child_low - low == pytest.approx(decade * math.log10(2), abs=0.05)
+    assert child_high - high == pytest.approx(decade * math.log10(1.25), abs=0.05)
+    heights = [y for _, _, y, *_ in marks[:3]]  # accuracies 0.4, 0.8 and 0.9
+    assert heights[0] - heights[1] == pytest.approx(4 * (heights[1] - heights[2]), abs=0.05)
+    assert [css.split()[0] for *_, css, _ in marks] == ["hollow", "fill", "hollow", "fill", "fill", "fill"]
+    hovers = [hover for *_, hover in marks]
+    assert hovers[0] == (
+        "parent_bf16, low effort: accuracy 40.0% (35.0% to 45.0%), 10.0 requests/s (10.0×), 10.0 tokens a request; "
+        "dominated by child at low"
+    )
+    interval = re.search(r'<line x1="[\d.]+" y1="([\d.]+)" x2="[\d.]+" y2="([\d.]+)" class="stroke thin s0">', svg)
+    bottom, top = map(float, interval.groups())
+    assert (bottom + top) / 2 == pytest.approx(heights[0], abs=0.05)
+    assert bottom - top == pytest.approx(heights[1] - heights[2], abs=0.05)  # plus and minus 0.05
+    (front,) = re.findall(r'<polyline points="([^"]*)" class="front">', svg)
+    assert [float(point.split(",")[0]) for point in front.split()] == sorted(
+        x for _, x, _, css, _ in marks if "fill" in css
+    )
+
+
+def test_rates_that_are_near_stand_on_a_linear_axis_from_zero():
+    near = {"low": effort(0.5, 100), "high": effort(0.9, 200)}
+    engine = measurement("one", [100.0], efforts=near)
+    svg = frontier_chart([engine], {"one": "child"}, baseline=engine)
+    (_, low, *_), (_, high, *_) = marks_of(svg)
+    assert (low - 74) / (high - 74) == pytest.approx(2, abs=0.01)
+    nothing = measurement("one", [100.0], efforts={})
+    assert frontier_chart([nothing], {"one": "child"}, baseline=nothing) is None
+
+
+def test_the_length_budget_reaches_to_the_speedup_and_marks_each_efforts_length():
+    """The child writes 1, 0.8 and 1.6 times as many tokens, at 2 times the speed."""
+    parent, _, child = family()
+    svg = length_budget_chart([compare(child, parent)])
+    ((left, _, width, _),) = drawn(svg, "fill pale child")
+    marks = {letter: (x - left) / width * 2 for letter, x, *_ in marks_of(svg)}
+    assert marks == pytest.approx({"L": 1.0, "M": 0.8, "H": 1.6}, abs=0.01)
+    hovers = {letter: hover for letter, *_, hover in marks_of(svg)}
+    assert hovers["H"] == "high effort: 1.60× as long; may change by +25% until no request is gained"
+    words = [element.text for element in ElementTree.fromstring(svg).iter("text")]
+    assert {"vs parent_bf16", "gone at 2.00×", "1×", "2×"} <= set(words)
 
 
 def test_the_layer_map_draws_experts_to_scale_over_the_parents():
