@@ -64,6 +64,33 @@ def test_the_memory_chart_draws_weights_and_sequences_to_scale():
     assert [len(drawn(svg, f"fill pale {style}")) for style in ("s0", "s1", "child")] == [3, 6, 10]
 
 
+def test_the_memory_chart_says_in_words_what_it_draws():
+    parent, _, child = family()
+    svg = memory_chart([parent, child], {parent.name: "s0", child.name: "child"})
+    words = [element.text for element in ElementTree.fromstring(svg).iter("text")]
+    assert words[:4] == [
+        "parent_bf16",
+        "1.95 KiB given",
+        "weights 0.98 KiB",
+        "room for 3 sequences of 256 tokens (300 B each)",
+    ]
+    hovers = re.findall(r"<title>([^<]*)</title>", svg)
+    assert hovers[:3] == ["1.95 KiB given", "weights: 0.98 KiB", "KV cache of sequence 1: 300 B"]
+    ((left, top, weights, _),) = drawn(svg, "fill s0")
+    first, *_, last = drawn(svg, "fill pale s0")
+    assert left + weights < first[0] < left + weights + 2 and last[0] + last[2] < left + 1.9 * weights
+    assert {y for _, y, *_ in drawn(svg, "fill pale child")} == {drawn(svg, "fill child")[0][1]} != {top}
+
+
+def test_weights_beyond_the_memory_fill_it_and_leave_room_for_nothing():
+    engine = measurement("large", [1.0], weight_bytes=2500)
+    svg = memory_chart([engine, family()[0]], {"large": "s0", "parent_bf16": "s1"})
+    assert drawn(svg, "fill s0")[0][:3] == drawn(svg, "empty")[0][:3]
+    assert drawn(svg, "fill pale s0") == []
+    assert "room for 0 sequences of 256 tokens" in svg
+    assert memory_chart([engine, measurement("free", [1.0], memory_bytes=None)], {}) is None
+
+
 def test_more_sequences_than_can_be_seen_become_one_block():
     engine = measurement("many", [1.0], kv_bytes_per_sequence=2)
     assert engine.sequences_held > MOST_SEGMENTS
