@@ -10,6 +10,7 @@ import pytest
 
 from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.build.planner import Assumptions, Load, plan, plan_json
+from puzzle_trtllm.build.planner.kv_cache import KvGeometry
 from puzzle_trtllm.build.planner.layout import parse_layout
 from puzzle_trtllm.build.planner.roofline import RESOURCES, Setup, Step, step_seconds
 from puzzle_trtllm.build.planner.routing import expected_distinct_experts
@@ -211,6 +212,13 @@ def test_what_has_no_room_is_counted_as_its_allocator_counts() -> None:
         plan(CHILD, gpu=gpu, num_gpus=1, load=load, allocator="trtllm_v1_equal", batch=10)
     with pytest.raises(ConfigError, match=r"no room for 3000 .*found 3\d{3} in .*, at most 2048 at once\)"):
         plan(CHILD, gpu=load_gpu("h200-141gb"), num_gpus=1, load=Load(isl=512, osl=256), batch=3000)
+
+
+def test_what_a_sequence_needs_is_told_in_a_unit_that_shows_it() -> None:
+    gpu, load = load_gpu("h100-80gb"), Load(isl=1024, osl=1024)
+    each = KvGeometry.of(CHILD, "fp8", parse_layout("tp8", 8, CHILD)).bytes_per_sequence(2048) / 2**20
+    with pytest.raises(ConfigError, match=rf"expected 100000 of {each:.2f} MiB and more"):
+        plan(CHILD, gpu=gpu, num_gpus=8, load=load, layout="tp8", batch=100_000)
 
 
 def test_attention_data_parallelism_holds_whole_sequences_on_each_gpu() -> None:
