@@ -9,6 +9,8 @@ Anchor = Literal["start", "middle", "end"]
 
 CHARACTER_WIDTH = 0.55
 """Mean advance of a sans-serif character in em; enough to keep labels apart."""
+NAME_PX = 15
+"""Font size of the class `name`."""
 
 
 class Drawing:
@@ -38,6 +40,14 @@ class Drawing:
     def text(self, x: float, y: float, content: str, css: str = "", *, anchor: Anchor = "start") -> None:
         shape = f'x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}"'
         self._parts.append(f'<text {shape} class="{escape(css)}">{escape(content)}</text>')
+
+    def name(self, x: float, y: float, name: str, *, room: float, anchor: Anchor = "start") -> None:
+        """A name that somebody chose: squeezed, not cut, where it is wider than `room`."""
+        squeeze = (
+            f' textLength="{room:.2f}" lengthAdjust="spacingAndGlyphs"' if text_width(name, NAME_PX) > room else ""
+        )
+        shape = f'x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}"{squeeze}'
+        self._parts.append(f'<text {shape} class="name">{escape(name)}</text>')
 
     def turned_text(self, x: float, y: float, content: str, css: str) -> None:
         """Text that reads upwards, centred on its anchor."""

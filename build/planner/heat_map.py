@@ -6,6 +6,7 @@ slower, and the darker the more; setups where only the child fits are outlined, 
 
 from __future__ import annotations
 
+import math
 from html import escape
 from pathlib import Path
 
@@ -13,17 +14,23 @@ from puzzle_trtllm.build.planner.comparison import Cell, Comparison
 from puzzle_trtllm.build.planner.throughput import Load
 from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.folders import write_atomically
+from puzzle_trtllm.svg import text_width
 
 CELL_WIDTH, CELL_HEIGHT, LEFT, TOP, BOTTOM = 104, 40, 210, 100, 46
 FULL_COLOUR = 2.5
 """Speedup at which the colour is at its darkest."""
+SMALL = 11
+"""Font size of title and caveat, which may be wider than a map of few loads."""
+CAVEAT = "Predicted, not measured: docs/planner.md says how far off."
 _FASTER, _SLOWER, _PALE, _GREY = (8, 81, 156), (204, 76, 2), (240, 244, 248), "#e2e2e2"
 
 
 def heat_map_svg(comparison: Comparison) -> str:
     """The picture as an SVG document."""
     loads = [cell.load for cell in comparison.rows[0]]
-    width = LEFT + CELL_WIDTH * len(loads) + 20
+    title = comparison.title.split("; ")
+    widest = max(text_width(line, SMALL) for line in (*title, CAVEAT))
+    width = max(LEFT + CELL_WIDTH * len(loads), math.ceil(16 + widest)) + 20
     height = TOP + CELL_HEIGHT * len(comparison.rows) + BOTTOM
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
@@ -31,16 +38,14 @@ def heat_map_svg(comparison: Comparison) -> str:
         f"<title>{escape(comparison.title)}</title>",
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
         _text(16, 24, "Where the child pays", size=17, bold=True),
-        *(_text(16, 44 + 16 * i, line, size=11, colour="#555") for i, line in enumerate(comparison.title.split("; "))),
+        *(_text(16, 44 + 16 * i, line, size=SMALL, colour="#555") for i, line in enumerate(title)),
     ]
     parts += [_text(_x(i) + CELL_WIDTH / 2, TOP - 12, load_name(load), middle=True) for i, load in enumerate(loads)]
     for row, cells in enumerate(comparison.rows):
         y = TOP + row * CELL_HEIGHT
         parts.append(_text(16, y + CELL_HEIGHT / 2 + 4, setup_name(cells[0])))
         parts += [_cell(_x(column), y, cell) for column, cell in enumerate(cells)]
-    parts.append(
-        _text(16, height - 18, "Predicted, not measured: docs/planner.md says how far off.", size=11, colour="#555")
-    )
+    parts.append(_text(16, height - 18, CAVEAT, size=SMALL, colour="#555"))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

@@ -199,14 +199,15 @@ def _no_room(
     sequences, pool = held(best)
     wanted = f"{batch} sequences" if batch else "one sequence"
     weights = plan_memory(a, gpu, best.layout, assumptions).weights.total
-    each = f"{_gib(best.kv.bytes_per_sequence(tokens))} and more"
+    each = f"{_size(best.kv.bytes_per_sequence(tokens))} and more"
     return NoRoomError(
-        f"no room for {wanted} of {tokens} tokens beside {_gib(weights)} of weights",
+        f"no room for {wanted} of {tokens} tokens beside {_size(weights)} of weights",
         key=f"{best.layout.num_gpus} x {gpu.name}, {best.layout.name}",
-        found=f"{sequences} in {_gib(pool)} of KV cache a GPU, cut by {allocator}",
+        found=f"{sequences} in {_size(pool)} of KV cache a GPU, cut by {allocator}",
         expected=f"{batch or 1} of {each}, at most {batch_limit(best)} at once",
     )
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+def _size(num_bytes: int) -> str:
+    unit, name = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB")
+    return f"{num_bytes / unit:.2f} {name}"

@@ -142,7 +142,9 @@ def open_scenario(
 
 def _require_two(num_requests: int, name: str) -> None:
     if num_requests < 2:
-        raise BenchError("too few for an open loop", file=name, key="num_requests", found=1, expected=2)
+        raise BenchError(
+            "too few for an open loop", file=name, key="num_requests", found=num_requests, expected="at least 2"
+        )
 
 
 def run_open_loop(

@@ -9,14 +9,15 @@ When the largest concurrency measured is that knee itself, the throughput was st
 none is named.
 
 Every point sends as many waves of requests as the scenario does (`num_requests / concurrency`, at least 8 requests), so
-that the points' edges weigh alike, with a seed of its own (`seed + concurrency`), so that no point finds its prompts in
-a prefix cache. A point is saved as soon as it is measured; the same sweep started again measures only what is missing.
+that the points' edges weigh alike, with a seed of its own (`point_seed`), so that no point finds its prompts in a
+prefix cache. A point is saved as soon as it is measured; the same sweep started again measures only what is missing.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -107,7 +108,7 @@ def run_sweep(
         if load in [point.scenario for point in points]:
             continue
         points = [point for point in points if point.scenario.concurrency != load.concurrency]
-        points.append(bench(url, scenario=load, seed=seed + load.concurrency, engine=engine, **options))
+        points.append(bench(url, scenario=load, seed=point_seed(seed, load), engine=engine, **options))
         if out is not None:
             SweepResult.of(base, seed, engine_name, points).save(out)
     return SweepResult.of(base, seed, engine_name, points)
@@ -118,6 +119,11 @@ def point_scenario(base: Scenario, concurrency: int, num_requests: int | None) -
     waves = base.num_requests / base.concurrency
     count = num_requests or max(MIN_REQUESTS, round(waves * concurrency))
     return override_scenario(base, concurrency, count)
+
+
+def point_seed(seed: int, load: Scenario) -> int:
+    """The seed of one point: no other point of this sweep has it, nor one of a sweep with another seed."""
+    return random.Random(f"{seed} {load.concurrency} {load.num_requests}").getrandbits(32)
 
 
 def _finished_points(

@@ -54,6 +54,7 @@ def test_tuned_pools_are_bytes_over_blocks() -> None:
 def test_one_pool_keeps_room_for_the_chunk_in_flight() -> None:
     # windows grow by 32 tokens while a chunk of 32 is in flight: 3 layers x 32 tokens x 10 bytes
     assert trtllm_v2(SMALL, 7 * 19 * 320 + 3 * 32 * 10, 320, TINY).sequences == pytest.approx(7)
+    assert trtllm_v2(SMALL, 3 * 32 * 10 - 1, 320, TINY).sequences == 0
 
 
 def test_vllm_groups_of_one_size_are_padded() -> None:
@@ -73,11 +74,25 @@ def test_vllm_takes_the_larger_count_when_they_nearly_agree() -> None:
     assert (grouping.layers_per_group, sum(groups for _, groups in grouping.groups_by_window)) == (13, 2)
 
 
+@pytest.mark.parametrize(("more", "size"), [(17, 17), (18, 12)])
+def test_vllm_counts_nearly_agree_below_one_and_a_half_times(more: int, size: int) -> None:
+    kv = KvGeometry(layers_by_window=((64, 12), (None, more)), bytes_per_token_and_layer=10)
+    assert vllm_grouping(kv, by="window").layers_per_group == size
+
+
+def test_vllm_groups_are_as_large_as_the_sliding_layers_together_where_those_are_rarer() -> None:
+    kv = KvGeometry(layers_by_window=((64, 4), (128, 4), (None, 26)), bytes_per_token_and_layer=10)
+    grouping = vllm_grouping(kv, by="kind")
+    assert (grouping.layers_per_group, grouping.groups_by_window) == (8, ((64, 1), (128, 1), (None, 4)))
+
+
 def test_vllm_blocks_by_hand() -> None:
     kv = KvGeometry.of(CHILD, "fp8", ONE)
     grouping = vllm_grouping(kv, by="kind")
     # 131072 / 16; (127 + 16384) / 16 rounded up, and one; (8191 + 16384) / 16 rounded up, and one
     assert vllm_blocks_per_sequence(grouping, 131072, Assumptions()) == 8192 + 2 * (1032 + 1) + (1536 + 1)
+    # 100 / 16 rounded up, and one more in each group with a window
+    assert vllm_blocks_per_sequence(grouping, 100, Assumptions()) == 7 + 3 * (7 + 1)
     pool = 11795 * 16 * 1024 * 10
     assert vllm_capacity(kv, 3 * pool, 131072, Assumptions(), grouping).sequences == 3
     assert vllm_capacity(kv, 3 * pool - 1, 131072, Assumptions(), grouping).sequences < 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from puzzle_trtllm.build.planner.comparison import Comparison
 from puzzle_trtllm.build.planner.heat_map import colour_of, heat_map_svg, load_name, text_colour_of, write_heat_map
 from puzzle_trtllm.errors import ConfigError, PuzzleError
 from puzzle_trtllm.gpus import load_gpu, load_gpus
+from puzzle_trtllm.svg import text_width
 from tests.front_door.cli import assert_user_error, invoke, last_json, run
 
 MakeCheckpoint = Callable[..., Path]
@@ -53,8 +55,6 @@ def test_where_nothing_fits_the_map_says_so(map_: Comparison) -> None:
 
 def test_only_the_child_fits() -> None:
     """51 GiB of memory, made up: the child's 46.56 GiB leave room, the parent's 60.77 GiB do not fit."""
-    from dataclasses import replace
-
     gpu = replace(load_gpu("h100-80gb"), name="half", memory_bytes=51 * 2**30)
     cell = compare(PARENT, CHILD, gpus={"half": gpu}, nums_gpus=[1], loads=[Load(isl=64, osl=64)]).rows[0][0]
     assert (cell.text, cell.speedup) == ("child only", None)
@@ -80,6 +80,15 @@ def test_the_picture_is_self_contained_and_holds_every_cell(map_: Comparison) ->
     assert "a100-80gb (bf16 KV)" in svg
     assert "http" not in svg.replace("http://www.w3.org/2000/svg", "")
     assert "fp8 KV) over the parent (fp8 KV)" in svg
+
+
+@pytest.mark.parametrize("num_loads", [1, 2])
+def test_a_map_of_few_loads_is_as_wide_as_its_title(map_: Comparison, num_loads: int) -> None:
+    root = ET.fromstring(heat_map_svg(replace(map_, rows=tuple(row[:num_loads] for row in map_.rows))))
+    for element in root.iter("{http://www.w3.org/2000/svg}text"):
+        if element.get("text-anchor") is None:
+            end = float(element.get("x", "")) + text_width(element.text or "", float(element.get("font-size", "")))
+            assert end <= float(root.get("width", "")), element.text
 
 
 def test_colours_tell_faster_from_slower() -> None:

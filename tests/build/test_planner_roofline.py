@@ -10,6 +10,7 @@ import pytest
 
 from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.build.planner import Assumptions, Load, plan, plan_json
+from puzzle_trtllm.build.planner.kv_cache import KvGeometry
 from puzzle_trtllm.build.planner.layout import parse_layout
 from puzzle_trtllm.build.planner.roofline import RESOURCES, Setup, Step, step_seconds
 from puzzle_trtllm.build.planner.routing import expected_distinct_experts
@@ -71,6 +72,48 @@ def test_large_steps_are_bound_by_arithmetic() -> None:
     assert child["attention FLOPs"] == pytest.approx(parent["attention FLOPs"])  # no window of 8192 has filled
 
 
+TWO_GPUS = toy_architecture([(8, 16), (4, None)])  # D 64, F 32, 4 heads and 2 KV heads of 16, top 2
+ON_TWO_GPUS = Step(tokens=100, start=0, stop=100, sequences=10, logits=6)
+KEYS = (sum(min(position + 1, 16) for position in range(100)) + sum(range(1, 101))) / 100
+"""That a token of that step reads, both layers together."""
+
+
+def test_what_two_gpus_multiply_by_hand() -> None:
+    """Reading costs nothing. tp2 has half the heads and vocabulary for every token, dep2 all for half the tokens."""
+    gpu = replace(
+        load_gpu("h100-80gb"), memory_bytes_per_s=1e99, bf16_flops_per_s=1e6, fp8_flops_per_s=2e6, expert_math="fp8"
+    )
+    for name in ("tp2", "dep2"):
+        seconds = step_seconds(setup(TWO_GPUS, name, gpu=gpu), ON_TWO_GPUS)
+        projections = 2 * (2 * 4 + 2 * 2) * 16 * 64  # of both layers: Q and O, K and V
+        assert seconds["other FLOPs"] == pytest.approx((2 * projections * 100 + 2 * 64 * TWO_GPUS.vocab_size * 6) / 2e6)
+        assert seconds["attention FLOPs"] == pytest.approx(4 * 4 * 16 * KEYS * 100 / 2e6)
+        assert seconds["expert FLOPs"] == pytest.approx(2 * 2 * (3 * 64 * 32) * 2 * 100 / 2 / 2e6)
+
+
+def test_what_two_gpus_read_by_hand() -> None:
+    """Multiplying costs nothing. tp2 reads half of attention and its cache, dep2 all of it for half the sequences."""
+    gpu = replace(load_gpu("h100-80gb"), memory_bytes_per_s=1e6, bf16_flops_per_s=1e99, fp8_flops_per_s=1e99)
+    skewed = replace(QUIET, expert_imbalance=1.5, distinct_expert_factor=0.5)
+    expert = (64 * 64 + 64 * 32) * 17 // 32 + 2 * (64 + 64)
+    attention = 2 * 2 * (2 * 4 + 2 * 2) * 16 * 64 + 2 * 64 * TWO_GPUS.vocab_size
+    routers = 2 * (8 + 4) * 64
+    for name, shared in (("tp2", 2), ("dep2", 1)):
+        seconds = step_seconds(setup(TWO_GPUS, name, skewed, gpu), ON_TWO_GPUS)
+        assert seconds["other weights"] == pytest.approx((attention / shared + routers) / 1e6)
+        assert seconds["KV reads"] == pytest.approx(10 * KEYS * 2 * 2 * 16 / 2 / 1e6)
+        assert seconds["expert weights"] == pytest.approx((8 + 4) * expert * 0.5 * 1.5 / 2 / 1e6)  # 100 tokens meet all
+
+
+def test_launches_and_small_collectives_cost_their_constants() -> None:
+    paced = Assumptions(launch_us_per_layer=20, collective_latency_us=10)
+    gpu = replace(load_gpu("h100-80gb"), link_bytes_per_s=1e99)
+    for name, collectives in (("tp1", 0), ("tp2", 2), ("dep2", 2)):
+        seconds = step_seconds(setup(TWO_GPUS, name, paced, gpu), ON_TWO_GPUS)
+        assert seconds["launches"] == pytest.approx(2 * 20e-6)
+        assert seconds["links"] == pytest.approx(2 * collectives * 10e-6)
+
+
 def test_links_by_hand() -> None:
     step = Step(tokens=100, start=0, stop=100, sequences=100, logits=100)
     moved = 36 * 7 / 8 * 100 * 2880 * 2 / load_gpu("h100-80gb").link_bytes_per_s
@@ -85,6 +128,7 @@ def test_the_reciprocal_formula() -> None:
     prompt = sum(prefill_seconds(one, LOAD).values())
     assert e.roofline_tokens_per_s == pytest.approx(1024 / (prompt + 1024 * e.decode_step_s / 64))
     assert e.expected_tokens_per_s == pytest.approx(e.roofline_tokens_per_s * QUIET.efficiency)
+    assert e.prefill_bound == "expert FLOPs"
     hidden = setup(CHILD, assumptions=replace(QUIET, prefill_overlap=1.0))
     assert estimate(hidden, LOAD, 64).roofline_tokens_per_s == pytest.approx(64 / e.decode_step_s)
 
@@ -93,6 +137,17 @@ def test_a_chunk_of_short_prompts_costs_what_its_tokens_cost() -> None:
     """Eight prompts of 1024 in a chunk of 8192: an eighth of the chunk each."""
     chunk = step_seconds(setup(CHILD), Step(tokens=8192, start=0, stop=1024, sequences=8, logits=8))
     assert sum(prefill_seconds(setup(CHILD), LOAD).values()) == pytest.approx(sum(chunk.values()) / 8)
+
+
+def test_prompts_share_chunks_or_are_cut_into_them() -> None:
+    """Of 16 tokens 512 prompts fill a chunk, each with logits and keys of its own; one of 16384 fills two."""
+    for isl, in_a_chunk, chunks in ((16, 512, 1 / 512), (16384, 1, 2)):
+        for name, ranks in (("tp2", 1), ("dep2", 2)):
+            one = setup(CHILD, name)
+            sequences = in_a_chunk * ranks
+            step = Step(tokens=8192 * ranks, start=0, stop=isl, sequences=sequences, logits=sequences)
+            by_hand = {key: seconds * chunks / ranks for key, seconds in step_seconds(one, step).items()}
+            assert prefill_seconds(one, Load(isl=isl, osl=1)) == pytest.approx(by_hand)
 
 
 def test_more_sequences_are_never_slower_together_and_never_faster_alone() -> None:
@@ -157,6 +212,13 @@ def test_what_has_no_room_is_counted_as_its_allocator_counts() -> None:
         plan(CHILD, gpu=gpu, num_gpus=1, load=load, allocator="trtllm_v1_equal", batch=10)
     with pytest.raises(ConfigError, match=r"no room for 3000 .*found 3\d{3} in .*, at most 2048 at once\)"):
         plan(CHILD, gpu=load_gpu("h200-141gb"), num_gpus=1, load=Load(isl=512, osl=256), batch=3000)
+
+
+def test_what_a_sequence_needs_is_told_in_a_unit_that_shows_it() -> None:
+    gpu, load = load_gpu("h100-80gb"), Load(isl=1024, osl=1024)
+    each = KvGeometry.of(CHILD, "fp8", parse_layout("tp8", 8, CHILD)).bytes_per_sequence(2048) / 2**20
+    with pytest.raises(ConfigError, match=rf"expected 100000 of {each:.2f} MiB and more"):
+        plan(CHILD, gpu=gpu, num_gpus=8, load=load, layout="tp8", batch=100_000)
 
 
 def test_attention_data_parallelism_holds_whole_sequences_on_each_gpu() -> None:

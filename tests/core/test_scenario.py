@@ -44,6 +44,9 @@ def test_a_request_rate_makes_an_open_loop_of_poisson_arrivals(tmp_path):
         ("concurrency: 3\ninput_spread: {}\n", "input_spread: .*either uniform or normal"),
         ("concurrency: 3\ninput_spread: {uniform: 0.5, normal: 3}\n", "input_spread: .*either uniform or normal"),
         ("concurrency: 3\noutput_spread: {uniform: 1.5}\n", "output_spread.uniform: .*less than or equal to 1"),
+        ("concurrency: 3\noutput_spread: {normal: 0}\n", "output_spread.normal: .*greater than 0"),
+        ("concurrency: 3\noutput_spread: {normal: .inf}\n", "output_spread.normal: .*finite"),
+        ("concurrency: 2147483648\n", "concurrency: .*less than or equal to 2147483647"),
         ("concurrency: 3\nmax_ttft_ms: .inf\n", "max_ttft_ms: .*finite"),
         ("concurrency: 3\ntrace: {}\n", "trace: is no key of a file"),
     ],
@@ -84,6 +87,16 @@ def test_lengths_keep_their_mean_and_their_bounds(spread, low, high):
     assert low <= min(lengths) < low + 15 and high - 15 < max(lengths) <= high
     # Standard error of the mean: at most 50 / sqrt(3) / sqrt(5000) = 0.41 tokens.
     assert statistics.mean(lengths) == pytest.approx(100, abs=1.7)
+
+
+def test_a_normal_spread_keeps_whole_lengths_within_three_deviations_and_above_zero():
+    assert Spread(normal=0.5).bounds(10) == (9, 11)  # 8.5 and 11.5
+    assert Spread(normal=20).bounds(3) == (1, 63)
+    assert Spread(uniform=1).bounds(3) == (1, 6)
+
+
+def test_counts_reach_to_what_32_bits_hold(tmp_path):
+    assert load_scenario(written(tmp_path, "concurrency: 2147483647\n")).concurrency == 2**31 - 1
 
 
 @pytest.mark.parametrize("name", ["long", "short"])

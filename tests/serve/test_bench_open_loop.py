@@ -118,6 +118,16 @@ def test_a_closed_scenario_becomes_open_by_a_rate(tokenizer_folder):
         bench(FakeClient(one_token_a_response), tokenizer_folder, scenario=closed)
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_one_request_has_no_rate(tokenizer_folder, count):
+    client = FakeClient(one_token_a_response)
+    with pytest.raises(
+        BenchError, match=rf"num_requests: too few for an open loop \(found {count}, expected at least 2"
+    ):
+        bench(client, tokenizer_folder, num_requests=count)
+    assert client.requests == []
+
+
 def test_a_file_of_an_open_loop_is_refused_by_the_closed_one(tokenizer_folder, tmp_path):
     file = tmp_path / "open.yaml"
     file.write_text("name: x\ninput_tokens: 1\noutput_tokens: 1\nnum_requests: 9\nrequest_rate: 3\n")

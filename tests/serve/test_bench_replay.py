@@ -66,10 +66,24 @@ def test_moments_lengths_and_blocks_are_the_traces(trace_file, tokenizer_folder,
     assert [list(request.input_ids) for request in again.requests[1:]] == [list(r.input_ids) for r in sent]
 
 
+def test_a_trace_is_replayed_at_its_own_speed_and_says_what_of_it_was_not(tmp_path, tokenizer_folder):
+    file = tmp_path / "t.jsonl"
+    file.write_text(
+        "".join(f'{{"timestamp": {20 * i}, "input_length": 3, "output_length": 1, "turn": 1}}\n' for i in range(4))
+    )
+    result = replay(FakeClient(one_token_a_response), read_trace(file), tokenizer_folder)
+    assert (result.scenario.speed, result.scenario.trace.ignored_keys) == (1.0, ("turn",))
+    assert result.wall_s >= 0.060
+
+
 def test_its_lengths_at_a_rate_or_a_concurrency_of_ours(trace_file, tokenizer_folder, tmp_path):
     trace = read_trace(trace_file, block_tokens=4)
-    client = FakeClient(one_token_a_response)
-    assert isinstance(replay(client, trace, tokenizer_folder, request_rate=300).scenario, OpenScenario)
+    open_loops = [
+        replay(FakeClient(one_token_a_response), trace, tokenizer_folder, request_rate=300, **options).scenario
+        for options in ({}, {"arrival": "constant"})
+    ]
+    assert all(isinstance(load, OpenScenario) for load in open_loops)
+    assert [load.arrival for load in open_loops] == ["poisson", "constant"]
     client = FakeClient(one_token_a_response)
     result = run_bench(
         "host:1",

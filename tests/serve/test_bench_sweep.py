@@ -11,7 +11,14 @@ from puzzle_trtllm.errors import BenchError
 from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.serve.bench.result import BenchResult
 from puzzle_trtllm.serve.bench.runner import run_bench
-from puzzle_trtllm.serve.bench.sweep import SweepResult, csv_of, find_knee, point_scenario, run_sweep, sweep_table
+from puzzle_trtllm.serve.bench.sweep import (
+    SweepResult,
+    find_knee,
+    point_scenario,
+    point_seed,
+    run_sweep,
+    sweep_table,
+)
 from puzzle_trtllm.serve.metrics.units import show_number
 from tests.front_door.cli import invoke
 from tests.serve.fake_client import FakeClient, one_token_a_response
@@ -60,8 +67,44 @@ def test_points_are_measured_in_ascending_order_with_the_same_waves_and_seeds_of
     server = Server(template)
     sweep = run_sweep("host:1", scenario=TINY, concurrencies=[8, 1, 4, 4, 2], seed=50, bench=server)
     # Three waves each, but at least 8 requests.
-    assert server.calls == [(1, 8, 51), (2, 8, 52), (4, 12, 54), (8, 24, 58)]
+    assert [call[:2] for call in server.calls] == [(1, 8), (2, 8), (4, 12), (8, 24)]
+    assert len({seed for *_, seed in server.calls}) == 4
     assert (sweep.knee, [point.output_tokens_per_s for point in sweep.points]) == (4, [30, 60, 100, 100])
+
+
+def test_no_prompt_comes_twice_in_sweeps_of_different_seeds_and_all_do_in_those_of_one(make_checkpoint):
+    """A prefix cache would answer it: concurrency 2 at seed 0 must not be concurrency 1 at seed 1."""
+    folder = make_checkpoint([(4, None)])
+
+    def prompts(seed, num_requests=None):
+        client = FakeClient(one_token_a_response)
+        run_sweep(
+            "host:1",
+            scenario=TINY,
+            concurrencies=[1, 2, 4],
+            num_requests=num_requests,
+            seed=seed,
+            connect=client.connect,
+            tokenizer_folder=folder,
+            quiet=True,
+        )
+        return [tuple(request.input_ids) for request in client.requests]
+
+    sent = [*prompts(0), *prompts(1), *prompts(0, num_requests=9)]
+    assert len(sent) == len(set(sent)) == 28 + 28 + 27
+    assert sorted(prompts(1)) == sorted(sent[28:56])
+
+
+def test_each_point_is_measured_on_the_sweeps_engine_and_says_the_seed_to_repeat_it(template, tmp_path):
+    calls = []
+
+    def bench(url, *, scenario, **options):
+        calls.append(options)
+        return template.model_copy(update={"scenario": scenario})
+
+    run_sweep("host:1", scenario=TINY, concurrencies=[1, 2], seed=3, engine=tmp_path, bench=bench, quiet=True)
+    loads = [point_scenario(TINY, concurrency, None) for concurrency in (1, 2)]
+    assert calls == [{"seed": point_seed(3, load), "engine": tmp_path, "quiet": True} for load in loads]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +150,7 @@ def test_a_point_with_another_number_of_requests_is_measured_again(template, tmp
     run_sweep("host:1", scenario=TINY, concurrencies=[1, 2], out=out, bench=Server(template))
     server = Server(template)
     sweep = run_sweep("host:1", scenario=TINY, concurrencies=[2], num_requests=30, out=out, bench=server)
-    assert server.calls == [(2, 30, 2)]
+    assert [call[:2] for call in server.calls] == [(2, 30)]
     assert [point.scenario.num_requests for point in sweep.points] == [8, 30]
 
 
@@ -149,10 +192,11 @@ def test_nothing_to_sweep_over_is_an_error(concurrencies):
         run_sweep("host:1", scenario=TINY, concurrencies=concurrencies)
 
 
-def test_the_csv_has_a_row_a_point_and_an_empty_cell_for_what_is_absent(template):
+def test_the_csv_has_a_row_a_point_and_an_empty_cell_for_what_is_absent(template, tmp_path):
     no_itl = {tag: d for tag, d in template.distributions.items() if tag != "itl_ms"}
     short = template.model_copy(update={"distributions": no_itl})
-    full_row, short_row = csv.DictReader(io.StringIO(csv_of([template, short])))
+    file = SweepResult.of(TINY, 0, None, [template, short]).save_csv(tmp_path / "sweep.csv")
+    full_row, short_row = csv.DictReader(io.StringIO(file.read_text()))
     assert float(full_row["output_tokens_per_s"]) == template.output_tokens_per_s
     assert float(full_row["itl_ms_p99"]) == template.distributions["itl_ms"].p99
     assert (short_row["itl_ms_p99"], short_row["concurrency"], short_row["completed"]) == ("", "2", "6")

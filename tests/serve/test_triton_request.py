@@ -49,6 +49,12 @@ def test_every_sampling_parameter_reaches_its_argument() -> None:
     assert all(getattr(parameters, name) == value for name, value in call.sampling.items())
 
 
+def test_the_limits_themselves_are_allowed() -> None:
+    limits = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "max_tokens": 1, "min_tokens": 0}
+    call = parse_request(tensors(**{f"sampling_param_{name}": value for name, value in limits.items()}), LIMITS)
+    assert call.sampling == limits
+
+
 def test_every_sampling_tensor_of_the_contract_is_known_to_sampling_params() -> None:
     names = {spec.name.removeprefix("sampling_param_") for spec in INPUTS if spec.name.startswith("sampling_param_")}
     assert names <= set(SamplingParams.__dataclass_fields__)
@@ -88,6 +94,11 @@ def test_token_ids_replace_an_empty_text() -> None:
     assert parse_request(tensors("", input_ids=[5, 99, 0]), LIMITS).prompt == [5, 99, 0]
 
 
+def test_where_no_limit_is_known_any_length_and_any_token_pass() -> None:
+    assert parse_request(tensors("", input_ids=[10**6] * 64), RequestLimits()).prompt == [10**6] * 64
+    assert parse_request(tensors("a" * (1 << 21)), RequestLimits()).prompt == "a" * (1 << 21)
+
+
 def test_stop_is_recognised() -> None:
     assert is_stop(tensors(stop=True))
     assert not is_stop(tensors(stop=False)) and not is_stop(tensors())
@@ -103,13 +114,15 @@ def test_stop_is_recognised() -> None:
         (tensors(""), "text_input: the prompt is empty"),
         (tensors("a", input_ids=[1]), "input_ids: given beside a text_input that is not empty"),
         (tensors("", input_ids=[]), "input_ids: no token ids (found shape [0]"),
+        (tensors("", input_ids=[[1, 2]]), "input_ids: no token ids (found shape [1, 2]"),
         (tensors("", input_ids=[1] * 32), "input_ids: the prompt is too long (found 32 tokens"),
-        (tensors("", input_ids=[1, 100]), "input_ids: no such token (found 100, expected ids from 0 and below 100)"),
+        (tensors("", input_ids=[0, 100]), "input_ids: no such token (found 100, expected ids from 0 and below 100)"),
         (tensors("", input_ids=[-1]), "input_ids: no such token (found -1"),
         (tensors(sampling_param_temperature=-0.5), "sampling_param_temperature: impossible value (found -0.5"),
         (tensors(sampling_param_temperature=float("nan")), "sampling_param_temperature: impossible value (found nan"),
         (tensors(sampling_param_temperature=float("inf")), "sampling_param_temperature: impossible value (found inf"),
         (tensors(sampling_param_top_p=0.0), "sampling_param_top_p: impossible value (found 0.0, expected above 0"),
+        (tensors(sampling_param_top_p=1.5), "sampling_param_top_p: impossible value (found 1.5"),
         (
             tensors(sampling_param_exclude_input_from_output=False),
             "sampling_param_exclude_input_from_output: impossible value (found False, expected True",

@@ -14,10 +14,10 @@ from puzzle_trtllm.axes import Axis
 from puzzle_trtllm.serve.metrics.units import show_number
 from puzzle_trtllm.serve.report.frontier import FrontierPoint
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
-from puzzle_trtllm.svg import Drawing, text_width
+from puzzle_trtllm.svg import NAME_PX, Drawing, text_width
 
-WIDTH, HEIGHT = 960.0, 430.0
-LEFT, RIGHT, TOP, BOTTOM = 74.0, 30.0, 44.0, 62.0
+WIDTH, HEIGHT = 960.0, 450.0
+LEFT, RIGHT, TOP, BOTTOM = 74.0, 30.0, 64.0, 62.0
 LOG_ABOVE = 3.0
 """Ratio of largest to smallest rate from which a linear axis would squeeze the slow points."""
 
@@ -69,12 +69,14 @@ def _grid(drawing: Drawing, x: Axis, y: Axis, x_title: str) -> None:
 
 
 def _legend(drawing: Drawing, engines: Sequence[EngineMeasurement], styles: Mapping[str, str]) -> None:
+    widths = [text_width(engine.name, NAME_PX) for engine in engines]
+    share = min(1.0, (WIDTH - RIGHT - LEFT - 46 * len(engines)) / sum(widths))
     at = LEFT
-    for engine in engines:
+    for engine, width in zip(engines, widths, strict=True):
         drawing.circle(at + 7, 16, 7, f"fill {styles[engine.name]}")
-        drawing.text(at + 20, 21, engine.name, "name")
-        at += 20 + text_width(engine.name, 15) + 26
-    drawing.text(WIDTH - RIGHT, 21, "L M H: low, medium, high effort; hollow: dominated", "faint", anchor="end")
+        drawing.name(at + 20, 21, engine.name, room=width * share)
+        at += 20 + width * share + 26
+    drawing.text(WIDTH - RIGHT, 46, "L M H: low, medium, high effort; hollow: dominated", "faint", anchor="end")
 
 
 def _curve(

@@ -41,7 +41,7 @@ def length_budget_chart(comparisons: Sequence[Comparison]) -> str | None:
 def _row(drawing: Drawing, axis: Axis, top: float, comparison: Comparison) -> None:
     limit = comparison.break_even_length_ratio.value or 0.0
     y = top + 50
-    drawing.text(LEFT - 14, y + 10, f"vs {comparison.baseline}", "name", anchor="end")
+    drawing.name(LEFT - 14, y + 10, f"vs {comparison.baseline}", room=LEFT - 20, anchor="end")
     drawing.text(LEFT - 14, y + 26, f"gone at {show_ratio(comparison.break_even_length_ratio)}", "faint", anchor="end")
     hover = f"break-even at {limit:.2f}×"
     drawing.rect(axis(0), y, axis(limit) - axis(0), BAR, "fill pale child", radius=3, hover=hover)

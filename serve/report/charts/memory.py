@@ -34,7 +34,7 @@ def memory_chart(engines: Sequence[EngineMeasurement], styles: Mapping[str, str]
 def _row(drawing: Drawing, axis: Axis, y: float, engine: EngineMeasurement, style: str) -> None:
     held = engine.sequences_held or 0
     cap = engine.memory_bytes or 0
-    drawing.text(LEFT - 14, y + 15, engine.name, "name", anchor="end")
+    drawing.name(LEFT - 14, y + 15, engine.name, room=LEFT - 20, anchor="end")
     drawing.text(LEFT - 14, y + 31, f"{show_bytes(cap)} given", "faint", anchor="end")
     drawing.rect(axis(0), y, axis(cap) - axis(0), BAR, "empty", radius=3, hover=f"{show_bytes(cap)} given")
     weights_end = axis(min(engine.weight_bytes, cap))

@@ -36,7 +36,7 @@ def throughput_chart(
     for index, engine in enumerate(engines):
         y = 8 + index * row
         style = styles[engine.name]
-        drawing.text(LEFT - 14, y + 14, engine.name, "name", anchor="end")
+        drawing.name(LEFT - 14, y + 14, engine.name, room=LEFT - 20, anchor="end")
         drawing.text(LEFT - 14, y + 30, _subtitle(engine), "faint", anchor="end")
         is_child = style == "child"
         speedup = f" · {show_ratio(first.per_token_speedup)}" if is_child else ""
