@@ -107,9 +107,7 @@ class Session:
 
     # --- any thread -------------------------------------------------------------------------------------------------
 
-    def accept(
-        self, request_id: str, inputs: Inputs, sender: ResponseSender, parameters: Collection[str] = ()
-    ) -> None:
+    def accept(self, request_id: str, inputs: Inputs, sender: ResponseSender, parameters: Collection[str] = ()) -> None:
         """Take a request; returns at once, whatever happens to it."""
         try:
             if is_stop(inputs):
