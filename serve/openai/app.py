@@ -247,7 +247,7 @@ async def _events(reply: Reply, answer: AnswerStream, options: StreamOptions) ->
     begun = False
     async with aclosing(answer.parts()) as parts:
         async for part in parts:
-            if not begun and reply.chat:
+            if not begun and (reply.chat or not part.content):  # clients time their first token by it
                 yield event(reply.opening())
             begun = True
             for chunk in reply.part(part):

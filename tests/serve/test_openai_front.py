@@ -104,6 +104,18 @@ def test_what_load_generators_always_send_is_taken_where_it_changes_nothing(fron
     assert front.target.requests[0].max_tokens == front.target.requests[1].max_tokens
 
 
+def test_a_completion_begins_with_its_first_token_though_that_shows_nothing(front):
+    """What a load generator takes for the time to first token; only one first chunk where the token shows."""
+    front.target.steps, front.target.text = [[7], ServeError("dead", status="UNAVAILABLE")], ""
+    stream = front.client.completions.create(model="toy", prompt="1+1=", stream=True)
+    assert next(stream).choices[0].text == ""
+    with pytest.raises(openai.APIError, match="dead"):
+        next(stream)
+    front.target.steps, front.target.text = [[7]], "x"
+    stream = front.client.completions.create(model="toy", prompt="1+1=", stream=True)
+    assert [chunk.choices[0].text for chunk in stream] == ["x", ""]
+
+
 def test_the_stream_ends_with_done(front):
     body = {"model": "toy", "messages": USER, "stream": True}
     with post(front.url + "/chat/completions", body) as response:
