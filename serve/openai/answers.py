@@ -63,8 +63,9 @@ class AnswerStream:
                 if self._decoder is None:
                     yield Part(content=chunk.text)
                     continue
-                yield self._part(self._decoder.feed(chunk.token_ids))
+                part = self._part(self._decoder.feed(chunk.token_ids))
                 self.usage.reasoning_tokens = self._decoder.analysis_tokens
+                yield part
                 if self._stops.has_stopped:
                     self.finish_reason = "stop"
                     return

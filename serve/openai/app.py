@@ -26,8 +26,8 @@ from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.openai.answers import AnswerStream, Part
 from puzzle_trtllm.serve.openai.errors import ApiError, error_of_server
 from puzzle_trtllm.serve.openai.model_card import ModelCard
-from puzzle_trtllm.serve.openai.protocol import ChatRequest, CompletionRequest
-from puzzle_trtllm.serve.openai.replies import Reply
+from puzzle_trtllm.serve.openai.protocol import ChatRequest, CompletionRequest, StreamOptions
+from puzzle_trtllm.serve.openai.replies import Reply, usage_json
 from puzzle_trtllm.serve.triton.session import LONG_TEXTS_AT_ONCE
 
 T = TypeVar("T")
@@ -213,7 +213,7 @@ async def _respond(
         if choices is None:
             return Response(status_code=CLIENT_GONE)
         return JSONResponse(reply.whole(choices, [answer.usage for answer in answers]))
-    events = _events(reply, answers[0], include_usage=body.include_usage)
+    events = _events(reply, answers[0], body.stream_options or StreamOptions())
     first = await _unless_gone(request, _first_of(events))
     if first is None:
         return Response(status_code=CLIENT_GONE)
@@ -236,19 +236,24 @@ async def _after(first: str, events: AsyncGenerator[str, None]) -> AsyncGenerato
             yield _event(error_of_server(error).body())
 
 
-async def _events(reply: Reply, answer: AnswerStream, *, include_usage: bool) -> AsyncGenerator[str, None]:
+async def _events(reply: Reply, answer: AnswerStream, options: StreamOptions) -> AsyncGenerator[str, None]:
     """Server-sent events. The first comes when the server has answered for the first time."""
-    extra: dict[str, Any] = {"usage": None} if include_usage else {}
+
+    def event(chunk: dict[str, Any]) -> str:
+        if options.include_usage:
+            chunk = chunk | {"usage": usage_json([answer.usage]) if options.continuous_usage_stats else None}
+        return _event(chunk)
+
     begun = False
     async with aclosing(answer.parts()) as parts:
         async for part in parts:
-            if not begun and reply.chat:
-                yield _event(reply.opening() | extra)
+            if not begun and (reply.chat or not part.content):  # clients time their first token by it
+                yield event(reply.opening())
             begun = True
             for chunk in reply.part(part):
-                yield _event(chunk | extra)
-    yield _event(reply.closing(answer.finish_reason) | extra)
-    if include_usage:
+                yield event(chunk)
+    yield event(reply.closing(answer.finish_reason))
+    if options.include_usage:
         yield _event(reply.usage(answer.usage))
     yield "data: [DONE]\n\n"
 

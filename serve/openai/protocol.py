@@ -3,7 +3,8 @@
 What OpenAI's API has and we cannot do is refused by name (several choices, log-probabilities, tools, structured
 output); what cannot change the answer (`user`, `store`, ...) is accepted; what nobody knows is refused, because a
 misspelt parameter would otherwise be one that silently does nothing. Beyond OpenAI's: `top_k`, `min_tokens`,
-`ignore_eos`, as other servers call them.
+`ignore_eos`, `continuous_usage_stats`, as other servers call them, and of what load generators always send (vLLM's
+`repetition_penalty`) the value that changes nothing.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "modalities": (None, ["text"]),
     "response_format": (None, {"type": "text"}),
+    "repetition_penalty": (None, 1.0),
+    "min_p": (None, 0.0),
 }
 
 
@@ -64,6 +67,10 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """With `include_usage`: the counts so far in every chunk."""
+    include_obfuscation: Literal[False] | None = None
+    """Padding that hides the lengths of chunks from who watches the network; there is none."""
 
 
 class Message(BaseModel):
@@ -138,10 +145,6 @@ class _Generation(BaseModel):
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
-
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
 
 
 class ChatRequest(_Generation):

@@ -40,8 +40,8 @@ class Reply:
         return self._object("chat.completion", made) | {"usage": usage_json(usages)}
 
     def opening(self) -> dict[str, Any]:
-        """The first chunk of a chat: whose turn it is."""
-        return self._chunk({"delta": {"role": "assistant", "content": ""}}, None)
+        """The first chunk, which shows nothing: of a chat, whose turn it is."""
+        return self._chunk({"delta": {"role": "assistant", "content": ""}} if self.chat else {"text": ""}, None)
 
     def part(self, part: Part) -> list[dict[str, Any]]:
         """Chunks that bring some of the answer; none where nothing shows."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -37,6 +39,12 @@ class TritonEncoder:
 def read_inputs(request: Any) -> Inputs:
     """The tensors of an InferenceRequest by name."""
     return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+
+
+def read_parameters(request: Any) -> Mapping[str, Any]:
+    """What came beside the tensors; HTTP generate makes a parameter of every key that names no tensor."""
+    parameters: Mapping[str, Any] = json.loads(request.parameters())
+    return parameters
 
 
 def log_info(message: str) -> None:

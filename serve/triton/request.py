@@ -1,14 +1,15 @@
 """What a client asks for: the input tensors of one request, checked and turned into arguments of the LLM API.
 
-Triton has already refused unknown names, wrong types and wrong dims; what is left are values. Every refusal names the
-tensor, what was found and what was expected, and is answered INVALID_ARGUMENT before the engine hears of the request:
-a bad request must never disturb those that run (a token id outside the vocabulary would kill a GPU engine).
+Triton has already refused unknown tensors, wrong types and wrong dims; what is left are values, and the names that HTTP
+generate does not know, of which it makes parameters that would silently do nothing. Every refusal names the
+tensor, what was found and what was expected, and is answered INVALID_ARGUMENT before the engine hears of the request: a
+bad request must never disturb those that run (a token id outside the vocabulary would kill a GPU engine).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,11 @@ MAX_STOP_LENGTH = 1024
 _TEXT_ALWAYS_READ = 1 << 20
 _CHARACTERS_A_TOKEN = 32
 """More than any text has on average, of those that are anything but runs of one character."""
+
+_REQUEST_ID = "id"
+"""HTTP generate hands it on as a parameter too."""
+_RESERVED_PREFIX = "triton_"
+"""Of the parameters that are Triton's own."""
 
 _SAMPLING_NAMES = tuple(spec.name for spec in INPUTS if spec.name.startswith(SAMPLING_PREFIX))
 
@@ -97,9 +103,10 @@ def is_stop(inputs: Inputs) -> bool:
     return _flag(inputs, "stop")
 
 
-def parse_request(inputs: Inputs, limits: RequestLimits) -> GenerateCall:
-    """Check `inputs` and translate them. Raises RequestRefusedError."""
+def parse_request(inputs: Inputs, limits: RequestLimits, parameters: Collection[str] = ()) -> GenerateCall:
+    """Check `inputs` and translate them; `parameters` are the names of a request's. Raises RequestRefusedError."""
     _refuse_unsupported(inputs)
+    _refuse_parameters(parameters)
     sampling = _sampling(inputs)
     reply = ReplyFormat(
         streaming=_flag(inputs, "streaming"),
@@ -128,6 +135,14 @@ def _refuse_unsupported(inputs: Inputs) -> None:
         if spec is None or spec.unsupported:
             subject = "LoRA adapters are" if name.startswith("lora_") else "this input is"
             raise RequestRefusedError(name, f"{subject} not supported by this model", expected="a request without it")
+
+
+def _refuse_parameters(parameters: Collection[str]) -> None:
+    for name in parameters:
+        if name != _REQUEST_ID and not name.startswith(_RESERVED_PREFIX):
+            tensor = next((known for known in (name, SAMPLING_PREFIX + name) if known in INPUTS_BY_NAME), None)
+            expected = f"the input {tensor}" if tensor else "inputs of the model's metadata alone"
+            raise RequestRefusedError(name, "a parameter, of which this model knows none", expected=expected)
 
 
 def _prompt(inputs: Inputs, limits: RequestLimits) -> str | list[int]:

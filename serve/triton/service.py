@@ -11,7 +11,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from puzzle_trtllm.serve.triton.backend import TritonEncoder, log_info, read_inputs
+from puzzle_trtllm.serve.triton.backend import TritonEncoder, log_info, read_inputs, read_parameters
 from puzzle_trtllm.serve.triton.host import start_llm
 from puzzle_trtllm.serve.triton.instances import Instance
 from puzzle_trtllm.serve.triton.metrics import MetricsThread
@@ -65,7 +65,8 @@ class Service:
     def execute(self, requests: Sequence[Any]) -> None:
         """Take the requests; responses go through their senders."""
         for request in requests:
-            self._session.accept(request.request_id(), read_inputs(request), request.get_response_sender())
+            sender = request.get_response_sender()
+            self._session.accept(request.request_id(), read_inputs(request), sender, read_parameters(request))
 
     def stop(self) -> None:
         """In the order in which nothing is asked of what is already gone."""

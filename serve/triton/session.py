@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,14 +108,14 @@ class Session:
 
     # --- any thread -------------------------------------------------------------------------------------------------
 
-    def accept(self, request_id: str, inputs: Inputs, sender: ResponseSender) -> None:
+    def accept(self, request_id: str, inputs: Inputs, sender: ResponseSender, parameters: Collection[str] = ()) -> None:
         """Take a request; returns at once, whatever happens to it."""
         try:
             if is_stop(inputs):
                 reply = self._outbox.open_reply(sender, ReplyFormat())
                 self._loop.call_soon_threadsafe(self._stop_by_id, request_id, reply)
                 return
-            call = parse_request(inputs, self._limits)
+            call = parse_request(inputs, self._limits, parameters)
         except RequestRefusedError as refusal:
             reply = self._outbox.open_reply(sender, ReplyFormat())
             self._loop.call_soon_threadsafe(self._end, reply, "INVALID_ARGUMENT", str(refusal))

@@ -82,6 +82,40 @@ def test_streamed_chunks_add_up_to_the_whole_answer(front):
     assert all(chunk.usage is None for chunk in ask(front, stream=True))
 
 
+def test_with_continuous_usage_every_chunk_has_the_counts_so_far(front):
+    whole = ask(front).usage
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *parts, last = ask(front, stream=True, stream_options=options)
+    counts = [
+        (chunk.usage.completion_tokens, chunk.usage.completion_tokens_details.reasoning_tokens) for chunk in parts
+    ]
+    assert counts == sorted(counts) and counts[0] == (1, 0)
+    reasoning = [chunk.choices[0].delta.model_extra.get("reasoning_content") for chunk in parts]
+    of_reasoning = [count for text, (_, count) in zip(reasoning, counts, strict=True) if text]
+    assert of_reasoning == list(range(1, whole.completion_tokens_details.reasoning_tokens + 1))
+    assert parts[-1].usage == last.usage == whole
+
+
+def test_what_load_generators_always_send_is_taken_where_it_changes_nothing(front):
+    options = {"include_usage": True, "include_obfuscation": False}
+    neutral = {"repetition_penalty": 1.0, "min_p": 0}
+    *_, last = ask(front, stream=True, stream_options=options, logprobs=None, extra_body=neutral)
+    assert last.usage == ask(front).usage
+    assert front.target.requests[0].max_tokens == front.target.requests[1].max_tokens
+
+
+def test_a_completion_begins_with_its_first_token_though_that_shows_nothing(front):
+    """What a load generator takes for the time to first token; only one first chunk where the token shows."""
+    front.target.steps, front.target.text = [[7], ServeError("dead", status="UNAVAILABLE")], ""
+    stream = front.client.completions.create(model="toy", prompt="1+1=", stream=True)
+    assert next(stream).choices[0].text == ""
+    with pytest.raises(openai.APIError, match="dead"):
+        next(stream)
+    front.target.steps, front.target.text = [[7]], "x"
+    stream = front.client.completions.create(model="toy", prompt="1+1=", stream=True)
+    assert [chunk.choices[0].text for chunk in stream] == ["x", ""]
+
+
 def test_the_stream_ends_with_done(front):
     body = {"model": "toy", "messages": USER, "stream": True}
     with post(front.url + "/chat/completions", body) as response:
@@ -200,6 +234,8 @@ def test_a_chat_without_a_limit_may_fill_the_context(front):
     [
         ({"n": 2}, "n", "unsupported_parameter", "only 1, found 2"),
         ({"logprobs": True}, "logprobs", "unsupported_parameter", "no log-probabilities"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty", "unsupported_parameter", "only 1.0, found 1.1"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options", "invalid_value", "False"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter", "calls no tools"),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter", "only"),
         ({"reasoning_effort": "extreme"}, "reasoning_effort", "invalid_value", "'low', 'medium' or 'high'"),

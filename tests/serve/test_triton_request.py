@@ -153,6 +153,21 @@ def test_a_refusal_names_tensor_found_and_expected(inputs, message: str) -> None
     assert "\n" not in str(refusal.value) and "expected" in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("max_tokens", "the input sampling_param_max_tokens"),
+        ("sampling_param_max_tokens", "the input sampling_param_max_tokens"),
+        ("stop", "the input stop"),
+        ("bad_words", "inputs of the model's metadata alone"),
+    ],
+)
+def test_a_parameter_would_do_nothing_and_is_refused(name: str, expected: str) -> None:
+    with pytest.raises(RequestRefusedError, match=f"^{name}: a parameter, of .*expected {expected}"):
+        parse_request(tensors(), LIMITS, {name: 5})
+    assert parse_request(tensors(), LIMITS, {"id": "7", "triton_own": True}).sampling == {}
+
+
 def test_streaming_needs_a_decoupled_model() -> None:
     with pytest.raises(RequestRefusedError, match=r"^streaming: .*decoupled"):
         parse_request(tensors(streaming=True), RequestLimits(streaming_allowed=False))

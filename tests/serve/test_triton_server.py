@@ -156,9 +156,10 @@ def post(url: str, body: dict) -> tuple[int, str]:
 
 def test_http_generate(server) -> None:
     url = f"{server.http_url}/v2/models/tensorrt_llm/generate"
-    status, body = post(url, {"text_input": "hello ", "sampling_param_max_tokens": 8, "return_output_ids": True})
+    asked = {"id": "7", "text_input": "hello ", "sampling_param_max_tokens": 8, "return_output_ids": True}
+    status, body = post(url, asked)
     answer = json.loads(body)
-    assert (status, answer["text_output"], answer["num_output_tokens"]) == (200, "hello he", 8)
+    assert (status, answer["id"], answer["text_output"], answer["num_output_tokens"]) == (200, "7", "hello he", 8)
     status, body = post(url, {"text_input": "hello ", "sampling_param_max_tokens": 0})
     assert status == 400 and "sampling_param_max_tokens: impossible value (found 0" in body
 
@@ -170,6 +171,13 @@ def test_http_generate_stream(server) -> None:
     events = [json.loads(line[5:]) for line in text.splitlines() if line.startswith("data:")]
     assert status == 200 and "".join(event.get("text_output", "") for event in events) == "hello he"
     assert len(events) > 2
+
+
+@pytest.mark.parametrize("endpoint", ["generate", "generate_stream"])
+@pytest.mark.parametrize("key", ["max_tokens", "sampling_param_max_token"])
+def test_a_key_over_http_that_is_no_input_is_refused_and_not_ignored(server, endpoint: str, key: str) -> None:
+    status, body = post(f"{server.http_url}/v2/models/tensorrt_llm/{endpoint}", {"text_input": "hello ", key: 8})
+    assert status == 400 and f"INVALID_ARGUMENT: {key}: a parameter" in body
 
 
 def test_unary_inference_is_tritons_to_refuse(server) -> None:
