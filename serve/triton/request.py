@@ -1,9 +1,9 @@
 """What a client asks for: the input tensors of one request, checked and turned into arguments of the LLM API.
 
-Triton has already refused unknown tensors, wrong types and wrong dims; what is left are values, and the names that HTTP
-generate does not know, of which it makes parameters that would silently do nothing. Every refusal names the
-tensor, what was found and what was expected, and is answered INVALID_ARGUMENT before the engine hears of the request: a
-bad request must never disturb those that run (a token id outside the vocabulary would kill a GPU engine).
+Triton has already refused unknown tensors, wrong types and wrong dims; what is left are values, and misspelt names of
+which HTTP generate made parameters, which would do nothing. Every refusal names the tensor, what was found and what was
+expected, and is answered INVALID_ARGUMENT before the engine hears of the request: a bad request must never disturb those
+that run (a token id outside the vocabulary would kill a GPU engine).
 """
 
 from __future__ import annotations
@@ -28,11 +28,6 @@ MAX_STOP_LENGTH = 1024
 _TEXT_ALWAYS_READ = 1 << 20
 _CHARACTERS_A_TOKEN = 32
 """More than any text has on average, of those that are anything but runs of one character."""
-
-_REQUEST_ID = "id"
-"""HTTP generate hands it on as a parameter too."""
-_RESERVED_PREFIX = "triton_"
-"""Of the parameters that are Triton's own."""
 
 _SAMPLING_NAMES = tuple(spec.name for spec in INPUTS if spec.name.startswith(SAMPLING_PREFIX))
 
@@ -138,11 +133,12 @@ def _refuse_unsupported(inputs: Inputs) -> None:
 
 
 def _refuse_parameters(parameters: Collection[str]) -> None:
+    """Those that were meant as inputs: any other may be a header that the server hands on, or another tool's."""
     for name in parameters:
-        if name != _REQUEST_ID and not name.startswith(_RESERVED_PREFIX):
-            tensor = next((known for known in (name, SAMPLING_PREFIX + name) if known in INPUTS_BY_NAME), None)
+        tensor = next((known for known in (name, SAMPLING_PREFIX + name) if known in INPUTS_BY_NAME), None)
+        if tensor or name.startswith(SAMPLING_PREFIX):
             expected = f"the input {tensor}" if tensor else "inputs of the model's metadata alone"
-            raise RequestRefusedError(name, "a parameter, of which this model knows none", expected=expected)
+            raise RequestRefusedError(name, "a parameter, which would do nothing", expected=expected)
 
 
 def _prompt(inputs: Inputs, limits: RequestLimits) -> str | list[int]:

@@ -159,13 +159,15 @@ def test_a_refusal_names_tensor_found_and_expected(inputs, message: str) -> None
         ("max_tokens", "the input sampling_param_max_tokens"),
         ("sampling_param_max_tokens", "the input sampling_param_max_tokens"),
         ("stop", "the input stop"),
-        ("bad_words", "inputs of the model's metadata alone"),
+        ("sampling_param_max_token", "inputs of the model's metadata alone"),
     ],
 )
-def test_a_parameter_would_do_nothing_and_is_refused(name: str, expected: str) -> None:
-    with pytest.raises(RequestRefusedError, match=f"^{name}: a parameter, of .*expected {expected}"):
+def test_a_parameter_that_was_meant_as_an_input_is_refused(name: str, expected: str) -> None:
+    with pytest.raises(
+        RequestRefusedError, match=f"^{name}: a parameter, which would do nothing .*expected {expected}"
+    ):
         parse_request(tensors(), LIMITS, {name: 5})
-    assert parse_request(tensors(), LIMITS, {"id": "7", "triton_own": True}).sampling == {}
+    assert parse_request(tensors(), LIMITS, {"id": "7", "traceparent": "00-1"}).sampling == {}
 
 
 def test_streaming_needs_a_decoupled_model() -> None:
