@@ -2,8 +2,8 @@
 
 Triton has already refused unknown tensors, wrong types and wrong dims; what is left are values, and misspelt names of
 which HTTP generate made parameters, which would do nothing. Every refusal names the tensor, what was found and what was
-expected, and is answered INVALID_ARGUMENT before the engine hears of the request: a bad request must never disturb those
-that run (a token id outside the vocabulary would kill a GPU engine).
+expected, and is answered INVALID_ARGUMENT before the engine hears of the request: a bad request must never disturb
+those that run (a token id outside the vocabulary would kill a GPU engine).
 """
 
 from __future__ import annotations
