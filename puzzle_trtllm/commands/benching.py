@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from puzzle_trtllm.trace import Trace
 
 NEEDS = {
-    "--csv": "--sweep",
     "--arrival": "--request-rate",
     "--speed": "--trace",
     "--max-seconds": "--trace",
@@ -81,7 +80,9 @@ def bench_command(
         str | None,
         typer.Option("--sweep", metavar="1,2,4,...", help="Concurrencies to measure in turn; goes on from --out."),
     ] = None,
-    csv: Annotated[Path | None, typer.Option("--csv", help="Table of the sweep to write.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", help="Table to write: a row a request, or a point of the sweep.")
+    ] = None,
     max_ttft_ms: Annotated[float | None, typer.Option("--max-ttft-ms", help="Goodput: limit on TTFT.")] = None,
     max_itl_ms: Annotated[
         float | None, typer.Option("--max-itl-ms", help="Goodput: limit on the mean ITL of a request (TPOT).")
@@ -118,7 +119,6 @@ def bench_command(
         {
             "--concurrency": concurrency,
             "--sweep": sweep,
-            "--csv": csv,
             "--request-rate": request_rate,
             "--arrival": arrival,
             "--trace": trace,
@@ -151,16 +151,17 @@ def bench_command(
     result: ResultFile
     if is_open:
         options |= {"request_rate": _positive(request_rate, "--request-rate"), "arrival": _arrival(arrival)}
-        result = run_open_loop(url, scenario=load, speed=_positive(speed, "--speed"), **options)
+        result = run_open_loop(url, scenario=load, speed=_positive(speed, "--speed"), csv=csv, **options)
     elif sweep is not None:
         assert isinstance(load, Scenario)
         result = points = run_sweep(url, scenario=load, concurrencies=_concurrencies(sweep), out=out, **options)
         if csv is not None:
             points.save_csv(csv)
-            print(f"written to {csv}", file=sys.stderr)
     else:
         assert isinstance(load, Scenario)
-        result = run_bench(url, scenario=load, concurrency=concurrency, **options)
+        result = run_bench(url, scenario=load, concurrency=concurrency, csv=csv, **options)
+    if csv is not None:
+        print(f"written to {csv}", file=sys.stderr)
     show_result(result, out, as_json=as_json)
 
 

@@ -10,6 +10,7 @@ runner.py        `run_bench`, `run_open_loop`: one scenario against one server -
 interleaved.py   `run_interleaved`: several servers that are up together, measured in turn
 sweep.py         `run_sweep`: one scenario at several concurrencies, the knee, CSV; goes on where it broke off
 measure.py       what both do: connect, warm up, drive, count
+requests_csv.py  a row a request
 result.py        BenchResult, OpenLoopResult and InterleavedResult, as JSON and as a table
 progress.py      the live line on stderr
 """

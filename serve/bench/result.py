@@ -177,8 +177,10 @@ def load_table(result: LoadResult, scenario: Load, load: str) -> Table:
     if result.client is not None:
         caption += f"\n{result.client}"
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    for column in ("metric", "unit", "mean", "p50", "p90", "p95", "p99"):
-        table.add_column(column, justify="left" if column in ("metric", "unit") else "right", no_wrap=True)
+    for column in ("metric", "unit"):
+        table.add_column(column, overflow="fold")  # in a narrow terminal names give way, never a digit
+    for column in ("mean", "p50", "p90", "p95", "p99"):
+        table.add_column(column, justify="right", no_wrap=True)
     for tag, value in result.scalars.items():
         table.add_row(tag, result.units[tag], show_number(value))
     for tag, d in result.distributions.items():

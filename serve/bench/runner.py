@@ -23,6 +23,7 @@ from puzzle_trtllm.scenario import (
 from puzzle_trtllm.serve.bench.measure import measure, result_fields
 from puzzle_trtllm.serve.bench.open_loop import arrival_times_ns
 from puzzle_trtllm.serve.bench.replay import replay_times_ns, trace_load
+from puzzle_trtllm.serve.bench.requests_csv import save_requests_csv
 from puzzle_trtllm.serve.bench.result import BenchResult, OpenLoopResult
 from puzzle_trtllm.serve.bench.target import Connect, connect_triton, prompt_tokenizer
 from puzzle_trtllm.serve.bench.workers import Pattern, choose_workers
@@ -46,6 +47,7 @@ def run_bench(
     tokenizer_folder: str | Path | None = None,
     name: str | None = None,
     workers: Workers = "auto",
+    csv: str | Path | None = None,
     connect: Connect = connect_triton,
     quiet: bool = False,
 ) -> BenchResult:
@@ -56,6 +58,7 @@ def run_bench(
     tokenizer_folder: a checkpoint folder whose ordinary vocabulary the prompts are made of; needed without `engine`.
     seed: equal seeds give equal prompts. Rounds on one server need different seeds, or its prefix cache answers.
     workers: processes that send the load; "auto" is one for each 64 in flight, at most one a core.
+    csv: a table to write with a row for each request, also where no metric can be computed.
 
     Raises BenchError when no request succeeds, when the load was never held, when a worker dies, or when there is no
     tokenizer to make prompts with; ServeError when nobody answers at `url`; ConfigError for a bad scenario.
@@ -83,6 +86,8 @@ def run_bench(
         connect=connect,
         quiet=quiet,
     )
+    if csv is not None:
+        save_requests_csv(run.answers, csv)
     measured = MeasuredLoad.of(run.records, concurrency=load.concurrency, num_gpus=run.num_gpus, limits=_limits(load))
     return BenchResult(scenario=load, **result_fields(run, measured, url=url, name=name, seed=seed))
 
@@ -162,6 +167,7 @@ def run_open_loop(
     tokenizer_folder: str | Path | None = None,
     name: str | None = None,
     workers: Workers = "auto",
+    csv: str | Path | None = None,
     connect: Connect = connect_triton,
     quiet: bool = False,
 ) -> OpenLoopResult:
@@ -209,6 +215,8 @@ def run_open_loop(
         connect=connect,
         quiet=quiet,
     )
+    if csv is not None:
+        save_requests_csv(run.answers, csv)
     measured = MeasuredLoad.of_open_loop(run.records, num_gpus=run.num_gpus, limits=_limits(load))
     queue = OfferedLoad.of(run.records, measured.window, max_send_delay_ms=run.max_send_delay_ms)
     return OpenLoopResult(scenario=load, queue=queue, **result_fields(run, measured, url=url, name=name, seed=seed))

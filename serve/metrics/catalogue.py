@@ -10,7 +10,7 @@ Conventions that differ between tools, and what is done here:
 - TPOT leaves the first token out: (last token - first token) / (tokens - 1). Tokens that all came in one response say
   nothing about it, and a TPOT of 0 would pass for the fastest of all.
 - output_tokens_per_s is that of the steady window; other tools divide all tokens by the whole run's time, idle tail
-  included, which is whole_run_output_tokens_per_s.
+  included, which is run_output_tokens_per_s.
 - requests_per_s is output_tokens_per_s / mean_output_tokens, so that it can be formed for other mean lengths too (the
   request-level efficiency of a reasoning effort); what an evaluation run completes is `measured_requests_per_s`.
 """
@@ -166,7 +166,7 @@ def _output_tokens_per_s_per_gpu(load: MeasuredLoad) -> float | None:
     return OUTPUT_TOKENS_PER_S.of(load) / load.num_gpus if load.num_gpus else None
 
 
-def _whole_run_output_tokens_per_s(load: MeasuredLoad) -> float | None:
+def _run_output_tokens_per_s(load: MeasuredLoad) -> float | None:
     tokens = sum(record.num_output_tokens for record in load.records if record.is_answered)
     run_ns = max(record.end_ns for record in load.records) - min(record.sent_ns for record in load.records)
     return tokens / run_ns * NANOSECONDS_PER_SECOND if run_ns else None
@@ -211,7 +211,7 @@ def _tpot_ms(record: RequestRecord) -> Iterator[float]:
         yield decode_ns / (record.num_output_tokens - 1) / NANOSECONDS_PER_MILLISECOND
 
 
-def _output_tokens_per_s_per_user(record: RequestRecord) -> Iterator[float]:
+def _tokens_per_s_per_user(record: RequestRecord) -> Iterator[float]:
     for tpot_ms in _tpot_ms(record):
         yield 1000 / tpot_ms
 
@@ -234,12 +234,12 @@ OUTPUT_TOKENS_PER_S_PER_GPU = ScalarMetric(
     prerequisite="the server's number of GPUs is 0 or unknown",
     compute=_output_tokens_per_s_per_gpu,
 )
-WHOLE_RUN_OUTPUT_TOKENS_PER_S = ScalarMetric(
-    tag="whole_run_output_tokens_per_s",
+RUN_OUTPUT_TOKENS_PER_S = ScalarMetric(
+    tag="run_output_tokens_per_s",
     unit="tok/s",
     formula="generated tokens of answered requests / from the first request sent to the last end",
     prerequisite="requests end in the instant they are sent",
-    compute=_whole_run_output_tokens_per_s,
+    compute=_run_output_tokens_per_s,
 )
 MEAN_OUTPUT_TOKENS = ScalarMetric(
     tag="mean_output_tokens",
@@ -290,12 +290,12 @@ TPOT_MS = DistributionMetric(
     prerequisite="no request streamed two responses",
     values=_tpot_ms,
 )
-OUTPUT_TOKENS_PER_S_PER_USER = DistributionMetric(
-    tag="output_tokens_per_s_per_user",
+TOKENS_PER_S_PER_USER = DistributionMetric(
+    tag="tokens_per_s_per_user",
     unit="tok/s/user",
     formula="interactivity: 1000 / TPOT in ms, per request",
     prerequisite="no request streamed two responses",
-    values=_output_tokens_per_s_per_user,
+    values=_tokens_per_s_per_user,
 )
 E2E_MS = DistributionMetric(
     tag="e2e_ms",
@@ -308,13 +308,13 @@ E2E_MS = DistributionMetric(
 SCALARS = (
     OUTPUT_TOKENS_PER_S,
     OUTPUT_TOKENS_PER_S_PER_GPU,
-    WHOLE_RUN_OUTPUT_TOKENS_PER_S,
+    RUN_OUTPUT_TOKENS_PER_S,
     MEAN_OUTPUT_TOKENS,
     REQUESTS_PER_S,
     GOODPUT_FRACTION,
     GOODPUT_REQUESTS_PER_S,
 )
-DISTRIBUTIONS = (TTFT_MS, ITL_MS, TPOT_MS, OUTPUT_TOKENS_PER_S_PER_USER, E2E_MS)
+DISTRIBUTIONS = (TTFT_MS, ITL_MS, TPOT_MS, TOKENS_PER_S_PER_USER, E2E_MS)
 METRICS: Mapping[str, Metric] = {metric.tag: metric for metric in (*SCALARS, *DISTRIBUTIONS)}
 
 

@@ -1,6 +1,7 @@
 """A child against one baseline: the ratios, and the refusal to form them where they would mean nothing.
 
     per_token_speedup       child tok/s / baseline tok/s (medians)
+    per_gpu_speedup         the same of tok/s a GPU, where the two ran on different numbers of GPUs (or ranks)
     requests_per_s          tok/s / mean tokens generated per request, at one reasoning effort
     relative_request_rate   child requests_per_s / baseline requests_per_s, at the same effort
     relative_request_rate_to_high   the same, but / baseline requests_per_s at its HIGH effort: the paper's other axis
@@ -56,6 +57,8 @@ class Comparison:
 
     baseline: str
     per_token_speedup: Ratio
+    per_gpu_speedup: Ratio | None
+    """Of the throughputs a GPU; None when both ran on as many, where it is the per-token speedup."""
     per_token_speedup_range: tuple[float, float] | None
     """Lowest and highest ratio of rounds measured in turn; None when they were not measured in turn."""
     break_even_length_ratio: Ratio
@@ -77,6 +80,7 @@ def compare(child: EngineMeasurement, baseline: EngineMeasurement) -> Comparison
     return Comparison(
         baseline=baseline.name,
         per_token_speedup=speedup,
+        per_gpu_speedup=_per_gpu_speedup(child, baseline, silent),
         break_even_length_ratio=speedup,
         per_token_speedup_range=paired_range(child, baseline),
         uncapped_per_token_speedup=(
@@ -158,6 +162,13 @@ def _by_effort(
 
 def _speedup(child: Spread, baseline: Spread, zero_reason: str) -> Ratio:
     return Ratio.of(child.median, baseline.median, zero_reason=zero_reason)
+
+
+def _per_gpu_speedup(child: EngineMeasurement, baseline: EngineMeasurement, silent: str) -> Ratio | None:
+    if child.total_ranks == baseline.total_ranks:
+        return None
+    ours, theirs = (engine.output_tokens_per_s.median / engine.total_ranks for engine in (child, baseline))
+    return Ratio.of(ours, theirs, zero_reason=silent)
 
 
 def paired_range(child: EngineMeasurement, baseline: EngineMeasurement) -> tuple[float, float] | None:

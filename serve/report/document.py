@@ -23,6 +23,7 @@ RESERVED_KEYS = ("kind", "schema_version", "report", "scenario", "notes", "defin
 DEFINITIONS: Mapping[str, str] = {
     "output_tokens_per_s": "generated tokens / wall time of the steady window; median over interleaved rounds",
     "per_token_speedup": "child output_tokens_per_s / baseline output_tokens_per_s",
+    "per_gpu_speedup": "the same of output_tokens_per_s / (num_ranks x num_instances); only where these differ",
     "per_token_speedup_range": "lowest and highest ratio of rounds measured in turn; null for rounds that were not",
     "mean_output_tokens": "generated tokens / answered problems at one reasoning effort",
     "requests_per_s": "output_tokens_per_s / mean_output_tokens: request-level efficiency; the throughput is the "
@@ -155,6 +156,8 @@ def comparison_entry(comparison: Comparison) -> dict[str, Any]:
             for effort, result in comparison.efforts.items()
         },
     }
+    if comparison.per_gpu_speedup is not None:
+        entry |= _ratio_entry("per_gpu_speedup", comparison.per_gpu_speedup)
     if comparison.uncapped_per_token_speedup is not None:
         entry |= _ratio_entry("uncapped_per_token_speedup", comparison.uncapped_per_token_speedup)
     return entry

@@ -57,6 +57,8 @@ def _efforts(report: Report) -> str:
 
 def _ratios(comparison: Comparison) -> str:
     rows = [["", "tokens/s", _with_interval(comparison.per_token_speedup)]]
+    if comparison.per_gpu_speedup is not None:
+        rows.append(["", "tokens/s, each GPU or rank", _with_interval(comparison.per_gpu_speedup)])
     break_even = show_ratio(comparison.break_even_length_ratio)
     rows.append(["", "break-even length ratio", f"{break_even} the baseline's tokens a request"])
     for effort, result in comparison.efforts.items():

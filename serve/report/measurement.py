@@ -113,6 +113,11 @@ class EngineMeasurement(ResultFile):
         return self.output_tokens_per_s.median / self.efforts[effort].mean_output_tokens
 
     @property
+    def total_ranks(self) -> int:
+        """GPUs (or processes of the reference runtime) behind the throughput."""
+        return self.num_ranks * self.num_instances
+
+    @property
     def sequences_held(self) -> int | None:
         """Finished-length sequences that the memory holds beside the weights, packed ideally.
 

@@ -75,9 +75,12 @@ def _on_pair(child: EngineMeasurement, baseline: EngineMeasurement) -> Iterator[
         yield f"{child.name} and {baseline.name}: {found}, so their difference in throughput is not resolved."
     if child.memory_bytes != baseline.memory_bytes:
         yield f"{child.name} and {baseline.name} were given different memory."
-    ours, theirs = (engine.num_ranks * engine.num_instances for engine in (child, baseline))
+    ours, theirs = child.total_ranks, baseline.total_ranks
     if ours != theirs:
-        yield f"{child.name} and {baseline.name} ran on different numbers of GPUs or ranks: {ours} and {theirs}."
+        yield (
+            f"{child.name} and {baseline.name} ran on different numbers of GPUs or ranks: {ours} and {theirs}. "
+            "Ratios of tokens and requests per second are those of all together, unless they say otherwise."
+        )
     if str(child.provenance.hardware) != str(baseline.provenance.hardware):
         yield f"{child.name} and {baseline.name} were measured on different machines."
 

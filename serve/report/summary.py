@@ -115,6 +115,9 @@ def _throughput_sentences(report: Report) -> Sequence[str]:
         [f"{show_ratio(first.per_token_speedup)} the tokens per second of {first.baseline}", *others]
     )
     sentences = [f"{given}{child.name} generates {against}."]
+    if first.per_gpu_speedup is not None:
+        each = show_ratio(first.per_gpu_speedup)
+        sentences.append(f"For each GPU or rank the ratio to {first.baseline} is {each}.")
     if first.uncapped_per_token_speedup is not None:
         ratio = show_ratio(first.uncapped_per_token_speedup)
         sentences.append(f"Without a memory limit the ratio to {first.baseline} is {ratio}.")

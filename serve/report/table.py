@@ -101,6 +101,8 @@ _ENGINE_ROWS: tuple[tuple[str, Show], ...] = (
 
 def _engine_ratios(comparison: Comparison) -> Iterator[tuple[str, Ratio]]:
     yield f"speedup vs {comparison.baseline}", comparison.per_token_speedup
+    if comparison.per_gpu_speedup is not None:
+        yield "  each GPU or rank", comparison.per_gpu_speedup
     if comparison.uncapped_per_token_speedup is not None:
         yield "  no memory limit", comparison.uncapped_per_token_speedup
 

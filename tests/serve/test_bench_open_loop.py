@@ -104,6 +104,14 @@ def test_the_result_says_what_was_offered_and_achieved(tokenizer_folder, tmp_pat
     assert OpenLoopResult.load(result.save(tmp_path / "open.json")) == result
 
 
+def test_the_csv_has_the_scheduled_arrivals(tokenizer_folder, tmp_path):
+    bench(FakeClient(one_token_a_response), tokenizer_folder, csv=tmp_path / "open.csv")
+    lines = (tmp_path / "open.csv").read_text().splitlines()
+    sent = [float(line.split(",")[4]) for line in lines[1:]]
+    schedule = arrival_times_ns(30, request_rate=OPEN.request_rate, arrival=OPEN.arrival, seed=0)
+    assert sent == pytest.approx([time_ns / 1e9 for time_ns in schedule], abs=1e-6)
+
+
 def test_an_open_loop_is_no_bench_result(tokenizer_folder, tmp_path):
     file = bench(FakeClient(one_token_a_response), tokenizer_folder).save(tmp_path / "open.json")
     with pytest.raises(ConfigError, match=r"kind: another kind of file \(found open_loop_bench, expected bench\)"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from types import SimpleNamespace
 
@@ -95,6 +97,25 @@ def test_a_file_of_another_kind_or_with_unknown_keys_is_refused(tokenizer_folder
     file.write_text(json.dumps(json.loads(file.read_text()) | {"surprise": 1}))
     with pytest.raises(ConfigError, match=r"bench\.json: surprise: Extra inputs are not permitted"):
         BenchResult.load(file)
+
+
+def test_the_csv_has_a_row_a_request_from_which_the_metrics_can_be_computed(tokenizer_folder, tmp_path):
+    def script(index, request):
+        return ServeError("queue is full", status="UNAVAILABLE") if index == 5 else one_token_a_response(0, request)
+
+    file = tmp_path / "requests.csv"
+    result = bench(FakeClient(script), tokenizer_folder, warmup_requests=0, csv=file)
+    rows = list(csv.DictReader(io.StringIO(file.read_text())))
+    assert [row["status"] for row in rows] == ["completed"] * 5 + ["failed"] + ["completed"] * 2
+    assert (rows[5]["error"], rows[5]["output_tokens"], rows[5]["first_token_s"]) == ("queue is full", "0", "")
+    assert rows[0] | {"input_tokens": "6", "output_tokens": "4", "sent_s": "0.000000", "error": ""} == rows[0]
+    answered = [{key: float(row[key]) for key in row if key.endswith("_s")} for row in rows if not row["error"]]
+    for tag, values in (
+        ("ttft_ms", [row["first_token_s"] - row["sent_s"] for row in answered]),
+        ("tpot_ms", [(row["last_token_s"] - row["first_token_s"]) / 3 for row in answered]),
+        ("e2e_ms", [row["end_s"] - row["sent_s"] for row in answered]),
+    ):
+        assert result.distributions[tag].max == pytest.approx(1000 * max(values), abs=0.01)
 
 
 def test_failures_are_counted_with_their_reasons(tokenizer_folder):

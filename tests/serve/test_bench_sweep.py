@@ -207,7 +207,6 @@ def test_the_csv_has_a_row_a_point_and_an_empty_cell_for_what_is_absent(template
     [
         (("--sweep", "1,2", "--concurrency", "2"), "--sweep: excludes --concurrency"),
         (("--sweep", "1,two"), "--sweep: must be concurrencies (found 1,two"),
-        (("--csv", "x.csv"), "--csv: needs --sweep"),
     ],
 )
 def test_wrong_options_are_one_line(options, line):

@@ -18,6 +18,7 @@ from puzzle_trtllm.serve.bench.result import (
     metric_facts,
     show_lengths,
 )
+from puzzle_trtllm.serve.metrics.catalogue import DISTRIBUTIONS, SCALARS
 from puzzle_trtllm.serve.metrics.queue import OfferedLoad
 from puzzle_trtllm.serve.metrics.records import RequestCounts
 from puzzle_trtllm.serve.metrics.statistics import Distribution
@@ -79,6 +80,15 @@ def test_every_statistic_stands_in_its_column():
     }
     assert lines[0] == "parent: tiny, 1,024 in, 128 out"
     assert caption(bench()) == "8 in flight for 2.5 s; requests: 60 completed, 4 failed"
+
+
+def test_no_digit_is_lost_in_80_columns():
+    latencies = {metric.tag: Distribution.of([123_456.0]) for metric in DISTRIBUTIONS}
+    rates = {metric.tag: 654_321.0 for metric in SCALARS}
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(bench(scalars=rates, distributions=latencies))
+    text = console.export_text()
+    assert text.count("123,456") == 5 * len(DISTRIBUTIONS) and text.count("654,321") == len(SCALARS)
 
 
 def test_what_makes_numbers_doubtful_stands_below_them():

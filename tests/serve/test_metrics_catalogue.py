@@ -31,7 +31,7 @@ def test_scalars():
     assert values["output_tokens_per_s"] == pytest.approx(14.0)
     assert values["output_tokens_per_s_per_gpu"] == pytest.approx(7.0)
     # The whole run, as other tools count: all 9 tokens, from 0 to C's end at 1 s, though C was alone for half of it.
-    assert values["whole_run_output_tokens_per_s"] == pytest.approx(9.0)
+    assert values["run_output_tokens_per_s"] == pytest.approx(9.0)
     assert values["mean_output_tokens"] == pytest.approx(3.0)
     assert values["requests_per_s"] == pytest.approx(14 / 3)
 
@@ -44,7 +44,7 @@ def test_latencies():
     assert (itl.count, itl.p50, itl.p90, itl.max) == (6, pytest.approx(150), pytest.approx(300), 400)
     assert values["tpot_ms"].mean == pytest.approx((150 + 400 / 3 + 400) / 3)
     # 1000 / 150, 3000 / 400 and 1000 / 400 tokens a second.
-    per_user = values["output_tokens_per_s_per_user"]
+    per_user = values["tokens_per_s_per_user"]
     assert (per_user.min, per_user.p50, per_user.max) == pytest.approx((2.5, 1000 / 150, 7.5))
     assert (values["e2e_ms"].min, values["e2e_ms"].p50, values["e2e_ms"].max) == (400, 500, 600)
 
@@ -121,7 +121,7 @@ def test_what_cannot_be_computed_is_absent_with_its_reason_and_never_zero():
         "goodput_requests_per_s": "the load sets no latency limit",
         "itl_ms": "no request streamed two responses",
         "tpot_ms": "no request streamed two responses",
-        "output_tokens_per_s_per_user": "no request streamed two responses",
+        "tokens_per_s_per_user": "no request streamed two responses",
     }
     assert not set(values.absent) & (set(values.scalars) | set(values.distributions))
     with pytest.raises(BenchError, match="itl_ms: cannot be computed: no request streamed two responses"):

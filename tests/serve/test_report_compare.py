@@ -13,8 +13,13 @@ from puzzle_trtllm.serve.metrics.records import RequestCounts
 from puzzle_trtllm.serve.metrics.statistics import Spread
 from puzzle_trtllm.serve.metrics.units import show_number
 from puzzle_trtllm.serve.report.compare import compare
+from puzzle_trtllm.serve.report.document import comparison_entry
+from puzzle_trtllm.serve.report.maker import assemble_report
+from puzzle_trtllm.serve.report.markdown import render_markdown
 from puzzle_trtllm.serve.report.measurement import LayerBlock
 from puzzle_trtllm.serve.report.notes import notes_on
+from puzzle_trtllm.serve.report.summary import headline
+from puzzle_trtllm.serve.report.table import engine_table
 from tests.serve.measurements import EVALUATION, PROVENANCE, SCENARIO, effort, family, measurement
 
 PARENT, PARENT_FP8, CHILD = family()
@@ -88,17 +93,35 @@ def test_several_ranks_hold_a_part_of_a_sequence_each_so_none_are_counted():
     ("ours", "theirs", "told"),
     [
         ({"num_ranks": 8}, {"num_instances": 8}, None),
-        ({"num_ranks": 8}, {}, "child and parent_bf16 ran on different numbers of GPUs or ranks: 8 and 1."),
+        ({"num_ranks": 8}, {}, "8 and 1."),
         (
             {"num_ranks": 2, "num_instances": 2},
             {"num_ranks": 8},
-            "child and parent_bf16 ran on different numbers of GPUs or ranks: 4 and 8.",
+            "4 and 8.",
         ),
     ],
 )
 def test_more_gpus_are_told(ours, theirs, told):
     engines = [PARENT.model_copy(update=theirs), CHILD.model_copy(update=ours)]
-    assert notes_on(engines, baselines=["parent_bf16"], child="child") == ([told] if told else [])
+    notes = notes_on(engines, baselines=["parent_bf16"], child="child")
+    assert len(notes) == (1 if told else 0)
+    if told:
+        assert notes[0].startswith(f"child and parent_bf16 ran on different numbers of GPUs or ranks: {told} Ratios")
+
+
+def test_a_child_on_more_gpus_has_a_speedup_for_each_of_them():
+    # 200 tok/s on 8 GPUs against 100 on 2 x 1: twice in all, half for each.
+    child = CHILD.model_copy(update={"num_ranks": 8})
+    parent = PARENT.model_copy(update={"num_instances": 2})
+    result = compare(child, parent)
+    assert (result.per_token_speedup.value, result.per_gpu_speedup.value) == (2.0, 0.5)
+    assert comparison_entry(result)["per_gpu_speedup"] == 0.5
+    report = assemble_report([parent, child], baselines=["parent_bf16"], child="child", title="t")
+    assert "For each GPU or rank the ratio to parent_bf16 is 0.50×." in headline(report)
+    assert "| tokens/s, each GPU or rank | 0.50× |" in render_markdown(report)
+    labels = list(engine_table(report).columns[0].cells)
+    assert labels[labels.index("speedup vs parent_bf16") + 1] == "  each GPU or rank"
+    assert compare(CHILD, PARENT).per_gpu_speedup is None
 
 
 def other_load(**changes):
