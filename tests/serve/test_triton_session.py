@@ -376,3 +376,16 @@ def test_a_reply_says_nothing_after_its_end() -> None:
     outbox.close()
     assert sender.responses == [(("CANCELLED", "first"), 1)]
     assert not reply.is_cancelled()
+
+
+def test_a_request_that_the_server_has_closed_is_logged_and_the_others_are_answered() -> None:
+    lines: list[str] = []
+    outbox = Outbox(Encoder(), room=lambda: 1 << 30, log=lines.append)
+    closed, other = Sender(), Sender()
+    closed.closed = True
+    for sender in (closed, other):
+        outbox.open_reply(sender, ReplyFormat()).update(Snapshot("a", [1], 1, True, "stop", None, None, []))
+    outbox.close()
+    assert (closed.responses, other.responses) == ([], [({"text_output": [b"a"]}, 1)])
+    assert (outbox.responses_sent, outbox.answers_sent) == (1, 1)
+    assert lines == ["a last response could not be sent: RuntimeError: Response sender has been closed."]
