@@ -124,6 +124,10 @@ def test_activations_are_the_larger_of_experts_and_logits() -> None:
     assert activation_bytes(CHILD, layout("tp1"), few) == 8192 * 2 * (2 * 2880 + 4 * (3 * 2880 + 2880))
     assert activation_bytes(CHILD, layout("tp1"), many) == 8192 * 201088 * 4
     assert activation_bytes(CHILD, layout("tp2"), many) == 8192 * 201088 * 4 // 2
+    # A step of 8192 tokens has no more rows of logits.
+    assert activation_bytes(CHILD, layout("tp1"), Assumptions(max_batch_size=10_000)) == 8192 * 201088 * 4
+    # dep8: the inputs of the seven other GPUs beside its own
+    assert activation_bytes(CHILD, layout("dep8"), few) == 8192 * 2 * ((2 + 7) * 2880 + 4 * (3 * 2880 + 2880))
 
 
 def test_every_assumption_has_a_reason_and_a_changed_one_says_so() -> None:

@@ -41,6 +41,22 @@ def test_a_cell_is_the_ratio_of_two_plans(map_: Comparison) -> None:
     assert cell.text == f"{child / parent:.2f}x"
 
 
+def test_a_cell_in_json_has_both_rates_and_layouts_and_nothing_where_nothing_fits(map_: Comparison) -> None:
+    cells = map_.to_json()["cells"]
+    assert [(cell["gpu"], cell["num_gpus"], cell["isl"]) for cell in cells] == [
+        (cell.gpu, cell.num_gpus, cell.load.isl) for row in map_.rows for cell in row
+    ]
+    by_setup = {(cell["gpu"], cell["num_gpus"], cell["isl"]): cell for cell in cells}
+    fits, no_room = by_setup["h100-80gb", 8, 65536], by_setup["l40s-48gb", 1, 4096]
+    assert fits["speedup"] == pytest.approx(fits["child_tokens_per_s"] / fits["parent_tokens_per_s"])
+    setup = {"gpu": load_gpu("h100-80gb"), "num_gpus": 8, "load": Load(isl=65536, osl=65536)}
+    for name, model in (("child", CHILD), ("parent", PARENT)):
+        p = plan(model, **setup)
+        assert (fits[f"{name}_tokens_per_s"], fits[f"{name}_layout"]) == (p.tokens_per_s, p.setup.layout.name)
+    assert no_room["verdict"] == "no room"
+    assert {no_room[f"{model}_{key}"] for model in ("child", "parent") for key in ("tokens_per_s", "layout")} == {None}
+
+
 def test_long_sequences_and_small_memory_pay_most(map_: Comparison) -> None:
     speedup = {(c.gpu, c.num_gpus, c.load.isl): c.speedup for row in map_.rows for c in row}
     assert (speedup["h100-80gb", 8, 65536] or 0) > (speedup["h100-80gb", 8, 4096] or 9)

@@ -194,6 +194,20 @@ def test_a_plan_of_eight_gpus_is_whole() -> None:
     assert value["max_sequences"]["trtllm_v1_tuned"] > value["max_sequences"]["trtllm_v1_equal"]
 
 
+@pytest.mark.parametrize(
+    ("name", "isl", "osl", "expected"),
+    [
+        ("h100-80gb", 65536, 65536, True),
+        ("h100-80gb", 512, 256, True),
+        ("h200-141gb", 512, 256, False),  # 2048 fit, and the engine takes no more
+        ("h100-80gb", 131071, 1, False),  # prompts take all the time, however many are in flight
+    ],
+)
+def test_memory_is_a_bound_where_more_sequences_would_be_faster(name: str, isl: int, osl: int, expected: bool) -> None:
+    p = plan(CHILD, gpu=load_gpu(name), num_gpus=1, load=Load(isl=isl, osl=osl))
+    assert (p.best.batch == p.max_batch, p.is_capacity_bound) == (True, expected)
+
+
 def test_a_wanted_batch_is_kept_or_refused() -> None:
     gpu, load = load_gpu("h100-80gb"), Load(isl=65536, osl=65536)
     p = plan(CHILD, gpu=gpu, num_gpus=8, load=load, layout="dep8", batch=16)

@@ -32,6 +32,7 @@ def test_by_hand() -> None:
     [
         (((4, 100.0), (4, 200.0)), "two positive rates at two batches"),
         (((4, 100.0), (8, 0.0)), "two positive rates"),
+        (((4, 0.0), (8, 100.0)), "two positive rates"),
         (((4, 100.0), (8, 300.0)), "no step of a"),
         (((4, 100.0), (8, 90.0)), "no step of a"),
     ],

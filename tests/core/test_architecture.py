@@ -173,20 +173,31 @@ class TestForms:
 
 class TestRotaryFrequencies:
     @pytest.mark.parametrize("truncate", [True, False])
-    @pytest.mark.parametrize("factor", [1.0, 8.0, 32.0])
-    def test_equal_transformers(self, factor, truncate):
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"factor": 1.0},
+            {"factor": 8.0},
+            {},
+            {"original_max_position_embeddings": 8},  # the blend would begin below the first pair
+            {"original_max_position_embeddings": 131072, "rope_theta": 2.0},  # and end behind the last
+            {"beta_fast": 1.0},  # no blend at all
+        ],
+    )
+    def test_equal_transformers(self, changes, truncate):
         pytest.importorskip("torch")
         from transformers import GptOssConfig
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         block = {
             "rope_type": "yarn",
-            "factor": factor,
+            "factor": 32.0,
             "original_max_position_embeddings": 4096,
             "beta_fast": 32.0,
             "beta_slow": 1.0,
             "truncate": truncate,
             "rope_theta": 150000.0,
+            **changes,
         }
         theirs, scaling = ROPE_INIT_FUNCTIONS["yarn"](GptOssConfig(rope_parameters=block, head_dim=64), device="cpu")
         config = toy_config(toy_architecture([(4, None)]))

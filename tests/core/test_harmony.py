@@ -123,6 +123,7 @@ def test_analysis_tokens_are_counted_without_the_format_around_them():
          [(Header(channel="commentary", recipient="functions.f"), "{}")]),
         (["<|channel|>", "final", "<|message|>", "1", "<|channel|>", "final", "<|message|>", "2"],
          [(Header(), "1"), (Header(), "2")]),  # an <|end|> forgotten
+        (["<|message|>", "42", END, "and so on"], [(Header(), "42")]),  # text where a header is due
     ],
 )  # fmt: skip
 def test_generations_cut_or_malformed(parts, messages):

@@ -263,3 +263,21 @@ def test_what_a_model_cannot_have_is_named(llm_args, key, expected):
     found = Parallelism.from_llm_args(llm_args)
     problems = [*found.problems(a), *found.width_problems(a)]
     assert (key, expected) in [(key, expected) for key, _, expected in problems]
+
+
+def test_kv_heads_are_dealt_or_repeated_evenly_unless_every_rank_has_them_all():
+    a = toy_architecture([(4, None)], num_attention_heads=12, num_key_value_heads=6)
+    four = Parallelism(tensor=4, moe_expert=4)
+    assert list(four.problems(a)) == [("tensor_parallel_size", 4, "a divisor or a multiple of the 6 KV heads")]
+    assert list(four.problems(a, attention_dp=True)) == []
+    for ranks in (1, 2, 3, 6, 12):
+        assert list(Parallelism(tensor=ranks, moe_tensor=ranks).problems(a)) == []
+
+
+def test_a_width_is_cut_into_as_many_parts_as_it_has_blocks_and_no_more():
+    for experts_format, most in (("mxfp4", 9), ("bf16", 288)):
+        a = toy_architecture([(4, None)], intermediate_size=288, experts_format=experts_format)
+        assert list(Parallelism(tensor=most, moe_tensor=most).width_problems(a)) == []
+        (problem,) = Parallelism(tensor=most + 1, moe_tensor=most + 1).width_problems(a)
+        assert problem[:2] == ("moe_tensor_parallel_size", most + 1)
+        assert problem[2].startswith(f"at most {most}: ")

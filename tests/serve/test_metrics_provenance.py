@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import psutil
 import pytest
 
@@ -37,6 +40,22 @@ def test_the_gpus_and_their_driver_are_what_nvidia_smi_says(tmp_path, monkeypatc
     assert (hardware.gpus, hardware.gpu_driver) == ([], None)
 
 
+def test_the_processor_is_what_linux_calls_it():
+    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    assert Hardware.of_this_machine().cpu_model == (names[0].strip() if names else None)
+
+
+def test_a_machine_in_words():
+    cards = Hardware(cpu_model="EPYC", cpu_cores=2, memory_bytes=24 * 2**30, gpus=["H100", "H200"])
+    assert str(cards) == "EPYC, 2 cores, 24 GiB, H100, H200"
+    assert str(Hardware(cpu_model=None, cpu_cores=1, memory_bytes=None, gpus=[])) == "unknown CPU, 1 cores"
+
+
+def test_an_installed_package_has_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(puzzle_trtllm, "__file__", str(tmp_path / "site-packages" / "puzzle_trtllm" / "__init__.py"))
+    assert Provenance.collect().git_commit is None
+
+
 @pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="not a git checkout")
 def test_the_commit():
     command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
@@ -50,6 +69,7 @@ def test_versions_and_command_line(monkeypatch):
     assert found.command_line == "puzzle-trtllm bench --name 'two words'"
     assert found.versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found.versions["puzzle-trtllm"] == puzzle_trtllm.__version__
+    assert found.versions["numpy"] == numpy.__version__
     assert found.engine is None
 
 
@@ -61,3 +81,12 @@ def test_the_engine_brings_its_manifest_and_its_arguments(make_checkpoint, tmp_p
     assert found.num_gpus == 0  # the reference runtime's tensor_parallel_size are processes, not GPUs
     with pytest.raises(EngineError, match="missing"):
         Provenance.collect(engine=tmp_path)
+
+
+def test_an_engine_of_tensorrt_llm_has_as_many_gpus_as_ranks(make_checkpoint, tmp_path):
+    """Throughput a GPU is divided by them."""
+    for ranks, llm_args in ((1, {}), (8, {"tensor_parallel_size": 8})):
+        engine = scripted_engine(tmp_path / f"engine{ranks}", make_checkpoint([(4, None)]), **llm_args)
+        manifest = engine.path / "engine.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"runtime": "tensorrt_llm"}))
+        assert Provenance.collect(engine=engine.path).engine.num_gpus == ranks

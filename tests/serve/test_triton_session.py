@@ -390,3 +390,16 @@ def test_a_reply_says_nothing_after_its_end() -> None:
 )
 def test_a_client_that_has_gone_is_looked_for_every_fifty_ms_while_that_is_possible(spent_ms, pause_ms) -> None:
     assert pause_after_sweep(spent_ms / 1e3, period_s=0.025) == pytest.approx(pause_ms / 1e3)
+
+
+def test_a_request_that_the_server_has_closed_is_logged_and_the_others_are_answered() -> None:
+    lines: list[str] = []
+    outbox = Outbox(Encoder(), room=lambda: 1 << 30, log=lines.append)
+    closed, other = Sender(), Sender()
+    closed.closed = True
+    for sender in (closed, other):
+        outbox.open_reply(sender, ReplyFormat()).update(Snapshot("a", [1], 1, True, "stop", None, None, []))
+    outbox.close()
+    assert (closed.responses, other.responses) == ([], [({"text_output": [b"a"]}, 1)])
+    assert (outbox.responses_sent, outbox.answers_sent) == (1, 1)
+    assert lines == ["a last response could not be sent: RuntimeError: Response sender has been closed."]
