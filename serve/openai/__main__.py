@@ -20,7 +20,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m puzzle_trtllm.serve.openai", description=__doc__)
     parser.add_argument("engine", help="engine folder: its tokenizer, chat template and limits")
     parser.add_argument("--grpc-url", required=True, help="host:port of Triton's gRPC endpoint")
-    parser.add_argument("--metrics-url", help="Triton's metrics, from which /health reads whether the engine is up")
+    parser.add_argument("--metrics-url", help="Triton's metrics, for /metrics and for /health: is the engine up?")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=9000, help="default 9000")
     parser.add_argument("--model", help="name of the model; default: the engine folder's")
@@ -42,7 +42,7 @@ def _serve(options: argparse.Namespace) -> None:
     from puzzle_trtllm.serve.openai.app import check_server, make_app
     from puzzle_trtllm.serve.openai.model_card import ModelCard
     from puzzle_trtllm.serve.triton.ports import choose_ports
-    from puzzle_trtllm.serve.triton.probe import read_metrics, values_of
+    from puzzle_trtllm.serve.triton.probe import metrics_text, read_metrics, values_of
 
     def is_healthy() -> bool:
         if options.metrics_url is None:
@@ -50,12 +50,15 @@ def _serve(options: argparse.Namespace) -> None:
         metrics = read_metrics(options.metrics_url)
         return metrics is not None and 0 not in values_of(metrics, "puzzle_engine_up")
 
+    def metrics() -> str | None:
+        return None if options.metrics_url is None else metrics_text(options.metrics_url)
+
     secret = None if options.secret is None else read_secret(options.secret)
     card = ModelCard.of_engine(Engine.open(options.engine), options.model)
     client = TritonLlmClient(options.grpc_url, secret=secret)
     choose_ports(options.host, {"OpenAI": options.port})
     asyncio.run(check_server(client))
-    app = make_app(card, client, api_key=secret, is_healthy=is_healthy)
+    app = make_app(card, client, api_key=secret, is_healthy=is_healthy, metrics=metrics)
     uvicorn.run(
         app, host=options.host, port=options.port, log_level="warning", access_log=False, timeout_graceful_shutdown=3
     )

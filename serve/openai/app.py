@@ -16,7 +16,7 @@ from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanage
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -24,7 +24,7 @@ from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.bench.target import Target
 from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.openai.answers import AnswerStream, Part
-from puzzle_trtllm.serve.openai.errors import ApiError, error_of_server
+from puzzle_trtllm.serve.openai.errors import ApiError, error_of_server, unavailable
 from puzzle_trtllm.serve.openai.model_card import ModelCard
 from puzzle_trtllm.serve.openai.protocol import ChatRequest, CompletionRequest, StreamOptions
 from puzzle_trtllm.serve.openai.replies import Reply, usage_json
@@ -32,6 +32,7 @@ from puzzle_trtllm.serve.triton.session import LONG_TEXTS_AT_ONCE
 
 T = TypeVar("T")
 IsHealthy = Callable[[], bool]
+Metrics = Callable[[], str | None]
 CLIENT_GONE = 499
 """nginx's status for a client that did not wait; nobody reads it."""
 MAX_BODY_BYTES = 16 << 20
@@ -47,10 +48,11 @@ def make_app(
     *,
     api_key: str | None = None,
     is_healthy: IsHealthy = lambda: True,
+    metrics: Metrics = lambda: None,
 ) -> FastAPI:
-    """The application in front of `client`. With `api_key`, /v1 wants `Authorization: Bearer KEY`.
+    """The application in front of `client`. With `api_key`, all but /health wants `Authorization: Bearer KEY`.
 
-    is_healthy: asked, in a thread, at every GET /health.
+    is_healthy, metrics: asked, in a thread, at every GET of /health and /metrics.
     """
 
     @asynccontextmanager
@@ -106,15 +108,21 @@ def make_app(
 
     async def health(request: Request) -> Response:
         if not await asyncio.to_thread(is_healthy):
-            message = "the engine or its server is down"
-            raise ApiError(message, status=503, kind="service_unavailable_error", code="unavailable")
+            raise unavailable("the engine or its server is down")
         return JSONResponse({"status": "ok"})
+
+    async def server_metrics(request: Request) -> Response:
+        text = await asyncio.to_thread(metrics)
+        if text is None:
+            raise unavailable("the server's metrics cannot be read")
+        return PlainTextResponse(text)
 
     for method, path, route in (
         ("POST", "/v1/chat/completions", chat_completions),
         ("POST", "/v1/completions", completions),
         ("GET", "/v1/models", models),
         ("GET", "/v1/models/{name:path}", one_model),
+        ("GET", "/metrics", server_metrics),
     ):
         app.add_api_route(path, _guarded(route, api_key), methods=[method])
     app.add_api_route("/health", health, methods=["GET"])

@@ -30,12 +30,17 @@ def unsupported(param: str, why: str) -> ApiError:
     return ApiError(f"{param}: {why}", param=param, code="unsupported_parameter")
 
 
+def unavailable(message: str, *, code: str = "unavailable") -> ApiError:
+    """Not now."""
+    return ApiError(message, status=503, kind="service_unavailable_error", code=code)
+
+
 def error_of_server(error: ServeError) -> ApiError:
     """What Triton's refusal means to an HTTP client: its fault 400, full or dead 503, anything else 500."""
     if error.status == "INVALID_ARGUMENT":
         return ApiError(str(error))
     if error.status in ("UNAVAILABLE", "NOT_FOUND", "DEADLINE_EXCEEDED"):
-        return ApiError(str(error), status=503, kind="service_unavailable_error", code="unavailable")
+        return unavailable(str(error))
     if error.status == "CANCELLED":
-        return ApiError(str(error), status=503, kind="service_unavailable_error", code="cancelled")
+        return unavailable(str(error), code="cancelled")
     return ApiError(str(error), status=500, kind="server_error", code="internal_error")

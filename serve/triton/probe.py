@@ -36,15 +36,22 @@ def hangs_up(url: str, *, timeout_s: float = _TIMEOUT_S) -> bool:
     return False
 
 
+def metrics_text(url: str) -> str | None:
+    """The page as it is; None where nobody answers."""
+    try:
+        with _NO_PROXY.open(url, timeout=_TIMEOUT_S) as response:
+            return str(response.read().decode())
+    except _NO_ANSWER:
+        return None
+
+
 def read_metrics(url: str) -> dict[str, float] | None:
     """Prometheus samples by `name` or `name{labels}`; None where nobody answers. Our own of one instance carry none.
 
     The label `model` that all our metrics have is left out of the key.
     """
-    try:
-        with _NO_PROXY.open(url, timeout=_TIMEOUT_S) as response:
-            text = response.read().decode()
-    except _NO_ANSWER:
+    text = metrics_text(url)
+    if text is None:
         return None
     samples = {}
     for name, labels, value in _SAMPLE.findall(text):

@@ -416,6 +416,20 @@ def test_with_an_api_key_only_those_who_know_it_get_in(card):
         assert openai.OpenAI(base_url=url, api_key="s" * 20).models.list().data
         status, error = refused(url.removesuffix("/v1") + "/health", None)
         assert (status, error["code"]) == (503, "unavailable")
+        assert refused(url.removesuffix("/v1") + "/metrics", None)[0] == 401
+
+
+@pytest.mark.parametrize("page", ["# TYPE up gauge\nup 1\n", None])
+def test_the_servers_metrics_are_where_load_generators_look_for_them(card, page):
+    """AIPerf reads /metrics of the URL that it loads, and cannot read Triton's, which answers HEAD with a body."""
+    with running_front(card, ScriptedTarget(), metrics=lambda: page) as url:
+        place = url.removesuffix("/v1") + "/metrics"
+        if page is None:
+            assert refused(place, None)[0] == 503
+        else:
+            with post(place, None) as response:
+                assert response.headers["content-type"].startswith("text/plain")
+                assert response.read().decode() == page
 
 
 def test_prompts_of_completions():

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from types import SimpleNamespace
 
 import openai
@@ -107,6 +108,12 @@ def test_the_command_line_takes_it_apart_too(served):
 def test_without_the_key_nobody_gets_in(served):
     with pytest.raises(openai.AuthenticationError):
         ask(SimpleNamespace(client=served.client.with_options(api_key="another-key-0123456789")))
+
+
+def test_tritons_metrics_pass_through_the_front_for_who_has_the_key(served):
+    page = served.openai_url.removesuffix("/v1") + "/metrics"
+    with urllib.request.urlopen(urllib.request.Request(page, headers={"authorization": f"Bearer {SECRET}"})) as answer:
+        assert 'puzzle_engine_up{model="tensorrt_llm"} 1' in answer.read().decode()
 
 
 def test_at_last_a_killed_front_ends_the_server_and_nothing_is_left(served):
