@@ -199,7 +199,9 @@ class TestRotaryFrequencies:
             "rope_theta": 150000.0,
             **changes,
         }
-        theirs, scaling = ROPE_INIT_FUNCTIONS["yarn"](GptOssConfig(rope_parameters=block, head_dim=64), device="cpu")
+        theirs, scaling = ROPE_INIT_FUNCTIONS["yarn"](
+            GptOssConfig(rope_scaling=block, rope_theta=150000.0, head_dim=64), device="cpu"
+        )
         config = toy_config(toy_architecture([(4, None)]))
         del config["rope_scaling"], config["rope_theta"]
         rope = PuzzleArchitecture.from_config({**config, "rope_parameters": block}).rope

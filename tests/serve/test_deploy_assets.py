@@ -186,6 +186,13 @@ def test_compose_gives_no_rights_of_root():
     assert (service["cap_drop"], service["security_opt"]) == (["ALL"], ["no-new-privileges:true"])
 
 
+def test_the_image_installs_what_the_package_asks_for():
+    ranges = re.findall(r"'([^']+>=[^']+)'", (DEPLOY / "Dockerfile").read_text())
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert len(ranges) == 6
+    assert [one for one in ranges if f'"{one}"' not in pyproject] == []
+
+
 def test_the_image_starts_what_build_writes():
     text = (DEPLOY / "Dockerfile").read_text()
     assert json.loads(re.search(r"^ENTRYPOINT (.*)$", text, re.MULTILINE)[1]) == ["/engine/launch/tritonserver.sh"]
