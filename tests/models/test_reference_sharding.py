@@ -242,11 +242,13 @@ def test_a_rank_reads_and_holds_its_part_alone(make_checkpoint):
         ({"tensor_parallel_size": 4, "moe_expert_parallel_size": 2}, (4, 2, 2)),
         ({"tensor_parallel_size": 4, "moe_tensor_parallel_size": 2}, (4, 2, 2)),
         ({"tensor_parallel_size": 4, "moe_expert_parallel_size": 4, "moe_tensor_parallel_size": -1}, (4, 4, 1)),
+        ({"tensor_parallel_size": 2, "moe_expert_parallel_size": 4}, (2, 4, 1)),
     ],
 )
 def test_sizes_follow_from_each_other_as_in_tensorrt_llm(llm_args, expected):
     sizes = Parallelism.from_llm_args(llm_args)
     assert (sizes.tensor, sizes.moe_expert, sizes.moe_tensor) == expected
+    assert Parallelism.from_llm_args({}) == Parallelism()
 
 
 @pytest.mark.parametrize(
