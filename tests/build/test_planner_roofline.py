@@ -208,6 +208,17 @@ def test_memory_is_a_bound_where_more_sequences_would_be_faster(name: str, isl: 
     assert (p.best.batch == p.max_batch, p.is_capacity_bound) == (True, expected)
 
 
+def test_replicas_add_up() -> None:
+    """Four of two GPUs each hold and deliver four times what one does."""
+    gpu, load = load_gpu("h100-80gb"), Load(isl=4096, osl=4096)
+    one, four = (plan(CHILD, gpu=gpu, num_gpus=gpus, load=load, layout="tp2") for gpus in (2, 8))
+    assert (four.setup.layout.name, four.best) == ("4 x tp2", one.best)
+    assert four.num_in_flight == 4 * one.num_in_flight == 4 * one.best.batch
+    assert four.tokens_per_s == 4 * one.tokens_per_s == 4 * one.best.expected_tokens_per_s
+    assert four.tokens_per_s_per_gpu == one.tokens_per_s_per_gpu == one.tokens_per_s / 2
+    assert four.sequences("ideal") == 4 * one.sequences("ideal")
+
+
 def test_a_wanted_batch_is_kept_or_refused() -> None:
     gpu, load = load_gpu("h100-80gb"), Load(isl=65536, osl=65536)
     p = plan(CHILD, gpu=gpu, num_gpus=8, load=load, layout="dep8", batch=16)

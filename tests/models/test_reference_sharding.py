@@ -206,6 +206,19 @@ def test_the_width_2880_on_four_and_eight_ranks():
         assert [shard.local.intermediate_size // 32 for shard in shards] == blocks
 
 
+def test_what_a_rank_computes_with_is_an_architecture_of_its_own():
+    """16 query and 8 KV heads, 9 blocks of width: of 16 ranks two share each KV head."""
+    a = toy_architecture(HETEROGENEOUS, **EIGHT_KV_HEADS)
+    local = [shard.local for shard in shards_of(a, Parallelism(tensor=4, moe_expert=2, moe_tensor=2))]
+    assert {(one.num_attention_heads, one.num_key_value_heads) for one in local} == {(4, 2)}
+    assert [one.intermediate_size // 32 for one in local] == [5, 5, 4, 4]
+    assert {one.blocks for one in local} == {a.blocks}  # the router knows all experts
+    many = shards_of(a, Parallelism(tensor=16, moe_expert=8, moe_tensor=2))
+    assert [shard.kv_heads.start for shard in many] == [rank // 2 for rank in range(16)]
+    assert {(one.local.num_attention_heads, one.local.num_key_value_heads) for one in many} == {(1, 1)}
+    assert Shard(architecture=a).local is a
+
+
 def test_a_rank_reads_and_holds_its_part_alone(make_checkpoint):
     folder = make_checkpoint(HETEROGENEOUS, **EIGHT_KV_HEADS)
     checkpoint = Checkpoint.open(folder)
@@ -229,11 +242,13 @@ def test_a_rank_reads_and_holds_its_part_alone(make_checkpoint):
         ({"tensor_parallel_size": 4, "moe_expert_parallel_size": 2}, (4, 2, 2)),
         ({"tensor_parallel_size": 4, "moe_tensor_parallel_size": 2}, (4, 2, 2)),
         ({"tensor_parallel_size": 4, "moe_expert_parallel_size": 4, "moe_tensor_parallel_size": -1}, (4, 4, 1)),
+        ({"tensor_parallel_size": 2, "moe_expert_parallel_size": 4}, (2, 4, 1)),
     ],
 )
 def test_sizes_follow_from_each_other_as_in_tensorrt_llm(llm_args, expected):
     sizes = Parallelism.from_llm_args(llm_args)
     assert (sizes.tensor, sizes.moe_expert, sizes.moe_tensor) == expected
+    assert Parallelism.from_llm_args({}) == Parallelism()
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_two_ranks_generate_what_one_generates_and_leave_no_process(child, expec
         assert [rank["rank"] for rank in ranks] == [0, 1]
         assert pids[0] == llm.engine_pid and len(set(pids)) == 2
         assert [rank["experts"] for rank in ranks] == [[8, 4, 12]] * 2
-        assert [rank["kv_heads"] for rank in ranks] == [4, 4]
+        assert [(rank["query_heads"], rank["kv_heads"]) for rank in ranks] == [(8, 4)] * 2
         free = llm.get_stats()[0]["kvCacheStats"]
         assert free["freeNumBlocks"] == free["maxNumBlocks"]
         assert list(tmp_path.iterdir()) == [], "what a front that is killed would leave"

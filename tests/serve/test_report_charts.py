@@ -223,6 +223,14 @@ def test_the_frontier_chart_places_rates_by_their_ratio_and_accuracies_with_thei
     )
 
 
+def test_the_frontier_chart_names_its_axes_and_their_ticks():
+    parent, _, child = family()
+    svg = frontier_chart([parent, child], {parent.name: "s0", child.name: "child"}, baseline=parent)
+    words = {element.text for element in ElementTree.fromstring(svg).iter("text")}
+    assert {"request rate relative to parent_bf16 at high effort", "accuracy"} <= words
+    assert {"0%", "20%", "100%", "1×", "2×", "5×", "10×", "20×"} <= words
+
+
 def test_rates_that_are_near_stand_on_a_linear_axis_from_zero():
     near = {"low": effort(0.5, 100), "high": effort(0.9, 200)}
     engine = measurement("one", [100.0], efforts=near)
