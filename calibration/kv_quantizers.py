@@ -13,9 +13,12 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from importlib.metadata import version
 from typing import Any
 
 from torch import nn
+
+from puzzle_trtllm.errors import CalibrationError
 
 
 @contextmanager
@@ -30,6 +33,7 @@ def calibrate_max(model: Any, forward_loop: Callable[[Any], None]) -> None:
     """Give the attention of `model` KV quantizers and run `forward_loop(model)` under max calibration.
 
     Every other quantizer is off. During the loop nothing is quantized: the amax are those of the exact model.
+    Raises CalibrationError for a ModelOpt whose configs are not yet lists, such as the one beside TensorRT-LLM.
     """
     model.config._experts_implementation = "eager"
     attention = nn.ModuleList(layer.self_attn for layer in model.model.layers)
@@ -37,8 +41,12 @@ def calibrate_max(model: Any, forward_loop: Callable[[Any], None]) -> None:
         import modelopt.torch.quantization as mtq
         from modelopt.torch.quantization.plugins.huggingface import register_hf_attentions_on_the_fly
 
+        kv_alone = mtq.FP8_KV_CFG["quant_cfg"]
+        if not isinstance(kv_alone, list):
+            found = version("nvidia-modelopt")
+            raise CalibrationError("too old", key="nvidia-modelopt", found=found, expected="0.44 or newer")
         everything_off: list[Any] = [{"quantizer_name": "*", "enable": False}]
-        config = {"quant_cfg": everything_off + list(mtq.FP8_KV_CFG["quant_cfg"]), "algorithm": "max"}
+        config = {"quant_cfg": everything_off + kv_alone, "algorithm": "max"}
         register_hf_attentions_on_the_fly(model)
         mtq.quantize(attention, config, lambda _: forward_loop(model))
 

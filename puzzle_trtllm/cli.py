@@ -90,7 +90,7 @@ _add(app, "demo", demo_command, "demo --out runs/demo")
 
 def main() -> None:
     """Run the command line of `sys.argv`."""
-    # The processes that we start import nothing that happens to lie in the user's folder.
+    # From Python 3.11 on, the processes that we start import nothing that happens to lie in the user's folder.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
         sys.stdout.reconfigure(errors="replace")  # a table with question marks is better than none

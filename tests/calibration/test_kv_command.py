@@ -73,6 +73,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path, name, stream
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+def test_a_modelopt_whose_configs_are_dictionaries_is_too_old(folder, tmp_path, monkeypatch, stream):
+    old = {"quant_cfg": {"*[kv]_bmm_quantizer": {"num_bits": (4, 3), "axis": None}}, "algorithm": "max"}
+    monkeypatch.setattr("modelopt.torch.quantization.FP8_KV_CFG", old)
+    result = invoke("calibrate", "kv", folder, tmp_path / "out", stream)
+    assert_user_error(result, "nvidia-modelopt: too old", "expected 0.44 or newer")
+    assert not (tmp_path / "out").exists()
+
+
 def test_scales_that_are_there_ask_for_overwrite(make_checkpoint, tmp_path):
     folder = make_checkpoint(CHILD, seed=2, kv_scales=[(8.0, 4.0)] * 3)
     write_data(folder / "calibration.jsonl", [[9, 10, 11]])
