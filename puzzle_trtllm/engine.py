@@ -21,6 +21,7 @@ from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture
 from puzzle_trtllm.errors import ArchitectureError, ConfigError, EngineError
 from puzzle_trtllm.json_files import read_json_object
 from puzzle_trtllm.llm_args_schema import check_known_types
+from puzzle_trtllm.models.trtllm.upstream import Line
 from puzzle_trtllm.tensors import count_weight_bytes
 from puzzle_trtllm.yaml_files import as_model, load_model, read_mapping, resolve_name
 
@@ -40,7 +41,7 @@ class EngineConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     runtime: RuntimeName
-    target: Literal["1.2", "1.3", "late"] = "1.2"
+    target: Line = "1.2"
     """TensorRT-LLM line whose argument schema llm_args.yaml must satisfy."""
     gpu: str | None = None
     num_gpus: int = Field(default=1, ge=1)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from puzzle_trtllm.commands.output import JsonOption, print_json, print_table
 from puzzle_trtllm.errors import PuzzleError
+from puzzle_trtllm.models.trtllm.upstream import Line
 
 if TYPE_CHECKING:
     from puzzle_trtllm.doctor.machine import Diagnosis
@@ -23,7 +24,7 @@ def doctor_command(
         typer.Option("--source", help="Check a checkout of TensorRT-LLM instead of this machine; no GPU needed."),
     ] = None,
     line: Annotated[
-        Literal["1.2", "1.3", "late"] | None,
+        Line | None,
         typer.Option("--line", help="With --source: the release line to check it as (default: by its version)."),
     ] = None,
     as_json: JsonOption = False,

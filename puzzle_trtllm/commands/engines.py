@@ -18,12 +18,12 @@ from puzzle_trtllm.commands.output import (
     show_bytes,
 )
 from puzzle_trtllm.errors import PuzzleError
+from puzzle_trtllm.models.trtllm.upstream import Line
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from puzzle_trtllm.engine import Engine
-    from puzzle_trtllm.models.trtllm.upstream import Line
     from puzzle_trtllm.serve.openai.process import OpenAiFront
     from puzzle_trtllm.serve.triton.security import GrpcTls
     from puzzle_trtllm.serve.triton.server import TritonServer
@@ -70,7 +70,7 @@ def build_command(
         bool, typer.Option("--allow-unit-scale", help="Accept an FP8 KV cache at scale 1, with --fold none.")
     ] = False,
     target: Annotated[
-        Literal["1.2", "1.3", "late"] | None,
+        Line | None,
         typer.Option("--target", help="TensorRT-LLM line, as `doctor` tells it (default: as the config says)."),
     ] = None,
     only_explain: Annotated[

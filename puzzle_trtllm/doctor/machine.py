@@ -130,7 +130,7 @@ def _gpus() -> Iterator[Check]:
 
 
 def _tensorrt_llm() -> Iterator[Check]:
-    version = _version("tensorrt-llm") or _version("tensorrt_llm")
+    version = _tensorrt_llm_version()
     if importlib.util.find_spec("tensorrt_llm") is None:
         yield Check(
             group="TensorRT-LLM",
@@ -258,7 +258,7 @@ def _engine(engine: Engine) -> Iterator[Check]:
 
 def _line_of_engine(engine: Engine) -> Iterator[Check]:
     """Whether it was built for the installed line, which may compute wrongly what newer ones do not."""
-    line, target = release_line(_version("tensorrt-llm") or _version("tensorrt_llm") or ""), engine.config.get("target")
+    line, target = release_line(_tensorrt_llm_version() or ""), engine.config.get("target")
     if line is None or target not in ALL_LINES or target == line:
         return
     newer = ALL_LINES.index(target) > ALL_LINES.index(line)
@@ -307,6 +307,10 @@ def _gpus_of_engine(engine: Engine) -> Iterator[Check]:
         found=f"{found} here, {share} needed" + (f" of {needed} in all" if share < needed else ""),
         advice="" if share <= found else advice,
     )
+
+
+def _tensorrt_llm_version() -> str | None:
+    return _version("tensorrt-llm") or _version("tensorrt_llm")
 
 
 def _version(package: str) -> str | None:

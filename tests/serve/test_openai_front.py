@@ -8,23 +8,19 @@ import socket
 import sys
 import urllib.error
 import urllib.request
-from itertools import pairwise
 from types import SimpleNamespace
 
 import openai
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.errors import CheckpointError, ServeError
 from puzzle_trtllm.serve.openai import app
 from puzzle_trtllm.serve.openai.__main__ import main as front_main
-from puzzle_trtllm.serve.openai.answers import StopWatch
 from puzzle_trtllm.serve.openai.app import CLIENT_GONE, check_server, make_app
 from puzzle_trtllm.serve.openai.errors import ApiError
 from puzzle_trtllm.serve.openai.model_card import ModelCard
-from puzzle_trtllm.serve.openai.protocol import ChatRequest, CompletionRequest
+from puzzle_trtllm.serve.openai.protocol import ChatRequest
 from tests.serve.openai_front import ScriptedTarget, running_front, toy_card
 from tests.serve.scripted import scripted_engine, wait_until
 
@@ -139,22 +135,6 @@ def test_a_stop_string_ends_the_answer_but_not_the_thinking_before_it(front, car
             assert reply.usage.completion_tokens == len(card.tokenizer.encode(text)) - 2
     wait_until(lambda: front.target.cancelled == 2, what="both generations are cancelled")
     assert [request.stop for request in front.target.requests] == [None, None]
-
-
-@given(st.text(alphabet="ab\n", max_size=30), st.lists(st.text(alphabet="ab\n", min_size=1, max_size=3), max_size=3),
-       st.lists(st.integers(0, 30), max_size=5))  # fmt: skip
-def test_a_stop_watch_cuts_at_the_first_stop_string_wherever_the_text_is_cut(text, stops, cuts):
-    """Text after the part in which the stop string ends never counts, so the first to END decides."""
-    watch, shown = StopWatch(tuple(stops)), ""
-    for a, b in pairwise([0, *sorted(cuts), 30]):
-        shown += watch.feed(text[a:b])
-    shown += watch.rest()
-    if watch.has_stopped:
-        assert any(text.startswith(shown + stop) for stop in stops)
-        assert not any(stop in shown for stop in stops)
-    else:
-        assert shown == text
-        assert not any(stop in text for stop in stops)
 
 
 def test_completions_take_text_token_ids_and_several_prompts(front, card):
@@ -367,25 +347,6 @@ def test_a_body_that_is_too_long_is_413(front, monkeypatch):
     assert front.target.requests == []
 
 
-@pytest.mark.parametrize(
-    ("kind", "wrong"),
-    [
-        (ChatRequest, {"messages": [1] * 1000}),
-        (ChatRequest, {"messages": [{"role": "user", "content": [1] * 1000}]}),
-        (ChatRequest, {"messages": USER, "stop": [1] * 1000}),
-        (ChatRequest, {"messages": USER, **{f"misspelt{index}": 1 for index in range(1000)}}),
-        (CompletionRequest, {"prompt": [1.5, "a"] * 500}),
-        (CompletionRequest, {"prompt": [[1.5] * 1000]}),
-    ],
-)
-def test_of_what_is_wrong_a_thousand_times_the_first_is_told(kind, wrong):
-    """Not all collected: for a body of 1 MB that took a gigabyte, and seconds in which no stream went on."""
-    with pytest.raises(ApiError) as caught:
-        kind.parse({"model": "m", **wrong})
-    collected = caught.value.__context__
-    assert collected is None or collected.error_count() <= 4
-
-
 @pytest.mark.parametrize("nobody_there", [True, False])
 def test_a_front_alone_that_cannot_start_says_so_in_one_line(
     make_checkpoint, tmp_path, monkeypatch, capfd, nobody_there
@@ -430,14 +391,6 @@ def test_the_servers_metrics_are_where_load_generators_look_for_them(card, page)
             with post(place, None) as response:
                 assert response.headers["content-type"].startswith("text/plain")
                 assert response.read().decode() == page
-
-
-def test_prompts_of_completions():
-    parse = CompletionRequest.parse
-    assert parse({"model": "m", "prompt": [1, 2]}).prompts() == [[1, 2]]
-    assert parse({"model": "m", "prompt": [[1], [2]]}).prompts() == [[1], [2]]
-    with pytest.raises(ApiError, match="only one prompt with stream"):
-        parse({"model": "m", "prompt": ["a", "b"], "stream": True}).prompts()
 
 
 def post(url, body):
