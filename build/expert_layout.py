@@ -1,9 +1,12 @@
 """How TensorRT-LLM would deal out the experts, and which of that is refused before anything is written.
 
 Ranks that expert parallelism leaves over cut the experts themselves: moe_tensor_parallel_size = tensor_parallel_size /
-moe_expert_parallel_size, whether it is written down or not. The TRITON kernels have no such cut for MXFP4 experts.
-CUTLASS has one that nobody has tried with this model, and the width of 2880 is 90 MXFP4 blocks, so most cuts go through
-a block.
+moe_expert_parallel_size, whether it is written down or not. The TRITON kernels had no such cut for MXFP4 experts in
+2025; in later files they have one, untried on a GPU. CUTLASS has one that nobody has tried with this model, and the
+width of 2880 is 90 MXFP4 blocks, so most cuts go through a block. On Hopper that is wrong without a word: its loader
+(WFP4A16FusedMoEMethod, until autumn 2026 at least) cuts the values of down_proj at 2880 / n and its scales at
+ceil(90 / n) blocks, so that values are multiplied by their neighbours' scales. The loaders for Blackwell pad to whole
+blocks first.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ def expert_cut(llm_args: Mapping[str, Any]) -> int:
     return Parallelism.from_llm_args(llm_args).moe_tensor
 
 
-def check_expert_layout(a: PuzzleArchitecture, llm_args: Mapping[str, Any], *, file: str) -> None:
-    """Raise ConfigError for experts dealt out as the kernels or the plugin cannot have them."""
+def check_expert_layout(a: PuzzleArchitecture, llm_args: Mapping[str, Any], *, gpu: str, file: str) -> None:
+    """Raise ConfigError for experts dealt out as the kernels or the plugin cannot have them; `gpu` is its name."""
     sizes = Parallelism.from_llm_args(llm_args)
     moe, cut = llm_args.get("moe_config") or {}, sizes.moe_tensor
     if cut > 1 and moe.get("backend") == "TRITON":
@@ -35,6 +38,14 @@ def check_expert_layout(a: PuzzleArchitecture, llm_args: Mapping[str, Any], *, f
             key="moe_expert_parallel_size",
             found=sizes.moe_expert,
             expected=f"{sizes.tensor}, or moe_config.backend CUTLASS to cut them (unverified)",
+        )
+    if gpu.startswith("h") and moe.get("backend") == "CUTLASS" and _cuts_a_block(a, cut):
+        raise ConfigError(
+            "CUTLASS on Hopper gives a cut MXFP4 block the wrong scales",
+            file=file,
+            key="moe_tensor_parallel_size",
+            found=cut,
+            expected=f"a divisor of the experts' {a.intermediate_size // BLOCK_SIZE} blocks",
         )
     if moe.get("load_balancer") is not None and serving_family(a).trtllm_model is not None:
         raise ConfigError(
@@ -52,8 +63,12 @@ def warn_of_cut(a: PuzzleArchitecture, llm_args: Mapping[str, Any]) -> list[str]
     if cut == 1:
         return []
     blocks = a.intermediate_size // BLOCK_SIZE
-    aligned = "" if blocks % cut == 0 else f", and {blocks} MXFP4 blocks do not divide by {cut}"
+    aligned = f", and {blocks} MXFP4 blocks do not divide by {cut}" if _cuts_a_block(a, cut) else ""
     return [f"experts cut into {cut} parts (expert tensor parallelism) are unverified{aligned}"]
+
+
+def _cuts_a_block(a: PuzzleArchitecture, cut: int) -> bool:
+    return a.experts_format == "mxfp4" and a.intermediate_size // BLOCK_SIZE % cut != 0
 
 
 def warn_of_end(target: Line, llm_args: Mapping[str, Any]) -> list[str]:

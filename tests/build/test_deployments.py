@@ -261,12 +261,25 @@ class TestPrefixReuse:
 
 
 class TestCutExperts:
-    def test_only_under_cutlass_and_marked_unverified(self):
-        ranks = {"moe_expert_parallel_size": 1, "moe_tensor_parallel_size": 8}
-        found = arguments(num_gpus=8, llm_args={"moe_config": {"backend": "CUTLASS"}, **ranks})
-        assert found["moe_tensor_parallel_size"] == 8
+    @pytest.mark.parametrize(
+        ("gpu", "expert", "cut", "ending"),
+        [
+            ("h100-80gb", 4, 2, "are unverified"),
+            ("b200-180gb", 1, 8, "are unverified, and 90 MXFP4 blocks do not divide by 8"),
+        ],
+    )
+    def test_only_under_cutlass_and_marked_unverified(self, gpu, expert, cut, ending):
+        ranks = {"moe_expert_parallel_size": expert, "moe_tensor_parallel_size": cut}
+        found = arguments(gpu=gpu, num_gpus=8, llm_args={"moe_config": {"backend": "CUTLASS"}, **ranks})
+        assert found["moe_tensor_parallel_size"] == cut
         (warning,) = warn_of_cut(PuzzleArchitecture.from_path(CHILD), found)
-        assert warning.endswith("are unverified, and 90 MXFP4 blocks do not divide by 8")
+        assert warning.endswith(ending)
+
+    @pytest.mark.parametrize("model", MODELS)
+    def test_no_block_is_cut_on_hopper_whose_loader_would_mix_up_the_scales(self, model):
+        ranks = {"moe_expert_parallel_size": 2, "moe_tensor_parallel_size": 4}
+        with pytest.raises(ConfigError, match=r"wrong scales \(found 4, expected a divisor of the experts' 90 blocks"):
+            arguments(MODELS[model], num_gpus=8, llm_args={"moe_config": {"backend": "CUTLASS"}, **ranks})
 
     def test_cut_by_what_expert_parallelism_leaves_over(self):
         whole = arguments(num_gpus=8)

@@ -58,11 +58,12 @@ def weights_of(folder):
     return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
 
 
-def build(plugin, folder, *, load=True, quant_algo=None, weights=None, **mapping):
+def build(plugin, folder, *, load=True, quant_algo=None, moe_backend="CUTLASS", weights=None, **mapping):
     config = upstream.ModelConfig(
         pretrained_config=config_of(folder),
         mapping=upstream.Mapping(**mapping),
         quant_config=upstream.QuantConfig(quant_algo),
+        moe_backend=moe_backend,
     )
     config._frozen = True
     model = plugin.GptOssPuzzleForCausalLM(config)
@@ -181,6 +182,14 @@ class TestModel:
     def test_impossible_layouts_are_refused(self, plugin, make_checkpoint, mapping, match):
         with pytest.raises(EngineError, match=match):
             build(plugin, make_checkpoint(BLOCKS), load=False, **mapping)
+
+    def test_an_mxfp4_block_is_not_cut_where_upstream_mixes_up_the_scales(self, plugin, make_checkpoint):
+        folder = make_checkpoint(BLOCKS, intermediate_size=96)  # three blocks
+        cut = {"load": False, "tp_size": 2, "moe_tp_size": 2}
+        with pytest.raises(EngineError, match=r"moe_tensor.*found 2, expected a divisor of the experts' 3 MXFP4 "):
+            build(plugin, folder, quant_algo="W4A16_MXFP4", **cut)
+        build(plugin, folder, quant_algo="W4A16_MXFP4", moe_backend="TRITON", **cut)
+        build(plugin, folder, quant_algo="W4A8_MXFP4_MXFP8", **cut)
 
     def test_attention_data_parallelism_deals_out_no_heads(self, plugin, make_checkpoint):
         model = build(plugin, make_checkpoint(BLOCKS), tp_size=4, moe_ep_size=2, enable_attention_dp=True)

@@ -28,6 +28,7 @@ class Mapping:
     pp_size: int = 1
     moe_ep_size: int = 1
     moe_ep_rank: int = 0
+    moe_tp_size: int = 1
     enable_attention_dp: bool = False
 
 
@@ -42,6 +43,7 @@ class ModelConfig:
     mapping: Mapping = dataclasses.field(default_factory=Mapping)
     quant_config: QuantConfig = dataclasses.field(default_factory=QuantConfig)
     moe_load_balancer: object = None
+    moe_backend: str = "CUTLASS"
     extra_attrs: dict = dataclasses.field(default_factory=dict)
     _frozen: bool = False
 

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from puzzle_trtllm.errors import CheckpointError
-
-W4A16_MXFP4 = "W4A16_MXFP4"
+from puzzle_trtllm.models.trtllm.layers import W4A16_MXFP4
 
 
 def num_experts_of(tensors: Mapping[str, Any]) -> int:

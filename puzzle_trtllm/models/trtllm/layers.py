@@ -18,7 +18,10 @@ from typing import Any
 
 from puzzle_trtllm.architecture import BlockConfig, read_block_configs
 from puzzle_trtllm.errors import EngineError
+from puzzle_trtllm.mxfp4 import BLOCK_SIZE
 
+W4A16_MXFP4 = "W4A16_MXFP4"
+"""Upstream's name for MXFP4 experts below Blackwell: weights of 4 bits, activations of 16."""
 UPSTREAM_NUM_EXPERTS = frozenset({32, 128})
 """Router widths of OpenAI's own models (20b, 120b), for which upstream's small-batch router kernel is known to work."""
 
@@ -65,11 +68,21 @@ def check_layout(plans: Sequence[LayerPlan], model_config: Any) -> None:
         key = f"moe_expert_parallel_size on layer {plan.layer}"
         expected = f"a divisor of its {plan.num_experts} experts"
         _check(plan.num_experts % mapping.moe_ep_size == 0, key, mapping.moe_ep_size, expected)
+    if _halves_blocks(model_config):
+        blocks = config.intermediate_size // BLOCK_SIZE
+        expected = f"a divisor of the experts' {blocks} MXFP4 blocks: CUTLASS on Hopper gives cut ones the wrong scales"
+        _check(blocks % mapping.moe_tp_size == 0, "moe_tensor_parallel_size", mapping.moe_tp_size, expected)
     if not mapping.enable_attention_dp:
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         expected = f"a divisor of {heads} heads and {kv_heads} KV heads (repeated KV heads are not supported)"
         divides = heads % mapping.tp_size == 0 and kv_heads % mapping.tp_size == 0
         _check(divides, "tensor_parallel_size", mapping.tp_size, expected)
+
+
+def _halves_blocks(model_config: Any) -> bool:
+    """True where upstream cuts values and scales of `down_proj` at different places (build/expert_layout.py)."""
+    algo = getattr(model_config.quant_config, "quant_algo", None)
+    return bool(algo == W4A16_MXFP4 and model_config.moe_backend.upper() == "CUTLASS")
 
 
 def config_of_layer(model_config: Any, plan: LayerPlan) -> Any:
