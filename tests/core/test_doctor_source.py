@@ -117,6 +117,25 @@ def test_what_no_longer_holds_is_named(tree, file, old, new, row, found):
     assert not diagnosis.ready
 
 
+@pytest.mark.parametrize("place", ["modules", "moe"])
+@pytest.mark.parametrize("owner", ["MoE", "CutlassFusedMoE"])
+def test_the_experts_package_of_every_line(tree, place, owner):
+    """Its place until and since autumn 2026; in 1.2 each class numbers its own experts, later their base does."""
+    folder, _ = tree
+    package = folder / "tensorrt_llm" / "_torch" / place / "fused_moe"
+    (present,) = (folder / "tensorrt_llm" / "_torch").glob("*/fused_moe")
+    package.parent.mkdir(exist_ok=True)
+    present.rename(package)
+    says = {name: "initial_local_expert_ids" if name == owner else "" for name in ("MoE", "CutlassFusedMoE")}
+    loading_mode = "class MoEWeightLoadingMode:\n    FUSED_GATE_UP_PROJ = 1\n"
+    (package / "interface.py").write_text(f"{loading_mode}class MoE:\n    {says['MoE']!r}\n")
+    text = f"from .interface import MoE\nclass CutlassFusedMoE(MoE):\n    {says['CutlassFusedMoE']!r}\n"
+    (package / "fused_moe_cutlass.py").write_text(text)
+    checks = by_name(diagnose_source(folder))
+    rows = ("fused-gate-up", "local-experts", "triton-experts")
+    assert [checks[row].outcome for row in rows] == ["ok", "ok", "ok"]
+
+
 def test_an_argument_that_is_gone_is_noted(tree):
     folder, _ = tree
     edit(folder, ARGUMENTS, "    max_attention_window: object = None\n", "")

@@ -157,6 +157,9 @@ class MoE(Counted):
 class TritonFusedMoE(MoE): ...
 
 
+class CutlassFusedMoE(MoE): ...
+
+
 class ConfigurableMoE(nn.Module):
     """Later lines: a wrapper whose weights live in a child."""
 

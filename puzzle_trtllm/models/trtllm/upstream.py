@@ -18,6 +18,8 @@ Line = Literal["1.2", "1.3", "late"]
 ALL_LINES: tuple[Line, ...] = ("1.2", "1.3", "late")
 
 _MODELS = "tensorrt_llm._torch.models"
+_EXPERTS = ("tensorrt_llm._torch.modules.fused_moe", "tensorrt_llm._torch.moe.fused_moe")
+"""Autumn 2026 moved the package."""
 _GPT_OSS = (f"{_MODELS}.modeling_gpt_oss",)
 _FILE = "tensorrt_llm/_torch/models/modeling_gpt_oss.py"
 
@@ -82,7 +84,7 @@ BLOCK = Requirement(
 )
 TRITON_EXPERTS = Requirement(
     key="triton-experts",
-    modules=("tensorrt_llm._torch.modules.fused_moe.fused_moe_triton",),
+    modules=tuple(f"{package}.fused_moe_triton" for package in _EXPERTS),
     path="TritonFusedMoE",
     optional=True,
     needed_for="moe_config.backend TRITON, the experts on Hopper; deprecated in 1.3. Where it is gone, build with "
@@ -183,23 +185,18 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     ),
     Requirement(
         key="local-experts",
-        modules=(
-            "tensorrt_llm._torch.modules.fused_moe.interface",
-            "tensorrt_llm._torch.modules.fused_moe.fused_moe_triton",
-        ),
-        path="MoE",
+        modules=tuple(f"{package}.fused_moe_cutlass" for package in _EXPERTS),
+        path="CutlassFusedMoE",
         mentions=("initial_local_expert_ids",),
         optional=True,
-        needed_for="global numbers of the rank's experts; without it every rank is handed all experts",
-        source="tensorrt_llm/_torch/modules/fused_moe/interface.py",
+        needed_for="global numbers of the rank's experts, set by each class or by their base MoE; without it every "
+        "rank is handed all experts",
+        source="tensorrt_llm/_torch/modules/fused_moe/fused_moe_cutlass.py",
     ),
     TRITON_EXPERTS,
     Requirement(
         key="fused-gate-up",
-        modules=(
-            "tensorrt_llm._torch.modules.fused_moe.interface",
-            "tensorrt_llm._torch.modules.fused_moe",
-        ),
+        modules=tuple(f"{package}.interface" for package in _EXPERTS),
         path="MoEWeightLoadingMode",
         mentions=("FUSED_GATE_UP_PROJ",),
         needed_for="the names and layout of the expert dictionary",
