@@ -136,6 +136,14 @@ def test_the_experts_package_of_every_line(tree, place, owner):
     assert [checks[row].outcome for row in rows] == ["ok", "ok", "ok"]
 
 
+def test_a_cache_manager_that_counts_too_few_heads_is_noted_with_the_way_out(tree):
+    folder, _ = tree
+    edit(folder, "tensorrt_llm/_torch/model_config.py", "enable_attention_dp", "tp_size")
+    diagnosis = diagnose_source(folder)
+    noted = by_name(diagnosis)["cache-heads"]
+    assert noted.outcome == "note" and "divide free_gpu_memory_fraction" in noted.advice and diagnosis.ready
+
+
 def test_an_argument_that_is_gone_is_noted(tree):
     folder, _ = tree
     edit(folder, ARGUMENTS, "    max_attention_window: object = None\n", "")

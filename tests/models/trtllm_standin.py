@@ -47,6 +47,10 @@ class ModelConfig:
     extra_attrs: dict = dataclasses.field(default_factory=dict)
     _frozen: bool = False
 
+    def get_bindings_model_config(self):
+        """Ranks that share the KV heads."""
+        return 1 if self.mapping.enable_attention_dp else self.mapping.tp_size
+
     def __setattr__(self, key, value):
         if getattr(self, "_frozen", False) and key not in (
             "_frozen",

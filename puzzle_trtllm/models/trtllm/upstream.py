@@ -224,6 +224,18 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         source="tensorrt_llm/_torch/pyexecutor/resource_manager.py",
     ),
     Requirement(
+        key="cache-heads",
+        modules=("tensorrt_llm._torch.model_config",),
+        path="ModelConfig.get_bindings_model_config",
+        mentions=("enable_attention_dp",),
+        optional=True,
+        needed_for="KV heads counted whole under attention data parallelism (pull request 10330, January 2026). "
+        "Without it the cache manager, given windows, asks for as many times its memory as there are ranks: in the "
+        "llm_args.yaml of a built engine with `parallel: dep` divide free_gpu_memory_fraction by them, 0.85 becomes "
+        "0.1 for 8",
+        source="tensorrt_llm/_torch/model_config.py",
+    ),
+    Requirement(
         key="llm-api",
         modules=("tensorrt_llm.llmapi", "tensorrt_llm", "tensorrt_llm.llmapi.llm"),
         path="LLM",
