@@ -3,8 +3,8 @@
 Ranks that expert parallelism leaves over cut the experts themselves: moe_tensor_parallel_size = tensor_parallel_size /
 moe_expert_parallel_size, whether it is written down or not. The TRITON kernels had no such cut for MXFP4 experts in
 2025; in later files they have one, untried on a GPU. CUTLASS has one that nobody has tried with this model, and the
-width of 2880 is 90 MXFP4 blocks, so most cuts go through a block. On Hopper that is wrong without a word: its loader
-(WFP4A16FusedMoEMethod, until autumn 2026 at least) cuts the values of down_proj at 2880 / n and its scales at
+width of 2880 is 90 MXFP4 blocks, so most cuts go through a block. Below Blackwell that is wrong without a word: the
+loader (WFP4A16FusedMoEMethod, until autumn 2026 at least) cuts the values of down_proj at 2880 / n and its scales at
 ceil(90 / n) blocks, so that values are multiplied by their neighbours' scales. The loaders for Blackwell pad to whole
 blocks first.
 """
@@ -17,6 +17,7 @@ from typing import Any
 from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.build.serving_copy import serving_family
 from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.gpus import Gpu
 from puzzle_trtllm.models.trtllm.upstream import Line
 from puzzle_trtllm.mxfp4 import BLOCK_SIZE
 from puzzle_trtllm.parallelism import Parallelism
@@ -27,8 +28,8 @@ def expert_cut(llm_args: Mapping[str, Any]) -> int:
     return Parallelism.from_llm_args(llm_args).moe_tensor
 
 
-def check_expert_layout(a: PuzzleArchitecture, llm_args: Mapping[str, Any], *, gpu: str, file: str) -> None:
-    """Raise ConfigError for experts dealt out as the kernels or the plugin cannot have them; `gpu` is its name."""
+def check_expert_layout(a: PuzzleArchitecture, llm_args: Mapping[str, Any], *, gpu: Gpu, file: str) -> None:
+    """Raise ConfigError for experts dealt out as the kernels or the plugin cannot have them."""
     sizes = Parallelism.from_llm_args(llm_args)
     moe, cut = llm_args.get("moe_config") or {}, sizes.moe_tensor
     if cut > 1 and moe.get("backend") == "TRITON":
@@ -39,9 +40,9 @@ def check_expert_layout(a: PuzzleArchitecture, llm_args: Mapping[str, Any], *, g
             found=sizes.moe_expert,
             expected=f"{sizes.tensor}, or moe_config.backend CUTLASS to cut them (unverified)",
         )
-    if gpu.startswith("h") and moe.get("backend") == "CUTLASS" and _cuts_a_block(a, cut):
+    if gpu.expert_math == "bf16" and moe.get("backend") == "CUTLASS" and _cuts_a_block(a, cut):
         raise ConfigError(
-            "CUTLASS on Hopper gives a cut MXFP4 block the wrong scales",
+            "CUTLASS below Blackwell gives a cut MXFP4 block the wrong scales",
             file=file,
             key="moe_tensor_parallel_size",
             found=cut,

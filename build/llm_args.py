@@ -93,7 +93,7 @@ def derive_llm_args(
     result = list(values.finish())
     nested = to_nested(result)
     if config.runtime == "tensorrt_llm":
-        check_expert_layout(architecture, nested, gpu=the_gpu(config, file).name, file=file)
+        check_expert_layout(architecture, nested, gpu=the_gpu(config, file), file=file)
         _check_kernels(nested, config, scenario, file)
     _check_windows(architecture, nested, file)
     _check_memory(architecture, config, nested, file)

@@ -275,11 +275,12 @@ class TestCutExperts:
         (warning,) = warn_of_cut(PuzzleArchitecture.from_path(CHILD), found)
         assert warning.endswith(ending)
 
+    @pytest.mark.parametrize("gpu", ["h100-80gb", "l40s-48gb"])
     @pytest.mark.parametrize("model", MODELS)
-    def test_no_block_is_cut_on_hopper_whose_loader_would_mix_up_the_scales(self, model):
+    def test_no_block_is_cut_below_blackwell_where_the_loader_would_mix_up_the_scales(self, model, gpu):
         ranks = {"moe_expert_parallel_size": 2, "moe_tensor_parallel_size": 4}
         with pytest.raises(ConfigError, match=r"wrong scales \(found 4, expected a divisor of the experts' 90 blocks"):
-            arguments(MODELS[model], num_gpus=8, llm_args={"moe_config": {"backend": "CUTLASS"}, **ranks})
+            arguments(MODELS[model], gpu=gpu, num_gpus=8, llm_args={"moe_config": {"backend": "CUTLASS"}, **ranks})
 
     def test_cut_by_what_expert_parallelism_leaves_over(self):
         whole = arguments(num_gpus=8)

@@ -70,7 +70,7 @@ def check_layout(plans: Sequence[LayerPlan], model_config: Any) -> None:
         _check(plan.num_experts % mapping.moe_ep_size == 0, key, mapping.moe_ep_size, expected)
     if _halves_blocks(model_config):
         blocks = config.intermediate_size // BLOCK_SIZE
-        expected = f"a divisor of the experts' {blocks} MXFP4 blocks: CUTLASS on Hopper gives cut ones the wrong scales"
+        expected = f"a divisor of the experts' {blocks} MXFP4 blocks: CUTLASS gives cut ones wrong scales here"
         _check(blocks % mapping.moe_tp_size == 0, "moe_tensor_parallel_size", mapping.moe_tp_size, expected)
     if not mapping.enable_attention_dp:
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
