@@ -174,6 +174,25 @@ def test_a_demo_sized_model_is_compared_at_the_lengths_it_has(make_checkpoint: M
 
 
 @pytest.mark.parametrize(
+    ("layout", "nums_gpus", "title"),
+    [
+        ("tp8", [8], "tp8, each at its best batch"),
+        ("dep2", [8], "dep2, each at its best batch"),
+        ("tp16", [16], "tp16, each at its best batch"),
+        (None, [1, 8], "each at its best layout and batch"),
+    ],
+)
+def test_a_layout_is_compared_on_numbers_of_gpus_that_it_divides(
+    layout: str | None, nums_gpus: list[int], title: str
+) -> None:
+    gpus, loads = {"h100-80gb": load_gpu("h100-80gb")}, [Load(isl=1024, osl=1024)]
+    found = compare(PARENT, CHILD, gpus=gpus, loads=loads, layout=layout)
+    assert [row[0].num_gpus for row in found.rows] == nums_gpus
+    assert title in found.title
+    assert found.to_json()["layout"] == layout
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--gpu", "h100", *LONG), ("gpu: unknown GPU", "found h100", "h100-80gb", "b200-180gb")),
@@ -184,7 +203,10 @@ def test_a_demo_sized_model_is_compared_at_the_lengths_it_has(make_checkpoint: M
         (("--gpus", "0", *LONG), ("gpus: must be at least 1",)),
         (("--gpu", "a100-80gb", "--kv", "fp8", *LONG), ("a100-80gb has no FP8", "expected bf16")),
         (("--gpus", "8", "--parallel", "pp8", *LONG), ("unknown layout", "pp8", "tp8 or dep8")),
-        (("--gpus", "8", "--parallel", "tp3", *LONG), ("does not divide the GPUs", "divisor of 8")),
+        (("--gpus", "8", "--parallel", "tp3", *LONG), ("does not divide the GPUs", "found tp3 on 8")),
+        (("--parallel", "tp8", *LONG), ("found tp8 on 1, expected 8 GPUs or a multiple (--gpus)",)),
+        (("--compare", str(PARENT_FILE), "--parallel", "pp8"), ("unknown layout", "pp8", "tp8 or dep8")),
+        (("--compare", str(PARENT_FILE), "--parallel", "tp8", "--gpus", "4"), ("found tp8 on 4",)),
         (("--gpus", "128", "--parallel", "dep128", *LONG), ("moe_expert_parallel_size", "64 experts of layer 15")),
         (("--allocator", "paged", *LONG), ("unknown cache-allocation scheme", "trtllm_v1_tuned")),
         (
