@@ -103,6 +103,15 @@ class EvaluationResult(ResultFile):
     """tokenizer: a stock server tells no counts, so its text is encoded again; None in older files."""
     efforts: dict[str, EffortResult]
     provenance: Provenance
+    """Of the run that wrote the file last."""
+    earlier_provenance: dict[str, Provenance] = Field(default_factory=dict)
+    """Effort -> the run that measured it, where that was an earlier one."""
+
+    def going_on_from(self, earlier: EvaluationResult) -> EvaluationResult:
+        """This evaluation with the efforts of an earlier run of it, and where those were measured."""
+        runs = {effort: earlier.earlier_provenance.get(effort, earlier.provenance) for effort in earlier.efforts}
+        facts = {"efforts": earlier.efforts, "token_counts": earlier.token_counts, "earlier_provenance": runs}
+        return self.model_copy(update=facts)
 
     def with_effort(self, effort: str, measured: EffortResult, token_counts: TokenCounts) -> EvaluationResult:
         """This evaluation and one more effort, all in the order from low to high."""
