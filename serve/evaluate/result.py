@@ -7,6 +7,7 @@ accuracy and counted apart.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -114,10 +115,14 @@ class EvaluationResult(ResultFile):
         return self.model_copy(update=facts)
 
     def with_effort(self, effort: str, measured: EffortResult, token_counts: TokenCounts) -> EvaluationResult:
-        """This evaluation and one more effort, all in the order from low to high."""
-        efforts = {**self.efforts, effort: measured}
+        """This evaluation and one more effort."""
+        return self.with_efforts({effort: measured}).model_copy(update={"token_counts": token_counts})
+
+    def with_efforts(self, more: Mapping[str, EffortResult]) -> EvaluationResult:
+        """This evaluation and more efforts, all in the order from low to high."""
+        efforts = {**self.efforts, **more}
         ordered = {name: efforts[name] for name in REASONING_EFFORTS if name in efforts}
-        return self.model_copy(update={"efforts": ordered, "token_counts": token_counts})
+        return self.model_copy(update={"efforts": ordered})
 
     def __rich__(self) -> Table:
         caption = f"decoding: {self.decoding}"
