@@ -19,6 +19,7 @@ from puzzle_trtllm.serve.bench.result import TokenCounts
 from puzzle_trtllm.serve.metrics.provenance import Provenance
 from puzzle_trtllm.serve.metrics.records import RequestCounts, RequestStatus
 from puzzle_trtllm.serve.metrics.result_file import ResultFile
+from puzzle_trtllm.serve.metrics.units import show_percent, show_percents
 
 
 class GradedAnswer(BaseModel):
@@ -139,8 +140,8 @@ class EvaluationResult(ResultFile):
         for effort, result in self.efforts.items():
             table.add_row(
                 effort,
-                f"{result.accuracy:.1%}",
-                f"{result.accuracy_low:.0%} to {result.accuracy_high:.0%}",
+                show_percent(result.accuracy),
+                show_percents(result.accuracy_low, result.accuracy_high),
                 f"{result.mean_output_tokens:.1f}",
                 f"{result.measured_requests_per_s:.2f}",
                 str(result.requests),

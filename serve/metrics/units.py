@@ -41,5 +41,10 @@ def show_interval(ratio: Ratio | None) -> str:
     return f"{interval.low:.2f} to {interval.high:.2f}"
 
 
+def show_percents(low: float, high: float) -> str:
+    """`98.8 to 99.2%`, an interval with the digits of what lies in it."""
+    return f"{100 * low:.1f} to {show_percent(high)}"
+
+
 def show_percent(value: float | None, *, digits: int = 1) -> str:
     return NONE if value is None else f"{value:.{digits}%}"

@@ -9,7 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from puzzle_trtllm.serve.metrics.statistics import Ratio
-from puzzle_trtllm.serve.metrics.units import NONE, show_bytes, show_interval, show_number, show_percent, show_ratio
+from puzzle_trtllm.serve.metrics.units import (
+    NONE,
+    show_bytes,
+    show_interval,
+    show_number,
+    show_percent,
+    show_percents,
+    show_ratio,
+)
 from puzzle_trtllm.serve.report.compare import Comparison
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
 from puzzle_trtllm.serve.report.summary import Report, headline
@@ -114,7 +122,7 @@ def _effort_rows(effort: str) -> Iterator[tuple[str, Show]]:
 
     def interval(engine: EngineMeasurement) -> str:
         result = engine.efforts.get(effort)
-        return NONE if result is None else f"{result.accuracy_low:.0%} to {result.accuracy_high:.0%}"
+        return NONE if result is None else show_percents(result.accuracy_low, result.accuracy_high)
 
     def tokens(engine: EngineMeasurement) -> str:
         result = engine.efforts.get(effort)

@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 
 from puzzle_trtllm.serve.metrics.bootstrap import Interval
-from puzzle_trtllm.serve.metrics.statistics import Ratio
-from puzzle_trtllm.serve.metrics.units import show_bytes, show_interval, show_number, show_percent, show_ratio
+from puzzle_trtllm.serve.metrics.statistics import Ratio, wilson_interval
+from puzzle_trtllm.serve.metrics.units import (
+    show_bytes,
+    show_interval,
+    show_number,
+    show_percent,
+    show_percents,
+    show_ratio,
+)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +44,11 @@ def test_bytes_have_three_digits_and_a_binary_unit(count, shown):
 )  # fmt: skip
 def test_numbers_have_three_digits_and_above_1000_are_whole(value, shown):
     assert show_number(value) == shown
+
+
+def test_an_interval_has_the_digits_of_the_accuracy_in_it():
+    """13,902 right of 14,042 problems: 99.0%, and `99% to 99%` would leave no doubt."""
+    assert show_percents(*wilson_interval(13_902, 14_042)) == "98.8 to 99.2%"
 
 
 def test_ratios_and_intervals_that_do_not_exist_are_a_dash_and_nothing():

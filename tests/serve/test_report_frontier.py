@@ -203,7 +203,7 @@ def test_the_markdown_has_every_engine_effort_and_baseline_with_the_notes_first(
     ):
         assert line in introduction
     assert by_effort.count("\n| ") == 2 + 9
-    assert "| high | child | 90.0% (85% to 95%) | 160.0 | 1.25 |" in by_effort
+    assert "| high | child | 90.0% (85.0 to 95.0%) | 160.0 | 1.25 |" in by_effort
     assert bf16.startswith("child against parent_bf16") and fp8.startswith("child against parent_fp8")
     for line in (
         "|  | tokens/s | 1.25× (1.25 to 1.32) |",
