@@ -225,6 +225,13 @@ def test_bad_input_is_one_line(arguments: tuple[str, ...], words: tuple[str, ...
     assert_user_error(invoke("plan", CHILD_FILE, *arguments), *words)
 
 
+def test_a_batch_that_was_asked_for_is_not_called_the_best() -> None:
+    arguments = ("--gpus", "8", "--parallel", "dep4", "--isl", "1024", "--osl", "1024")
+    given = invoke("plan", CHILD_FILE, *arguments, "--batch", "16").stdout
+    assert "32 in flight, as given; at most" in given and "best batch" not in given and "reach 90%" not in given
+    assert "best batch" in (best := invoke("plan", CHILD_FILE, *arguments).stdout) and "reach 90% of its rate" in best
+
+
 @pytest.mark.parametrize("batch", [0, -1])
 def test_no_sequence_in_flight_is_no_plan(batch: int) -> None:
     assert invoke("plan", CHILD_FILE, "--gpus", "8", "--batch", str(batch), *LONG).exit_code == 2
