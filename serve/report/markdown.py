@@ -47,7 +47,8 @@ def _engines(report: Report) -> str:
         ]
         for engine in report.engines
     ]
-    return _table(["engine", "weights", "KV a sequence", "sequences that fit", "tokens/s (range of rounds)"], rows)
+    kv = f"KV of {report.child.kv_sequence_tokens:,} tokens"
+    return _table(["engine", "weights", kv, "sequences that fit", "tokens/s (range of rounds)"], rows)
 
 
 def _efforts(report: Report) -> str:

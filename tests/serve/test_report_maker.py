@@ -253,7 +253,7 @@ def test_every_row_of_the_table_by_hand():
     assert list(efforts) == ["low effort", "medium effort", "high effort"]
     assert rows[: efforts["low effort"]] == [
         ("weights", "0.98 KiB", "0.98 KiB", "750 B"),
-        ("KV cache a sequence", "300 B", "150 B", "120 B"),
+        ("KV cache, 256 tokens", "300 B", "150 B", "120 B"),
         ("memory given", "1.95 KiB", "1.95 KiB", "1.95 KiB"),
         ("  sequences that fit", "3", "6", "10"),
         ("TTFT ms, p50 / p95", "2.00 / 2.90", "2.00 / 2.90", "2.00 / 2.90"),
@@ -288,7 +288,7 @@ def test_a_fact_that_no_engine_has_gives_no_row():
     bare = {"memory_bytes": None, "uncapped_output_tokens_per_s": None, "latencies": {}, "efforts": {}}
     rows = rows_of([engine.model_copy(update=bare) for engine in family()])
     assert [row[0] for row in rows] == [
-        "weights", "KV cache a sequence", "tokens/s, median", "  range of rounds", "speedup vs parent_bf16",
+        "weights", "KV cache, 256 tokens", "tokens/s, median", "  range of rounds", "speedup vs parent_bf16",
         "speedup vs parent_fp8",
     ]  # fmt: skip
 
