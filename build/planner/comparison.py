@@ -62,6 +62,9 @@ class Cell:
         def name(p: Plan | None) -> str | None:
             return None if p is None else p.setup.layout.name
 
+        def dtype(p: Plan | None) -> KvDtype | None:
+            return None if p is None else p.setup.kv_dtype
+
         return {
             "gpu": self.gpu,
             "num_gpus": self.num_gpus,
@@ -73,6 +76,8 @@ class Cell:
             "parent_tokens_per_s": rate(self.parent),
             "child_layout": name(self.child),
             "parent_layout": name(self.parent),
+            "child_kv_dtype": dtype(self.child),
+            "parent_kv_dtype": dtype(self.parent),
         }
 
 

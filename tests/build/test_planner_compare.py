@@ -53,8 +53,10 @@ def test_a_cell_in_json_has_both_rates_and_layouts_and_nothing_where_nothing_fit
     for name, model in (("child", CHILD), ("parent", PARENT)):
         p = plan(model, **setup)
         assert (fits[f"{name}_tokens_per_s"], fits[f"{name}_layout"]) == (p.tokens_per_s, p.setup.layout.name)
+        assert (fits[f"{name}_kv_dtype"], by_setup["a100-80gb", 8, 65536][f"{name}_kv_dtype"]) == ("fp8", "bf16")
     assert no_room["verdict"] == "no room"
-    assert {no_room[f"{model}_{key}"] for model in ("child", "parent") for key in ("tokens_per_s", "layout")} == {None}
+    keys = ("tokens_per_s", "layout", "kv_dtype")
+    assert {no_room[f"{model}_{key}"] for model in ("child", "parent") for key in keys} == {None}
 
 
 def test_long_sequences_and_small_memory_pay_most(map_: Comparison) -> None:
