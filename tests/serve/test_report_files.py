@@ -188,6 +188,24 @@ def test_rounds_with_one_seed_are_told_where_the_engine_reuses_prefixes(engine, 
     assert not assemble_measurement("e", engine=forgetful, rounds=[of_forgetful, of_forgetful]).repeats_prompts
 
 
+def test_rounds_of_several_machines_and_versions_are_told(engine, bench):
+    def round_of(cores, torch):
+        hardware = bench.provenance.hardware.model_copy(
+            update={"cpu_model": "Z", "cpu_cores": cores, "memory_bytes": 0}
+        )
+        changes = {"hardware": hardware, "versions": {**bench.provenance.versions, "torch": torch}}
+        return bench.model_copy(update={"provenance": bench.provenance.model_copy(update=changes)})
+
+    def notes(*rounds):
+        found = assemble_measurement("e", engine=engine, rounds=rounds)
+        return [note for note in notes_on([found], baselines=[], child="e") if "several" in note]
+
+    assert notes(round_of(2, "2.9"), round_of(2, "2.9")) == []
+    assert notes(round_of(2, "2.9"), round_of(4, "2.9"), round_of(4, "2.10")) == [
+        "e: its rounds were measured on or with several: Z, 2 cores; Z, 4 cores; torch 2.9 and 2.10."
+    ]
+
+
 def test_a_round_of_another_engine_is_refused(bench, evaluation, tmp_path):
     with pytest.raises(
         BenchError,
