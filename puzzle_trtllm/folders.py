@@ -40,6 +40,25 @@ def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         replace_folder(partial, out, overwrite=overwrite)
 
 
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Make `folder` if need be, and lock it against others who call this: for commands that write many things into it.
+
+    Raises PuzzleError when another process holds the lock, or when there can be no such folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise PuzzleError(f"cannot write here: {error.strerror}", file=folder) from None
+    try:
+        if _lock(descriptor) == "held by another":
+            raise PuzzleError("another process is writing this folder", file=folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def place_of(out: Path) -> Path:
     """Where `out` really lies: what a symbolic link points to is written, not the link.
 

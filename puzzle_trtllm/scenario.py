@@ -21,7 +21,7 @@ import random
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from puzzle_trtllm.errors import ConfigError
@@ -106,8 +106,13 @@ class Load(BaseModel):
     warmup_requests: int = Field(default=0, ge=0, le=MAX_COUNT)
     max_ttft_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Goodput counts requests whose first token comes within this; None sets no limit."""
-    max_itl_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Goodput counts requests whose mean gap between tokens (TPOT) is within this; None sets no limit."""
+    max_tpot_ms: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, validation_alias=AliasChoices("max_tpot_ms", "max_itl_ms")
+    )
+    """Goodput counts requests whose mean gap between tokens (TPOT) is within this; None sets no limit.
+
+    `max_itl_ms` in older files, which never was a limit on a single gap (ITL).
+    """
 
     @field_validator("name")
     @classmethod

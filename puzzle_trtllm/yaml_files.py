@@ -41,13 +41,15 @@ def read_mapping(file: Path) -> dict[Any, Any]:
     return value
 
 
+_EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+\Z")
 _OTHER_BASES = re.compile(r"[-+]?(0[0-7_]+|[1-9][0-9_]*(:[0-5]?[0-9])+)")
 
 
 class _Loader(yaml.SafeLoader):
     """YAML's own rule is that keys are unique; PyYAML lets the last one win.
 
-    Integers as YAML 1.1 has them and nobody means them are refused: 0100 is 64 there, and 1:30 is 90.
+    Integers as YAML 1.1 has them and nobody means them are refused: 0100 is 64 there, and 1:30 is 90. Numbers that it
+    takes for text, 1e3 and 1e-5, are numbers, as in YAML 1.2.
     """
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
@@ -67,6 +69,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 

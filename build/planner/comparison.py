@@ -1,8 +1,9 @@
 """Where a child pays: its speedup over the parent for every GPU setup and every load, as one heat map.
 
-A cell is (child's expected output tok/s) / (parent's), each with the best layout it can have there. The efficiency
-factor cancels; what does not are the KV dtypes (stated for both), the allocator and the memory rule. Cells where the
-parent does not fit, or neither does, say so instead of a number: "only the child fits" is the strongest answer of all.
+A cell is (child's expected output tok/s) / (parent's), each with the best layout it can have there, or the one given.
+The efficiency factor cancels; what does not are the KV dtypes (stated for both), the allocator and the memory rule.
+Cells where the parent does not fit, or neither does, say so instead of a number: "only the child fits" is the
+strongest answer of all.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from puzzle_trtllm.architecture import KvDtype, PuzzleArchitecture
 from puzzle_trtllm.build.planner.allocators import DEFAULT_ALLOCATOR
 from puzzle_trtllm.build.planner.assumptions import Assumptions
+from puzzle_trtllm.build.planner.layout import parse_replica
 from puzzle_trtllm.build.planner.planning import NoRoomError, Plan, plan
 from puzzle_trtllm.build.planner.throughput import Load
 from puzzle_trtllm.errors import ConfigError
@@ -60,6 +62,9 @@ class Cell:
         def name(p: Plan | None) -> str | None:
             return None if p is None else p.setup.layout.name
 
+        def dtype(p: Plan | None) -> KvDtype | None:
+            return None if p is None else p.setup.kv_dtype
+
         return {
             "gpu": self.gpu,
             "num_gpus": self.num_gpus,
@@ -71,6 +76,8 @@ class Cell:
             "parent_tokens_per_s": rate(self.parent),
             "child_layout": name(self.child),
             "parent_layout": name(self.parent),
+            "child_kv_dtype": dtype(self.child),
+            "parent_kv_dtype": dtype(self.parent),
         }
 
 
@@ -82,13 +89,16 @@ class Comparison:
     kv_dtype: KvDtype
     parent_kv_dtype: KvDtype
     allocator: str
+    layout: str | None = None
+    """The layout of both everywhere; None where each has its best."""
 
     @property
     def title(self) -> str:
         """States what the ratio depends on."""
+        best = "each at its best layout and batch" if self.layout is None else f"{self.layout}, each at its best batch"
         return (
             f"speedup of the child ({self.kv_dtype} KV) over the parent ({self.parent_kv_dtype} KV) in output tok/s; "
-            f"each at its best layout and batch, KV pool cut by {self.allocator}"
+            f"{best}, KV pool cut by {self.allocator}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -97,6 +107,7 @@ class Comparison:
             "kv_dtype": self.kv_dtype,
             "parent_kv_dtype": self.parent_kv_dtype,
             "allocator": self.allocator,
+            "layout": self.layout,
             "cells": [cell.to_json() for row in self.rows for cell in row],
         }
 
@@ -106,7 +117,7 @@ def compare(
     child: PuzzleArchitecture,
     *,
     gpus: Mapping[str, Gpu],
-    nums_gpus: Sequence[int] = DEFAULT_NUM_GPUS,
+    nums_gpus: Sequence[int] | None = None,
     loads: Sequence[Load] = DEFAULT_LOADS,
     kv_dtype: KvDtype = "fp8",
     parent_kv_dtype: KvDtype = "fp8",
@@ -115,6 +126,8 @@ def compare(
     assumptions: Assumptions | None = None,
 ) -> Comparison:
     """Plan both models everywhere. A GPU without FP8 gets a BF16 cache for both.
+
+    nums_gpus: default: 1 and 8, or with a `layout` those of them that it divides, and else one replica of it.
 
     Raises ConfigError when the two swapped places (the "child" holds more weights) or do not belong together.
     """
@@ -149,12 +162,20 @@ def compare(
                 for load in loads
             )
             for gpu in gpus.values()
-            for num_gpus in nums_gpus
+            for num_gpus in (_default_nums_gpus(layout) if nums_gpus is None else nums_gpus)
         ),
         kv_dtype=kv_dtype,
         parent_kv_dtype=parent_kv_dtype,
         allocator=allocator,
+        layout=layout,
     )
+
+
+def _default_nums_gpus(layout: str | None) -> Sequence[int]:
+    if layout is None:
+        return DEFAULT_NUM_GPUS
+    size = parse_replica(layout).gpus_per_replica
+    return [num_gpus for num_gpus in DEFAULT_NUM_GPUS if num_gpus % size == 0] or [size]
 
 
 def check_pair(parent: PuzzleArchitecture, child: PuzzleArchitecture) -> None:

@@ -37,7 +37,7 @@ def plan_json(p: Plan) -> dict[str, Any]:
         "max_sequences": {name: p.sequences(name) for name in p.capacities},
         "trtllm_window_size_shares": {str(window): share for window, share in shares.items()},
         "best_batch": p.num_in_flight,
-        "knee_batch": p.knee.batch * replicas,
+        "knee_batch": None if p.knee is None else p.knee.batch * replicas,
         "decode_step_ms": p.best.decode_step_s * 1e3,
         "prefill_ms_per_request": p.best.prefill_s_per_request * 1e3,
         "prefill_bound": p.best.prefill_bound,

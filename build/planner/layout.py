@@ -12,7 +12,7 @@ are several replicas. The smallest layer limits N: 64 experts cannot be dealt to
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from puzzle_trtllm.architecture import PuzzleArchitecture
@@ -56,15 +56,26 @@ class Layout:
 
 def parse_layout(name: str, num_gpus: int, architecture: PuzzleArchitecture) -> Layout:
     """`tp8`, `dep4`, ... on `num_gpus`. Raises ConfigError for another word, or ranks that the model cannot have."""
+    replica = parse_replica(name)
+    size = replica.gpus_per_replica
+    if num_gpus % size:
+        raise ConfigError(
+            "does not divide the GPUs",
+            key="parallel",
+            found=f"{name} on {num_gpus}",
+            expected=f"{size} GPUs or a multiple (--gpus), or another layout",
+        )
+    layout = replace(replica, num_replicas=num_gpus // size)
+    _check(layout, architecture)
+    return layout
+
+
+def parse_replica(name: str) -> Layout:
+    """`tp8`, `dep4`, ... as one replica, whatever the model. Raises ConfigError for another word."""
     match = re.fullmatch(r"(tp|dep)([1-9]\d*)", name)
     if match is None:
         raise ConfigError("unknown layout", key="parallel", found=name, expected="tpN or depN, such as tp8 or dep8")
-    size = int(match[2])
-    if num_gpus % size:
-        raise ConfigError("does not divide the GPUs", key="parallel", found=name, expected=f"a divisor of {num_gpus}")
-    layout = Layout(kind="tp" if match[1] == "tp" else "dep", gpus_per_replica=size, num_replicas=num_gpus // size)
-    _check(layout, architecture)
-    return layout
+    return Layout(kind="tp" if match[1] == "tp" else "dep", gpus_per_replica=int(match[2]))
 
 
 def possible_layouts(num_gpus: int, architecture: PuzzleArchitecture) -> tuple[Layout, ...]:

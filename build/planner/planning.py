@@ -45,13 +45,15 @@ class Plan:
     max_batch: int
     """Sequences in flight that one replica can hold with `allocator`."""
     best: Estimate
-    knee: Estimate
+    """At the best batch, or at the one that was asked for."""
+    knee: Estimate | None
+    """None for a batch that was asked for: of others nothing is said."""
     alternatives: tuple[tuple[str, float | None], ...]
     """Other layouts tried: name, expected output tok/s of all GPUs; None where not even one sequence fits."""
 
     @property
     def num_in_flight(self) -> int:
-        """Sequences in flight of the best batch, all replicas together."""
+        """Sequences in flight of the batch, all replicas together."""
         return self.best.batch * self.setup.layout.num_replicas
 
     @property
@@ -158,9 +160,7 @@ def _plan_layout(setup: Setup, memory: MemoryPlan, load: Load, allocator: str, b
     most = min(whole_sequences(setup, capacities[allocator]), batch_limit(setup))
     if most < (batch or 1):
         return None
-    best, knee = best_batch(setup, load, most)
-    if batch is not None:
-        best = knee = estimate(setup, load, batch)
+    best, knee = best_batch(setup, load, most) if batch is None else (estimate(setup, load, batch), None)
     return Plan(
         setup=setup,
         load=load,

@@ -72,13 +72,14 @@ def weights_per_gpu(
 
 
 def active_parameters(architecture: PuzzleArchitecture) -> int:
-    """Parameters that one token passes through: all but the embedding table and the experts it is not routed to.
+    """Parameters that one token passes through: all but the experts it is not routed to and the embedding table.
 
-    The published 5.13 B counts so; it is the same for parent and child, because pruning leaves top-k alone.
+    A table that is the head too (tied embeddings) counts, as the head. The published 5.13 B counts so; it is the same
+    for parent and child, because pruning leaves top-k alone.
     """
     total = 0
     for name, spec in tensor_table(architecture).items():
-        if name.endswith("_scales") or name == "model.embed_tokens.weight":
+        if name.endswith("_scales") or (name == "model.embed_tokens.weight" and not architecture.tie_word_embeddings):
             continue
         count = spec.num_elements * (2 if name.endswith("_blocks") else 1)
         total += count * architecture.experts_per_token // spec.shape[0] if is_expert_tensor(name) else count

@@ -84,8 +84,9 @@ def bench_command(
         Path | None, typer.Option("--csv", help="Table to write: a row a request, or a point of the sweep.")
     ] = None,
     max_ttft_ms: Annotated[float | None, typer.Option("--max-ttft-ms", help="Goodput: limit on TTFT.")] = None,
-    max_itl_ms: Annotated[
-        float | None, typer.Option("--max-itl-ms", help="Goodput: limit on the mean ITL of a request (TPOT).")
+    max_tpot_ms: Annotated[
+        float | None,
+        typer.Option("--max-tpot-ms", "--max-itl-ms", help="Goodput: limit on TPOT, the mean ITL of a request."),
     ] = None,
     workers: Annotated[
         str, typer.Option("--workers", help="Processes that send the load: a number, or auto by its size.")
@@ -110,7 +111,7 @@ def bench_command(
     changes = {
         "warmup_requests": warmup_requests,
         "max_ttft_ms": _positive(max_ttft_ms, "--max-ttft-ms"),
-        "max_itl_ms": _positive(max_itl_ms, "--max-itl-ms"),
+        "max_tpot_ms": _positive(max_tpot_ms, "--max-tpot-ms"),
     }
     scenario = scenario or _scenario_of(engine)
     load = load_any_scenario(scenario)

@@ -90,9 +90,13 @@ def result_table(p: Plan) -> Table:
     replicas = p.setup.layout.num_replicas
     woken = ", ".join(f"{awake:.0f} of {count}" for count, awake in distinct_experts(p).items())
     bound = f"{p.best.bound}{' and KV capacity: more sequences would be faster' if p.is_capacity_bound else ''}"
+    if p.knee is None:
+        batch = ("batch", f"{p.num_in_flight:,} in flight, as given; at most {p.max_batch * replicas:,} fit")
+    else:
+        batch = ("best batch", f"{p.num_in_flight:,} in flight; {p.knee.batch * replicas:,} reach 90% of its rate")
     facts = [
         ("layout", p.setup.layout.name),
-        ("best batch", f"{p.num_in_flight:,} in flight; {p.knee.batch * replicas:,} reach 90% of its rate"),
+        batch,
         ("expected", f"{p.tokens_per_s:,.0f} output tok/s, {p.tokens_per_s_per_gpu:,.0f} a GPU"),
         ("one user sees", f"{p.tokens_per_s / p.num_in_flight:,.1f} tok/s, prompts included"),
         (

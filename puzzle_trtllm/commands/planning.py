@@ -24,7 +24,10 @@ def plan_command(
     gpu: Annotated[
         str | None, typer.Option("--gpu", help="Such as h100-80gb, the default; with --compare all.")
     ] = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", help="How many (default: 1; with --compare 1 and 8).")] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", help="How many (default: 1; with --compare 1 and 8, those that --parallel divides)."),
+    ] = None,
     isl: Annotated[int | None, typer.Option("--isl", help="Prompt tokens a request; needed without --compare.")] = None,
     osl: Annotated[int | None, typer.Option("--osl", help="Generated tokens a request; likewise.")] = None,
     kv: Annotated[
@@ -170,7 +173,7 @@ def _compare(
     allocator: str,
     assumptions: Assumptions,
 ) -> Comparison:
-    from puzzle_trtllm.build.planner.comparison import DEFAULT_LOADS, DEFAULT_NUM_GPUS, compare
+    from puzzle_trtllm.build.planner.comparison import DEFAULT_LOADS, compare
     from puzzle_trtllm.build.planner.throughput import Load
     from puzzle_trtllm.gpus import load_gpu, load_gpus
 
@@ -185,7 +188,7 @@ def _compare(
         parent,
         child,
         gpus=load_gpus() if gpu is None else {gpu: load_gpu(gpu)},
-        nums_gpus=DEFAULT_NUM_GPUS if gpus is None else (gpus,),
+        nums_gpus=None if gpus is None else (gpus,),
         loads=loads,
         kv_dtype=kv or "fp8",
         parent_kv_dtype=parent_kv or kv or "fp8",

@@ -1,8 +1,8 @@
 """`report`: measured engines side by side.
 
 Each engine is given as NAME=FILE. FILE is an engine measurement, or the files that one is made of, separated by commas:
-one `bench --engine ... --out` result a round, and at most one `evaluate --out` result. The engine folder is the one
-that the bench results name.
+one `bench --engine ... --out` result a round, and an `evaluate --out` result, or several of different efforts. The
+engine folder is the one that the bench results name.
 """
 
 from __future__ import annotations

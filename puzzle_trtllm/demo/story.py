@@ -30,6 +30,7 @@ from puzzle_trtllm.demo.serving import (
     server_folders,
 )
 from puzzle_trtllm.engine import EngineConfig, load_engine_config
+from puzzle_trtllm.folders import locked_folder
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
 
 ABACUS = Path(__file__).parent / "abacus"
@@ -44,11 +45,18 @@ QUICK_PLAN = MeasurementPlan(rounds=1, num_requests=32, num_problems=12)
 def run_demo(out: str | Path = "runs/demo", *, quick: bool = False) -> dict[str, Any]:
     """Run the whole chain into `out`; prints the comparison and the path of the page.
 
-    Returns the content of `out/report.json`. Raises PuzzleError when a step fails; no performance figure fails it.
+    Returns the content of `out/report.json`. Raises PuzzleError when a step fails, or another demo is writing `out`; no
+    performance figure fails it.
     """
     folder = Path(out)
+    with locked_folder(folder):
+        document = _tell(folder, QUICK_PLAN if quick else FULL_PLAN, quick=quick)
+    print(f"report: {folder / 'report.html'}")
+    return document
+
+
+def _tell(folder: Path, plan: MeasurementPlan, *, quick: bool) -> dict[str, Any]:
     story = _Story()
-    plan = QUICK_PLAN if quick else FULL_PLAN
     child, parent = _make_checkpoints(folder, story)
     engines = _build_engines(folder, story, child=child, parent=parent)
     measurements = _measure(engines, plan, story, log_folder=folder / "logs")
@@ -57,7 +65,7 @@ def run_demo(out: str | Path = "runs/demo", *, quick: bool = False) -> dict[str,
 
         for measurement in measurements:
             measurement.save(folder / "measurements" / f"{measurement.name}.json")
-        document = make_report(
+        return make_report(
             measurements,
             baselines=["parent_bf16", "parent_fp8"],
             child="child",
@@ -65,8 +73,6 @@ def run_demo(out: str | Path = "runs/demo", *, quick: bool = False) -> dict[str,
             title="abacus: a Puzzle child against its parent",
             extra={"rounds": plan.rounds, "quick": quick, "wall_s_of_each_step": story.seconds},
         )
-    print(f"report: {folder / 'report.html'}")
-    return document
 
 
 def _make_checkpoints(folder: Path, story: _Story) -> tuple[Path, Path]:

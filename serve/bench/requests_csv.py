@@ -1,4 +1,8 @@
-"""One row a request: what a run's metrics are computed from, for whoever would compute them in another way."""
+"""One row a request, for whoever would compute metrics in another way.
+
+TTFT, TPOT, end-to-end latency and the whole run's throughput can be had from it. ITL and the steady window's tokens
+cannot: they need the time of every token.
+"""
 
 from __future__ import annotations
 

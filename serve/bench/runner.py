@@ -232,8 +232,8 @@ def _times_ns(load: OpenScenario | ReplayScenario, trace: Trace | None, *, seed:
 def _fields_for_trace(base: Load, warmup_requests: int | None) -> dict[str, Any]:
     """What a trace's load takes from a scenario."""
     warmup = base.warmup_requests if warmup_requests is None else warmup_requests
-    return {"warmup_requests": warmup, "max_ttft_ms": base.max_ttft_ms, "max_itl_ms": base.max_itl_ms}
+    return {"warmup_requests": warmup, "max_ttft_ms": base.max_ttft_ms, "max_tpot_ms": base.max_tpot_ms}
 
 
 def _limits(load: Load) -> LatencyLimits:
-    return LatencyLimits(max_ttft_ms=load.max_ttft_ms, max_itl_ms=load.max_itl_ms)
+    return LatencyLimits(max_ttft_ms=load.max_ttft_ms, max_tpot_ms=load.max_tpot_ms)

@@ -10,7 +10,8 @@ none is named.
 
 Every point sends as many waves of requests as the scenario does (`num_requests / concurrency`, at least 8 requests), so
 that the points' edges weigh alike, with a seed of its own (`point_seed`), so that no point finds its prompts in a
-prefix cache. A point is saved as soon as it is measured; the same sweep started again measures only what is missing.
+prefix cache. A point is saved as soon as it is measured; the same sweep started again measures only what is missing,
+and a point that was broken off with prompts that it has not sent before.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from __future__ import annotations
 import csv
 import io
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
 from rich.table import Table
 
 from puzzle_trtllm.engine import Engine
@@ -53,12 +56,28 @@ class SweepResult(ResultFile):
     knee: int | None
     """The knee's concurrency; None when throughput was still rising at the largest one."""
     points: list[BenchResult]
+    begun_seeds: list[int] = Field(default_factory=list)
+    """Of all points that were begun, finished or not: a server's prefix cache may know their prompts."""
 
     @classmethod
-    def of(cls, scenario: Scenario, seed: int, engine: str | None, points: Sequence[BenchResult]) -> SweepResult:
+    def of(
+        cls,
+        scenario: Scenario,
+        seed: int,
+        engine: str | None,
+        points: Sequence[BenchResult],
+        begun_seeds: Sequence[int] = (),
+    ) -> SweepResult:
         ordered = sorted(points, key=lambda point: point.scenario.concurrency)
         curve = {point.scenario.concurrency: point.output_tokens_per_s for point in ordered}
-        return cls(scenario=scenario, seed=seed, engine=engine, knee=find_knee(curve), points=ordered)
+        return cls(
+            scenario=scenario,
+            seed=seed,
+            engine=engine,
+            knee=find_knee(curve),
+            points=ordered,
+            begun_seeds=list(begun_seeds),
+        )
 
     def save_csv(self, path: str | Path) -> Path:
         """One row a point; a metric that a point does not have is an empty cell."""
@@ -93,7 +112,7 @@ def run_sweep(
     """Measure `scenario` at each of `concurrencies`, ascending; `options` go to `run_bench`.
 
     num_requests: the same for every point; default: as many waves as the scenario has.
-    out: the sweep's file, written after every point; points that it holds already are not measured again.
+    out: the sweep's file, written before and after every point; points that it holds already are not measured again.
 
     Raises BenchError for no concurrencies, or an `out` that holds another sweep; whatever a point raises ends the sweep
     with the points before it saved.
@@ -103,15 +122,20 @@ def run_sweep(
         raise BenchError("nothing to sweep over", key="concurrencies", found=list(concurrencies), expected="1 or more")
     engine_name = str(engine) if engine is not None else None
     wanted = [point_scenario(base, concurrency, num_requests) for concurrency in sorted(set(concurrencies))]
-    points = _finished_points(out, url, base, seed, engine_name)
+    sweep = SweepResult.of(base, seed, engine_name, *_earlier_points(out, url, base, seed, engine_name))
     for load in wanted:
-        if load in [point.scenario for point in points]:
+        if load in [point.scenario for point in sweep.points]:
             continue
-        points = [point for point in points if point.scenario.concurrency != load.concurrency]
-        points.append(bench(url, scenario=load, seed=point_seed(seed, load), engine=engine, **options))
+        own_seed = point_seed(seed, load, sweep.begun_seeds)
+        begun = [*sweep.begun_seeds, own_seed]
         if out is not None:
-            SweepResult.of(base, seed, engine_name, points).save(out)
-    return SweepResult.of(base, seed, engine_name, points)
+            SweepResult.of(base, seed, engine_name, sweep.points, begun).save(out)
+        points = [point for point in sweep.points if point.scenario.concurrency != load.concurrency]
+        points.append(bench(url, scenario=load, seed=own_seed, engine=engine, **options))
+        sweep = SweepResult.of(base, seed, engine_name, points, begun)
+        if out is not None:
+            sweep.save(out)
+    return sweep
 
 
 def point_scenario(base: Scenario, concurrency: int, num_requests: int | None) -> Scenario:
@@ -121,17 +145,29 @@ def point_scenario(base: Scenario, concurrency: int, num_requests: int | None) -
     return override_scenario(base, concurrency, count)
 
 
-def point_seed(seed: int, load: Scenario) -> int:
-    """The seed of one point: no other point of this sweep has it, nor one of a sweep with another seed."""
-    return random.Random(f"{seed} {load.concurrency} {load.num_requests}").getrandbits(32)
+def point_seed(seed: int, load: Scenario, begun_seeds: Collection[int] = ()) -> int:
+    """The seed of one point: no other point of this sweep has it, nor one of a sweep with another seed.
+
+    begun_seeds: those whose prompts were sent before; a point that is begun again gets its next seed.
+    """
+
+    def draw(attempt: int) -> int:
+        name = f"{seed} {load.concurrency} {load.num_requests}"
+        return random.Random(f"{name} {attempt}" if attempt else name).getrandbits(32)
+
+    return next(drawn for drawn in map(draw, count()) if drawn not in begun_seeds)
 
 
-def _finished_points(
+def _earlier_points(
     out: str | Path | None, url: str, base: Scenario, seed: int, engine: str | None
-) -> list[BenchResult]:
+) -> tuple[list[BenchResult], list[int]]:
+    """Points, and seeds of points, that the sweep's file holds. Raises BenchError for the points of another sweep."""
     if out is None or not Path(out).exists():
-        return []
+        return [], []
     earlier = SweepResult.load(out)
+    begun = list(dict.fromkeys([*earlier.begun_seeds, *(point.seed for point in earlier.points)]))
+    if not earlier.points:
+        return [], begun
     for key, found, expected in (
         ("scenario", earlier.scenario, base),
         ("seed", earlier.seed, seed),
@@ -144,7 +180,7 @@ def _finished_points(
             )
     if engine is not None:
         _check_engine_of(earlier.points, EngineProvenance.of(Engine.open(engine)), out)
-    return earlier.points
+    return earlier.points, begun
 
 
 def _check_engine_of(points: Sequence[BenchResult], now: EngineProvenance, out: str | Path) -> None:

@@ -7,6 +7,7 @@ accuracy and counted apart.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -18,6 +19,7 @@ from puzzle_trtllm.serve.bench.result import TokenCounts
 from puzzle_trtllm.serve.metrics.provenance import Provenance
 from puzzle_trtllm.serve.metrics.records import RequestCounts, RequestStatus
 from puzzle_trtllm.serve.metrics.result_file import ResultFile
+from puzzle_trtllm.serve.metrics.units import show_percent, show_percents
 
 
 class GradedAnswer(BaseModel):
@@ -103,12 +105,25 @@ class EvaluationResult(ResultFile):
     """tokenizer: a stock server tells no counts, so its text is encoded again; None in older files."""
     efforts: dict[str, EffortResult]
     provenance: Provenance
+    """Of the run that wrote the file last."""
+    earlier_provenance: dict[str, Provenance] = Field(default_factory=dict)
+    """Effort -> the run that measured it, where that was an earlier one."""
+
+    def going_on_from(self, earlier: EvaluationResult) -> EvaluationResult:
+        """This evaluation with the efforts of an earlier run of it, and where those were measured."""
+        runs = {effort: earlier.earlier_provenance.get(effort, earlier.provenance) for effort in earlier.efforts}
+        facts = {"efforts": earlier.efforts, "token_counts": earlier.token_counts, "earlier_provenance": runs}
+        return self.model_copy(update=facts)
 
     def with_effort(self, effort: str, measured: EffortResult, token_counts: TokenCounts) -> EvaluationResult:
-        """This evaluation and one more effort, all in the order from low to high."""
-        efforts = {**self.efforts, effort: measured}
+        """This evaluation and one more effort."""
+        return self.with_efforts({effort: measured}).model_copy(update={"token_counts": token_counts})
+
+    def with_efforts(self, more: Mapping[str, EffortResult]) -> EvaluationResult:
+        """This evaluation and more efforts, all in the order from low to high."""
+        efforts = {**self.efforts, **more}
         ordered = {name: efforts[name] for name in REASONING_EFFORTS if name in efforts}
-        return self.model_copy(update={"efforts": ordered, "token_counts": token_counts})
+        return self.model_copy(update={"efforts": ordered})
 
     def __rich__(self) -> Table:
         caption = f"decoding: {self.decoding}"
@@ -125,8 +140,8 @@ class EvaluationResult(ResultFile):
         for effort, result in self.efforts.items():
             table.add_row(
                 effort,
-                f"{result.accuracy:.1%}",
-                f"{result.accuracy_low:.0%} to {result.accuracy_high:.0%}",
+                show_percent(result.accuracy),
+                show_percents(result.accuracy_low, result.accuracy_high),
                 f"{result.mean_output_tokens:.1f}",
                 f"{result.measured_requests_per_s:.2f}",
                 str(result.requests),

@@ -95,18 +95,20 @@ def evaluate(
         provenance=Provenance.collect(engine=engine),
     )
     if out is not None and Path(out).exists():
-        result = _go_on_from(Path(out), result)
+        earlier = _load_same(Path(out), result)
+        if set(efforts) <= set(earlier.efforts):
+            return earlier  # as it is: this run measured nothing that its provenance could stand for
+        result = result.going_on_from(earlier)
     missing = [effort for effort in efforts if effort not in result.efforts]
-    if missing:
-        run = _measure_efforts(result, missing, problem_set, tokenizer, grade, out=out, connect=connect, quiet=quiet)
-        result, failure = asyncio.run(run)
-        if failure is not None:
-            raise UnfinishedEvaluationError(str(failure), finished=result) if result.efforts else failure
+    run = _measure_efforts(result, missing, problem_set, tokenizer, grade, out=out, connect=connect, quiet=quiet)
+    result, failure = asyncio.run(run)
+    if failure is not None:
+        raise UnfinishedEvaluationError(str(failure), finished=result) if result.efforts else failure
     return result
 
 
-def _go_on_from(file: Path, result: EvaluationResult) -> EvaluationResult:
-    """`result` with what its file holds. Raises BenchError when that is not the same evaluation."""
+def _load_same(file: Path, result: EvaluationResult) -> EvaluationResult:
+    """What `file` holds. Raises BenchError when that is not the evaluation that `result` is."""
     earlier = EvaluationResult.load(file)
     differences = {key: (getattr(earlier, key), getattr(result, key)) for key in SAME_EVALUATION}
     then, now = earlier.provenance.engine, result.provenance.engine
@@ -118,7 +120,7 @@ def _go_on_from(file: Path, result: EvaluationResult) -> EvaluationResult:
         if found != expected:
             message = "holds another evaluation; remove it or write elsewhere"
             raise BenchError(message, file=file, key=key, found=found, expected=expected)
-    return result.model_copy(update={"efforts": earlier.efforts, "token_counts": earlier.token_counts})
+    return earlier
 
 
 def _check_answers(problem_set: ProblemSet, grade: Grader) -> None:

@@ -33,15 +33,15 @@ class LatencyLimits:
     """Limits that users would notice, ms; None is no limit. A request of one response has no gap to exceed."""
 
     max_ttft_ms: float | None = None
-    max_itl_ms: float | None = None
-    """On the request's mean gap between tokens, its TPOT."""
+    max_tpot_ms: float | None = None
+    """On the mean gap between a request's tokens, not on each gap."""
 
     def __bool__(self) -> bool:
-        return self.max_ttft_ms is not None or self.max_itl_ms is not None
+        return self.max_ttft_ms is not None or self.max_tpot_ms is not None
 
     def met_by(self, record: RequestRecord) -> bool:
         """True for a completed request within all limits; a truncated one is no good answer, however fast."""
-        limited = ((self.max_ttft_ms, _ttft_ms), (self.max_itl_ms, _tpot_ms))
+        limited = ((self.max_ttft_ms, _ttft_ms), (self.max_tpot_ms, _tpot_ms))
         return record.status == "completed" and all(
             value <= limit for limit, values in limited if limit is not None for value in values(record)
         )
@@ -258,7 +258,7 @@ REQUESTS_PER_S = ScalarMetric(
 GOODPUT_FRACTION = ScalarMetric(
     tag="goodput_fraction",
     unit="of requests",
-    formula="good: completed requests with TTFT <= max_ttft_ms and TPOT <= max_itl_ms / requests, failed ones too",
+    formula="good: completed requests with TTFT <= max_ttft_ms and TPOT <= max_tpot_ms / requests, failed ones too",
     prerequisite="the load sets no latency limit",
     compute=_goodput_fraction,
 )

@@ -12,6 +12,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -104,6 +105,14 @@ class Provenance(BaseModel):
             hardware=Hardware.of_this_machine(),
             engine=EngineProvenance.of(Engine.open(engine)) if engine is not None else None,
         )
+
+
+def differing_versions(runs: Iterable[Provenance]) -> list[str]:
+    """`torch 2.9 and 2.10` for every package that several runs had in several versions, or not all of them had."""
+    versions = [run.versions for run in runs]
+    packages = dict.fromkeys(package for of_run in versions for package in of_run)
+    found = {package: dict.fromkeys(of_run.get(package, "none") for of_run in versions) for package in packages}
+    return [f"{package} {' and '.join(several)}" for package, several in found.items() if len(several) > 1]
 
 
 def _versions() -> dict[str, str]:

@@ -68,13 +68,16 @@ class Distribution:
 
 
 def wilson_interval(successes: int, trials: int, *, z: float = Z_95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927). Raises BenchError for no trials."""
+    """Wilson's score interval of a proportion (Wilson 1927). Raises BenchError for no trials.
+
+    At its edges it ends at 0 and 1 exactly: computed, it missed them, and with them the proportion, by rounding.
+    """
     if trials < 1:
         raise BenchError("no trials to take an interval of")
     p = successes / trials
     center = (p + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    return max(0.0, center - half), min(1.0, center + half)
+    return 0.0 if successes == 0 else center - half, 1.0 if successes == trials else center + half
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from puzzle_trtllm.serve.metrics.statistics import Ratio
 
 NONE = "–"
@@ -18,9 +20,11 @@ def show_bytes(count: float) -> str:
 
 
 def show_number(value: float) -> str:
-    """Three significant digits below 1000, whole numbers above: 0.123, 4.56, 78.9, 1,235."""
+    """Three significant digits below 1000, whole numbers above: 0.0123, 0.123, 4.56, 78.9, 1,235."""
     size = abs(value)
     digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
+    if 0 < size < 0.1:
+        digits = 2 - math.floor(math.log10(size))
     return f"{value:,.{digits}f}"
 
 
@@ -35,6 +39,11 @@ def show_interval(ratio: Ratio | None) -> str:
     if interval is None or interval.low is None or interval.high is None:
         return ""
     return f"{interval.low:.2f} to {interval.high:.2f}"
+
+
+def show_percents(low: float, high: float) -> str:
+    """`98.8 to 99.2%`, an interval with the digits of what lies in it."""
+    return f"{100 * low:.1f} to {show_percent(high)}"
 
 
 def show_percent(value: float | None, *, digits: int = 1) -> str:

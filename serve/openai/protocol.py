@@ -38,6 +38,8 @@ _REFUSED: Mapping[str, str] = {
     "prediction": "this server takes no predicted output",
     "web_search_options": "this server does not search",
 }
+_ASKED_BY_ZERO = ("logprobs", "prompt_logprobs")
+"""0 asks for no alternatives, but for the log-probability of every token."""
 _WITHOUT_EFFECT = frozenset(
     [
         "user",
@@ -124,7 +126,7 @@ class _Generation(BaseModel):
         if not isinstance(body, dict):
             raise ApiError("the request body is not a JSON object")
         for name, why in _REFUSED.items():
-            if body.get(name) not in (None, False, [], {}):
+            if _is_asked(name, body.get(name)):
                 raise unsupported(name, why)
         for name, values in _ONLY.items():
             if body.get(name) not in values:
@@ -171,6 +173,11 @@ class CompletionRequest(_Generation):
         if self.stream and len(prompts) > 1:
             raise ApiError("prompt: only one prompt with stream: true", param="prompt")
         return prompts
+
+
+def _is_asked(name: str, value: Any) -> bool:
+    """Whether the value of a parameter that we do not have wants something. False equals 0."""
+    return value not in (None, False, [], {}) or (name in _ASKED_BY_ZERO and value == 0 and value is not False)
 
 
 def _check_stops(stops: list[str]) -> None:

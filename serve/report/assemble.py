@@ -13,7 +13,7 @@ from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.scenario import Spread as LengthSpread
 from puzzle_trtllm.serve.bench.result import BenchResult, Turn
 from puzzle_trtllm.serve.evaluate.result import EffortResult, EvaluationResult
-from puzzle_trtllm.serve.metrics.provenance import EngineProvenance
+from puzzle_trtllm.serve.metrics.provenance import EngineProvenance, Provenance, differing_versions
 from puzzle_trtllm.serve.metrics.records import RequestCounts
 from puzzle_trtllm.serve.metrics.statistics import Spread
 from puzzle_trtllm.serve.report.measurement import EffortMeasurement, EngineMeasurement, EvaluationFacts, LayerBlock
@@ -67,6 +67,7 @@ def assemble_measurement(
         output_tokens_per_s=Spread.of(r.output_tokens_per_s for r in rounds),
         turns=turns,
         repeats_prompts=_repeats_prompts(opened, rounds),
+        mixed_rounds=_mixed_rounds([r.provenance for r in rounds]),
         uncapped_output_tokens_per_s=(
             Spread.of(r.output_tokens_per_s for r in uncapped_rounds) if uncapped_rounds else None
         ),
@@ -93,6 +94,11 @@ def _in_turn(rounds: Sequence[BenchResult]) -> tuple[Sequence[BenchResult], list
 def _repeats_prompts(engine: Engine, rounds: Sequence[BenchResult]) -> bool:
     reuses_prefixes = (engine.llm_args.get("kv_cache_config") or {}).get("enable_block_reuse", True)
     return bool(reuses_prefixes) and len({r.seed for r in rounds}) < len(rounds)
+
+
+def _mixed_rounds(runs: Sequence[Provenance]) -> list[str]:
+    machines = dict.fromkeys(str(run.hardware) for run in runs)
+    return [*(machines if len(machines) > 1 else []), *differing_versions(runs)]
 
 
 def check_engine(engine: Engine, results: Mapping[str, BenchResult | EvaluationResult]) -> None:

@@ -49,6 +49,9 @@ DEFINITIONS: Mapping[str, str] = {
     "memory_bytes": "what the engine was given for weights and KV cache together, on each of its GPUs",
     "sequences_held": "(memory_bytes - weight_bytes) / kv_bytes_per_sequence, rounded down; null without a cap, and "
     "for an engine on several GPUs",
+    "latencies": "of the round with the median output_tokens_per_s (of two in the middle the faster one), all requests "
+    "answered in it",
+    "requests": "how the requests of all rounds ended; under an effort, of its problems",
     "num_ranks": "GPUs that share one engine, or processes of the reference runtime; num_instances: such engines",
 }
 

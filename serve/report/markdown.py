@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from puzzle_trtllm.serve.metrics.statistics import Ratio
-from puzzle_trtllm.serve.metrics.units import NONE, show_bytes, show_interval, show_number, show_percent, show_ratio
+from puzzle_trtllm.serve.metrics.units import (
+    NONE,
+    show_bytes,
+    show_interval,
+    show_number,
+    show_percent,
+    show_percents,
+    show_ratio,
+)
 from puzzle_trtllm.serve.report.compare import Comparison
 from puzzle_trtllm.serve.report.summary import Report, headline
 
@@ -39,7 +47,8 @@ def _engines(report: Report) -> str:
         ]
         for engine in report.engines
     ]
-    return _table(["engine", "weights", "KV a sequence", "sequences that fit", "tokens/s (range of rounds)"], rows)
+    kv = f"KV of {report.child.kv_sequence_tokens:,} tokens"
+    return _table(["engine", "weights", kv, "sequences that fit", "tokens/s (range of rounds)"], rows)
 
 
 def _efforts(report: Report) -> str:
@@ -48,7 +57,7 @@ def _efforts(report: Report) -> str:
         for engine in report.engines:
             result = engine.efforts.get(effort)
             if result is not None:
-                interval = f"{result.accuracy_low:.0%} to {result.accuracy_high:.0%}"
+                interval = show_percents(result.accuracy_low, result.accuracy_high)
                 accuracy = f"{show_percent(result.accuracy)} ({interval})"
                 tokens = f"{result.mean_output_tokens:.1f}"
                 rows.append([effort, engine.name, accuracy, tokens, show_number(engine.requests_per_s(effort))])

@@ -84,6 +84,8 @@ class EngineMeasurement(ResultFile):
     """Whose turn each of these rounds was; None when they were not measured in turn with other engines'."""
     repeats_prompts: bool = False
     """Rounds had the same prompts, and the engine reuses prefixes: its cache may have answered the later ones."""
+    mixed_rounds: list[str] = Field(default_factory=list)
+    """Machines, and packages with their versions, of which its rounds had several."""
     uncapped_output_tokens_per_s: Spread | None = None
     """The same engine without the memory cap, if it was measured."""
     latencies: dict[str, Distribution] = Field(default_factory=dict)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from puzzle_trtllm.serve.bench.result import BUSY_CLIENT
+from puzzle_trtllm.serve.metrics.provenance import differing_versions
 from puzzle_trtllm.serve.metrics.units import show_number
 from puzzle_trtllm.serve.report.compare import paired_range
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
@@ -46,6 +47,8 @@ def _on_engine(engine: EngineMeasurement) -> Iterator[str]:
             f"{engine.name}: rounds had the same prompts (bench --seed), and the engine reuses prefixes: unless its "
             "server was started anew, its cache answered part of them."
         )
+    if engine.mixed_rounds:
+        yield f"{engine.name}: its rounds were measured on or with several: {'; '.join(engine.mixed_rounds)}."
     if engine.kv_dtype == "fp8" and engine.kv_fold == "none":
         yield f"{engine.name}: FP8 KV cache with unit scales; no calibrated scale was folded into the weights."
     for effort, result in engine.efforts.items():
@@ -83,6 +86,8 @@ def _on_pair(child: EngineMeasurement, baseline: EngineMeasurement) -> Iterator[
         )
     if str(child.provenance.hardware) != str(baseline.provenance.hardware):
         yield f"{child.name} and {baseline.name} were measured on different machines."
+    if versions := differing_versions([child.provenance, baseline.provenance]):
+        yield f"{child.name} and {baseline.name} were measured with different versions: {'; '.join(versions)}."
 
 
 def _unresolved(child: EngineMeasurement, baseline: EngineMeasurement) -> str | None:

@@ -9,7 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from puzzle_trtllm.serve.metrics.statistics import Ratio
-from puzzle_trtllm.serve.metrics.units import NONE, show_bytes, show_interval, show_number, show_percent, show_ratio
+from puzzle_trtllm.serve.metrics.units import (
+    NONE,
+    show_bytes,
+    show_interval,
+    show_number,
+    show_percent,
+    show_percents,
+    show_ratio,
+)
 from puzzle_trtllm.serve.report.compare import Comparison
 from puzzle_trtllm.serve.report.measurement import EngineMeasurement
 from puzzle_trtllm.serve.report.summary import Report, headline
@@ -29,7 +37,7 @@ def engine_table(report: Report) -> Table:
     table.add_column("")
     for engine in report.engines:
         table.add_column(engine.name, justify="right", style="bold" if engine is report.child else None)
-    for label, show in _ENGINE_ROWS:
+    for label, show in _engine_rows(report.child.kv_sequence_tokens):
         _add_row(table, report, label, show)
     for comparison in report.comparisons:
         for label, ratio in _engine_ratios(comparison):
@@ -83,20 +91,22 @@ def _add_dominated(table: Table, report: Report, effort: str) -> None:
         table.add_row("  accuracy and speed", *words)
 
 
-_ENGINE_ROWS: tuple[tuple[str, Show], ...] = (
-    ("weights", lambda e: show_bytes(e.weight_bytes)),
-    ("KV cache a sequence", lambda e: show_bytes(e.kv_bytes_per_sequence)),
-    ("memory given", lambda e: NONE if e.memory_bytes is None else show_bytes(e.memory_bytes)),
-    ("  sequences that fit", lambda e: NONE if e.sequences_held is None else str(e.sequences_held)),
-    ("TTFT ms, p50 / p95", _latency("ttft_ms")),
-    ("ITL ms, p50 / p95", _latency("itl_ms")),
-    ("tokens/s, median", lambda e: show_number(e.output_tokens_per_s.median)),
-    (
-        "  range of rounds",
-        lambda e: f"{show_number(e.output_tokens_per_s.low)} to {show_number(e.output_tokens_per_s.high)}",
-    ),
-    ("  no memory limit", _uncapped),
-)
+def _engine_rows(kv_tokens: int) -> Iterator[tuple[str, Show]]:
+    """`kv_tokens`: the length of the sequence whose KV bytes are stated."""
+
+    def span(engine: EngineMeasurement) -> str:
+        rounds = engine.output_tokens_per_s
+        return f"{show_number(rounds.low)} to {show_number(rounds.high)}"
+
+    yield "weights", lambda e: show_bytes(e.weight_bytes)
+    yield f"KV cache, {kv_tokens:,} tokens", lambda e: show_bytes(e.kv_bytes_per_sequence)
+    yield "memory given", lambda e: NONE if e.memory_bytes is None else show_bytes(e.memory_bytes)
+    yield "  sequences that fit", lambda e: NONE if e.sequences_held is None else str(e.sequences_held)
+    yield "TTFT ms, p50 / p95", _latency("ttft_ms")
+    yield "ITL ms, p50 / p95", _latency("itl_ms")
+    yield "tokens/s, median", lambda e: show_number(e.output_tokens_per_s.median)
+    yield "  range of rounds", span
+    yield "  no memory limit", _uncapped
 
 
 def _engine_ratios(comparison: Comparison) -> Iterator[tuple[str, Ratio]]:
@@ -114,7 +124,7 @@ def _effort_rows(effort: str) -> Iterator[tuple[str, Show]]:
 
     def interval(engine: EngineMeasurement) -> str:
         result = engine.efforts.get(effort)
-        return NONE if result is None else f"{result.accuracy_low:.0%} to {result.accuracy_high:.0%}"
+        return NONE if result is None else show_percents(result.accuracy_low, result.accuracy_high)
 
     def tokens(engine: EngineMeasurement) -> str:
         result = engine.efforts.get(effort)

@@ -14,10 +14,10 @@ from puzzle_trtllm.build.planner.assumptions import Assumptions, explain_assumpt
 from puzzle_trtllm.build.planner.kv_cache import KvGeometry, mean_keys
 from puzzle_trtllm.build.planner.layout import Layout, parse_layout, possible_layouts
 from puzzle_trtllm.build.planner.memory import activation_bytes, plan_memory
-from puzzle_trtllm.build.planner.weights import weights_by_split, weights_per_gpu
+from puzzle_trtllm.build.planner.weights import active_parameters, weights_by_split, weights_per_gpu
 from puzzle_trtllm.errors import ConfigError
 from puzzle_trtllm.gpus import load_gpu
-from puzzle_trtllm.tensors import count_weight_bytes
+from puzzle_trtllm.tensors import count_parameters, count_weight_bytes
 from tests.toys import toy_architecture
 
 DATA = Path(__file__).parents[1] / "data"
@@ -46,6 +46,16 @@ def test_tp8_by_hand() -> None:
     copied = 2 * (64 + 64 + 64 + 64 + 16 * 64 + 16)  # O's bias, three norms, router and its bias
     assert held.attention_and_router == query + keys_and_values + copied
     assert held.vocabulary == 2 * (2 * 10 * 64)  # 10 of 80 rows, embedding and lm_head
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_tied_embedding_is_active_as_the_head(is_tied: bool) -> None:
+    """Every token is multiplied with the whole head, whatever tensor holds it."""
+    a = toy_architecture([(4, None)], tie_word_embeddings=is_tied)
+    experts = 4 * (2 * 64 * 32 + 32 * 64 + 2 * 64)  # of 4: gate, up and down, and their biases
+    total = count_parameters(a) - (0 if is_tied else a.vocab_size * a.hidden_size)
+    assert a.experts_per_token == 2
+    assert active_parameters(a) == total - experts // 2
 
 
 def test_all_gpus_together_hold_the_model_once_and_the_copies_n_times() -> None:

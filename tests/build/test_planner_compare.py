@@ -53,8 +53,10 @@ def test_a_cell_in_json_has_both_rates_and_layouts_and_nothing_where_nothing_fit
     for name, model in (("child", CHILD), ("parent", PARENT)):
         p = plan(model, **setup)
         assert (fits[f"{name}_tokens_per_s"], fits[f"{name}_layout"]) == (p.tokens_per_s, p.setup.layout.name)
+        assert (fits[f"{name}_kv_dtype"], by_setup["a100-80gb", 8, 65536][f"{name}_kv_dtype"]) == ("fp8", "bf16")
     assert no_room["verdict"] == "no room"
-    assert {no_room[f"{model}_{key}"] for model in ("child", "parent") for key in ("tokens_per_s", "layout")} == {None}
+    keys = ("tokens_per_s", "layout", "kv_dtype")
+    assert {no_room[f"{model}_{key}"] for model in ("child", "parent") for key in keys} == {None}
 
 
 def test_long_sequences_and_small_memory_pay_most(map_: Comparison) -> None:
@@ -174,6 +176,25 @@ def test_a_demo_sized_model_is_compared_at_the_lengths_it_has(make_checkpoint: M
 
 
 @pytest.mark.parametrize(
+    ("layout", "nums_gpus", "title"),
+    [
+        ("tp8", [8], "tp8, each at its best batch"),
+        ("dep2", [8], "dep2, each at its best batch"),
+        ("tp16", [16], "tp16, each at its best batch"),
+        (None, [1, 8], "each at its best layout and batch"),
+    ],
+)
+def test_a_layout_is_compared_on_numbers_of_gpus_that_it_divides(
+    layout: str | None, nums_gpus: list[int], title: str
+) -> None:
+    gpus, loads = {"h100-80gb": load_gpu("h100-80gb")}, [Load(isl=1024, osl=1024)]
+    found = compare(PARENT, CHILD, gpus=gpus, loads=loads, layout=layout)
+    assert [row[0].num_gpus for row in found.rows] == nums_gpus
+    assert title in found.title
+    assert found.to_json()["layout"] == layout
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--gpu", "h100", *LONG), ("gpu: unknown GPU", "found h100", "h100-80gb", "b200-180gb")),
@@ -184,7 +205,10 @@ def test_a_demo_sized_model_is_compared_at_the_lengths_it_has(make_checkpoint: M
         (("--gpus", "0", *LONG), ("gpus: must be at least 1",)),
         (("--gpu", "a100-80gb", "--kv", "fp8", *LONG), ("a100-80gb has no FP8", "expected bf16")),
         (("--gpus", "8", "--parallel", "pp8", *LONG), ("unknown layout", "pp8", "tp8 or dep8")),
-        (("--gpus", "8", "--parallel", "tp3", *LONG), ("does not divide the GPUs", "divisor of 8")),
+        (("--gpus", "8", "--parallel", "tp3", *LONG), ("does not divide the GPUs", "found tp3 on 8")),
+        (("--parallel", "tp8", *LONG), ("found tp8 on 1, expected 8 GPUs or a multiple (--gpus)",)),
+        (("--compare", str(PARENT_FILE), "--parallel", "pp8"), ("unknown layout", "pp8", "tp8 or dep8")),
+        (("--compare", str(PARENT_FILE), "--parallel", "tp8", "--gpus", "4"), ("found tp8 on 4",)),
         (("--gpus", "128", "--parallel", "dep128", *LONG), ("moe_expert_parallel_size", "64 experts of layer 15")),
         (("--allocator", "paged", *LONG), ("unknown cache-allocation scheme", "trtllm_v1_tuned")),
         (
@@ -201,6 +225,13 @@ def test_a_demo_sized_model_is_compared_at_the_lengths_it_has(make_checkpoint: M
 )
 def test_bad_input_is_one_line(arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
     assert_user_error(invoke("plan", CHILD_FILE, *arguments), *words)
+
+
+def test_a_batch_that_was_asked_for_is_not_called_the_best() -> None:
+    arguments = ("--gpus", "8", "--parallel", "dep4", "--isl", "1024", "--osl", "1024")
+    given = invoke("plan", CHILD_FILE, *arguments, "--batch", "16").stdout
+    assert "32 in flight, as given; at most" in given and "best batch" not in given and "reach 90%" not in given
+    assert "best batch" in (best := invoke("plan", CHILD_FILE, *arguments).stdout) and "reach 90% of its rate" in best
 
 
 @pytest.mark.parametrize("batch", [0, -1])

@@ -222,7 +222,8 @@ def test_replicas_add_up() -> None:
 def test_a_wanted_batch_is_kept_or_refused() -> None:
     gpu, load = load_gpu("h100-80gb"), Load(isl=65536, osl=65536)
     p = plan(CHILD, gpu=gpu, num_gpus=8, load=load, layout="dep8", batch=16)
-    assert (p.best.batch, p.knee.batch, p.is_capacity_bound) == (16, 16, False)
+    assert (p.best.batch, p.knee, p.is_capacity_bound) == (16, None, False)
+    assert (plan_json(p)["best_batch"], plan_json(p)["knee_batch"]) == (16, None)
     with pytest.raises(ConfigError, match="no room for 4000 sequences of 131072 tokens"):
         plan(CHILD, gpu=gpu, num_gpus=8, load=load, layout="dep8", batch=4000)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from puzzle_trtllm.errors import PuzzleError
-from puzzle_trtllm.folders import atomic_folder, link_or_copy, write_atomically
+from puzzle_trtllm.folders import atomic_folder, link_or_copy, locked_folder, write_atomically
 from puzzle_trtllm.resumable_folder import finished_bytes, resumable_folder
 
 
@@ -254,6 +254,26 @@ class TestAnotherUserInASharedPlace:
         with pytest.raises(PuzzleError, match=r"is in the way .found another user's folder"), kind(tmp_path / "out"):
             pass
         assert (folder / "folder").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_locked_folder_is_its_owners_alone_and_free_afterwards(tmp_path):
+    out = tmp_path / "sub" / "out"
+    with locked_folder(out):
+        assert out.is_dir()
+        with pytest.raises(PuzzleError, match=r"out: another process is writing this folder"), locked_folder(out):
+            pytest.fail("the block must not run")
+        with locked_folder(tmp_path / "sub" / "other"):
+            pass
+    with pytest.raises(RuntimeError), locked_folder(out):
+        raise RuntimeError("a failure frees it too")
+    with locked_folder(out):
+        pass
+
+
+def test_a_file_cannot_be_a_locked_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(PuzzleError, match=r"file: cannot write here: File exists"), locked_folder(tmp_path / "file"):
+        pytest.fail("the block must not run")
 
 
 def test_a_single_file_is_not_written_through_a_planted_link(tmp_path):

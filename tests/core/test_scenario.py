@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 
@@ -55,6 +56,22 @@ def test_a_file_that_is_neither_is_one_line(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_any_scenario(written(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["max_tpot_ms", "max_itl_ms"])
+def test_the_limit_on_tpot_is_read_under_its_older_name_too(tmp_path, name):
+    scenario = load_scenario(written(tmp_path, f"concurrency: 3\n{name}: 50\n"))
+    assert scenario.max_tpot_ms == 50
+    assert Scenario.model_validate_json(scenario.model_dump_json(), strict=True) == scenario
+    older = json.dumps({"max_itl_ms" if key == "max_tpot_ms" else key: v for key, v in scenario.model_dump().items()})
+    assert Scenario.model_validate_json(older, strict=True) == scenario
+    with pytest.raises(ConfigError, match=r"max_tpot_ms: .*greater than 0"):
+        load_scenario(written(tmp_path, "concurrency: 3\nmax_tpot_ms: 0\n"))
+
+
+def test_two_names_of_one_limit_are_one_too_many(tmp_path):
+    with pytest.raises(ConfigError, match="max_itl_ms: unknown key"):
+        load_scenario(written(tmp_path, "concurrency: 3\nmax_tpot_ms: 50\nmax_itl_ms: 60\n"))
 
 
 def test_a_name_is_one_line_as_comments_of_shell_scripts_are(tmp_path):

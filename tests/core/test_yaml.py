@@ -121,3 +121,24 @@ def test_a_path_wins_over_a_shipped_name(tmp_path, monkeypatch):
     Path("long.yaml").write_text(GOOD)
     assert load_scenario("long.yaml").name == "x"
     assert load_scenario("long").name == "long"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e3", 1000.0), ("1.5e3", 1500.0), ("2E+1", 20.0), ("1e-5", 1e-5), (".5e1", 5.0), ("1.e1", 10.0)],
+)
+def test_a_number_may_have_an_exponent(tmp_path, text, value):
+    """YAML 1.1, PyYAML's, wants a point in it and a sign behind the e; else it is text there."""
+    file = tmp_path / "x.yaml"
+    file.write_text(f"{GOOD}max_ttft_ms: {text}\n")
+    assert load_scenario(file).max_ttft_ms == value
+    file.write_text(f"runtime: reference\nllm_args: {{a: {text}, b: '{text}', c: {text}x, d: e3}}\n")
+    args = load_engine_config(file).llm_args
+    assert (type(args["a"]), args) == (float, {"a": value, "b": text, "c": f"{text}x", "d": "e3"})
+
+
+def test_what_is_to_be_whole_is_no_number_with_an_exponent(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text(GOOD.replace("num_requests: 1", "num_requests: 1e3"))
+    with pytest.raises(ConfigError, match=r"num_requests: .*valid integer .found 1000\.0"):
+        load_scenario(file)

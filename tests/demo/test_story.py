@@ -10,6 +10,8 @@ import pytest
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.demo.story import ABACUS, run_demo
 from puzzle_trtllm.engine import Engine
+from puzzle_trtllm.folders import locked_folder
+from tests.front_door.cli import assert_user_error, invoke
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +19,13 @@ def demo(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "run"
     run_demo(out, quick=True)
     return out
+
+
+def test_a_folder_that_another_demo_is_writing_is_left_alone(tmp_path):
+    """Its engines would be replaced while they are measured."""
+    with locked_folder(tmp_path):
+        assert_user_error(invoke("demo", "--out", tmp_path, "--quick"), "another process is writing this folder")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_report_holds_what_it_promises(demo):

@@ -99,9 +99,9 @@ def test_the_flags_are_frozen() -> None:
         "generate": "--ca-cert --client-cert --client-key --effort --json --max-tokens --secret --seed --stop "
         "--temperature --tokenizer --top-k --top-p --url",
         "bench": "--arrival --ca-cert --client-cert --client-key --concurrency --csv --engine --json "
-        "--max-itl-ms --max-seconds --max-ttft-ms --name --num-requests --out --request-rate --scenario --secret "
-        "--seed --speed --sweep --tokenizer --trace --trace-block-tokens --trace-time-unit --url --warmup-requests "
-        "--workers",
+        "--max-itl-ms --max-seconds --max-tpot-ms --max-ttft-ms --name --num-requests --out --request-rate --scenario "
+        "--secret --seed --speed --sweep --tokenizer --trace --trace-block-tokens --trace-time-unit --url "
+        "--warmup-requests --workers",
         "evaluate": "--answer-key --ca-cert --client-cert --client-key --concurrency --effort --engine --grader --json "
         "--limit --max-tokens --name --out --problems --prompt-key --secret --seed --temperature --tokenizer --top-p "
         "--url",

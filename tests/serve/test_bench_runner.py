@@ -147,7 +147,7 @@ def test_goodput_exists_where_the_scenario_sets_a_limit(tokenizer_folder):
         result.scalar("goodput_fraction")
     strict = TINY.model_copy(update={"max_ttft_ms": 1e-6})
     assert bench(FakeClient(one_token_a_response), tokenizer_folder, scenario=strict).scalar("goodput_fraction") == 0
-    easy = TINY.model_copy(update={"max_ttft_ms": 1e6, "max_itl_ms": 1e6})
+    easy = TINY.model_copy(update={"max_ttft_ms": 1e6, "max_tpot_ms": 1e6})
     result = bench(FakeClient(one_token_a_response), tokenizer_folder, scenario=easy)
     assert result.scalar("goodput_requests_per_s") == pytest.approx(result.scalar("requests_per_s"))
 

@@ -154,6 +154,38 @@ def test_a_point_with_another_number_of_requests_is_measured_again(template, tmp
     assert [point.scenario.num_requests for point in sweep.points] == [8, 30]
 
 
+def test_a_point_that_broke_off_is_measured_again_with_prompts_that_it_has_not_sent(make_checkpoint, tmp_path):
+    """A prefix cache would answer some of them. Points that were not begun keep the seeds of an unbroken sweep."""
+    folder, out, sent = make_checkpoint([(4, None)]), tmp_path / "sweep.json", []
+
+    def sweep(*concurrencies, breaks_off_after=None):
+        def until_somebody_presses_ctrl_c(index, request):
+            if index == breaks_off_after:
+                raise KeyboardInterrupt
+            sent.append(tuple(request.input_ids))
+            return one_token_a_response(index, request)
+
+        connect = FakeClient(until_somebody_presses_ctrl_c).connect
+        options = {"out": out, "connect": connect, "tokenizer_folder": folder, "quiet": True}
+        return run_sweep("host:1", scenario=TINY, concurrencies=concurrencies, **options)
+
+    for breaks_off_after in (5, 5, 8 + 5):  # twice the first point, then the second
+        with pytest.raises(KeyboardInterrupt):
+            sweep(1, 2, breaks_off_after=breaks_off_after)
+    result = sweep(1, 2, 4)
+    assert len(sent) == len(set(sent)) == 5 + 5 + (8 + 5) + 8 + 12
+    assert [point.seed for point in result.points] == [result.begun_seeds[index] for index in (2, 4, 5)]
+    assert result.points[-1].seed == point_seed(0, point_scenario(TINY, 4, None))
+
+
+def test_a_sweep_that_measured_nothing_yet_does_not_stand_in_the_way_of_another(template, tmp_path):
+    out = tmp_path / "sweep.json"
+    with pytest.raises(BenchError, match="gone"):
+        run_sweep("host:1", scenario=TINY, concurrencies=[1], seed=1, out=out, bench=Server(template, fails_at=1))
+    sweep = run_sweep("host:1", scenario=TINY, concurrencies=[1], seed=2, out=out, bench=Server(template))
+    assert len(sweep.points) == 1 and SweepResult.load(out) == sweep
+
+
 @pytest.mark.parametrize(
     ("change", "key"),
     [

@@ -225,6 +225,19 @@ def test_efforts_measured_later_stand_beside_the_earlier_ones_in_their_order(pro
     assert len(client.requests) == num_asked == 2 * len(PROBLEMS)
 
 
+def test_every_effort_tells_the_run_that_measured_it(problems, tokenizer, tmp_path, monkeypatch):
+    out, client = tmp_path / "evaluation.json", FakeClient(Model(tokenizer), finish_reason="stop")
+    for number, effort in enumerate(("high", "low", "medium", "low"), 1):
+        monkeypatch.setattr("sys.argv", ["puzzle-trtllm", f"run-{number}"])
+        run(client, problems, tokenizer, efforts=(effort,), out=out)
+    result = EvaluationResult.load(out)
+    earlier = {effort: run.command_line for effort, run in result.earlier_provenance.items()}
+    assert earlier == {"low": "puzzle-trtllm run-2", "high": "puzzle-trtllm run-1"}
+    assert result.provenance.command_line == "puzzle-trtllm run-3"  # the fourth measured nothing
+    saved = out.read_text()
+    assert run(client, problems, tokenizer, efforts=("low",), out=out) == result and out.read_text() == saved
+
+
 def test_a_file_of_another_evaluation_is_refused_and_kept(problems, tokenizer, tmp_path):
     out = tmp_path / "evaluation.json"
     client = FakeClient(Model(tokenizer), finish_reason="stop")

@@ -68,7 +68,7 @@ def test_tokens_of_one_response_share_its_gap():
     ],
 )
 def test_goodput_is_the_share_of_requests_within_all_limits(ttft, itl, good):
-    limits = LatencyLimits(max_ttft_ms=ttft, max_itl_ms=itl)
+    limits = LatencyLimits(max_ttft_ms=ttft, max_tpot_ms=itl)
     values = compute_metrics(MeasuredLoad.of([A, B, C], concurrency=2, limits=limits)).scalars
     assert values["goodput_fraction"] == pytest.approx(good / 3)
     assert values["goodput_requests_per_s"] == pytest.approx(14 / 3 * good / 3)
@@ -84,14 +84,14 @@ def test_a_request_that_failed_is_one_whose_user_was_not_served():
 
 
 def test_one_token_has_no_gap_to_be_too_long():
-    one = MeasuredLoad.of([request(0, 400, [300])], concurrency=1, limits=LatencyLimits(max_itl_ms=1))
+    one = MeasuredLoad.of([request(0, 400, [300])], concurrency=1, limits=LatencyLimits(max_tpot_ms=1))
     assert catalogue.GOODPUT_FRACTION.of(one) == 1.0
 
 
 def test_tokens_that_all_came_at_once_tell_no_gap():
     # Behind a client or server that lagged a whole answer is one response: its TPOT is unknown, not 0.
     at_once = request(0, 400, [300, 300, 300])
-    run = MeasuredLoad.of([at_once, A], concurrency=2, limits=LatencyLimits(max_itl_ms=1))
+    run = MeasuredLoad.of([at_once, A], concurrency=2, limits=LatencyLimits(max_tpot_ms=1))
     tpot = catalogue.TPOT_MS.of(run)
     assert (tpot.count, tpot.min) == (1, 150)
     assert catalogue.GOODPUT_FRACTION.of(run) == 0.5  # no gap to be too long, as with one token; A's are

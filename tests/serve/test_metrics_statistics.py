@@ -57,7 +57,13 @@ def test_wilsons_interval_is_scipys(counts):
     expected = binomtest(*counts).proportion_ci(method="wilson")
     low, high = wilson_interval(*counts)
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-9)
-    assert 0 <= low <= high <= 1
+    assert 0 <= low <= counts[0] / counts[1] <= high <= 1
+
+
+def test_wilsons_interval_holds_none_and_all_whatever_rounding_does():
+    """10 of 10 were 100% in an interval up to 0.9999999999999999, 0 of 7 in one from 2.8e-17."""
+    for trials in range(1, 300):
+        assert (wilson_interval(0, trials)[0], wilson_interval(trials, trials)[1]) == (0, 1)
 
 
 def test_a_spread_is_the_median_and_the_range_of_its_rounds():

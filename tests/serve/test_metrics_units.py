@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 
 from puzzle_trtllm.serve.metrics.bootstrap import Interval
-from puzzle_trtllm.serve.metrics.statistics import Ratio
-from puzzle_trtllm.serve.metrics.units import show_bytes, show_interval, show_number, show_percent, show_ratio
+from puzzle_trtllm.serve.metrics.statistics import Ratio, wilson_interval
+from puzzle_trtllm.serve.metrics.units import (
+    show_bytes,
+    show_interval,
+    show_number,
+    show_percent,
+    show_percents,
+    show_ratio,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,11 +39,16 @@ def test_bytes_have_three_digits_and_a_binary_unit(count, shown):
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0.1234, "0.123"), (1, "1.00"), (4.561, "4.56"), (9.5, "9.50"), (10, "10.0"), (78.91, "78.9"), (100, "100"),
-     (1234.6, "1,235"), (-78.91, "-78.9")],
+    [(0, "0.000"), (0.00047, "0.000470"), (0.03052, "0.0305"), (-0.03052, "-0.0305"), (0.1234, "0.123"), (1, "1.00"),
+     (4.561, "4.56"), (9.5, "9.50"), (10, "10.0"), (78.91, "78.9"), (100, "100"), (1234.6, "1,235"), (-78.91, "-78.9")],
 )  # fmt: skip
 def test_numbers_have_three_digits_and_above_1000_are_whole(value, shown):
     assert show_number(value) == shown
+
+
+def test_an_interval_has_the_digits_of_the_accuracy_in_it():
+    """13,902 right of 14,042 problems: 99.0%, and `99% to 99%` would leave no doubt."""
+    assert show_percents(*wilson_interval(13_902, 14_042)) == "98.8 to 99.2%"
 
 
 def test_ratios_and_intervals_that_do_not_exist_are_a_dash_and_nothing():

@@ -56,3 +56,13 @@ def test_prompts_of_completions():
     assert parse({"model": "m", "prompt": [[1], [2]]}).prompts() == [[1], [2]]
     with pytest.raises(ApiError, match="only one prompt with stream"):
         parse({"model": "m", "prompt": ["a", "b"], "stream": True}).prompts()
+
+
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_no_alternatives_to_log_probabilities_are_still_log_probabilities(name):
+    """OpenAI and vLLM answer 0 with those of the tokens themselves; an answer without would pass for one with."""
+    with pytest.raises(ApiError, match="no log-probabilities"):
+        CompletionRequest.parse({"model": "m", "prompt": "1", name: 0})
+    for none in (None, False):
+        CompletionRequest.parse({"model": "m", "prompt": "1", name: none})
+    ChatRequest.parse({"model": "m", "messages": USER, "logprobs": False, "top_logprobs": 0})

@@ -247,6 +247,15 @@ def test_notes_say_what_a_reader_must_know():
     assert len(notes) == 9
 
 
+def test_other_versions_are_told():
+    upgraded = PROVENANCE.model_copy(update={"versions": {**PROVENANCE.versions, "python": "3.12", "torch": "2.9"}})
+    child = CHILD.model_copy(update={"provenance": upgraded})
+    notes = notes_on([PARENT, child], baselines=["parent_bf16"], child="child")
+    assert [note for note in notes if "versions" in note] == [
+        "child and parent_bf16 were measured with different versions: python 3.12 and 3.11; torch 2.9 and none."
+    ]
+
+
 @pytest.mark.parametrize(
     ("rounds", "overlap"),
     [([111.0, 120.0], False), ([110.0, 120.0], True), ([80.0, 90.0], True), ([80.0, 89.0], False)],

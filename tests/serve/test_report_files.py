@@ -13,7 +13,7 @@ from puzzle_trtllm.errors import BenchError, ConfigError
 from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.serve.bench.result import BenchResult, Turn
 from puzzle_trtllm.serve.bench.runner import run_bench
-from puzzle_trtllm.serve.evaluate.result import EffortResult, EvaluationResult, GradedAnswer
+from puzzle_trtllm.serve.evaluate.result import Decoding, EffortResult, EvaluationResult, GradedAnswer
 from puzzle_trtllm.serve.metrics.provenance import EngineProvenance
 from puzzle_trtllm.serve.metrics.records import RequestCounts
 from puzzle_trtllm.serve.metrics.statistics import Distribution
@@ -74,13 +74,14 @@ def test_ranks_and_instances_are_those_of_the_engine_and_of_the_server(engine, b
     assert (found.num_ranks, found.num_instances, found.sequences_held) == (2, 3, None)
 
 
-def test_efforts_are_the_evaluations_and_only_answers_that_came_are_resampled(engine, bench, evaluation):
+def effort(**changes):
+    """Four problems, of which the first was solved."""
     statuses = {"p1": "completed", "p2": "truncated", "p3": "failed", "p4": "cancelled"}
     answers = [
         GradedAnswer(id=id, correct=id == "p1", final=None, num_output_tokens=10 * index, status=status)
         for index, (id, status) in enumerate(statuses.items(), 1)
     ]
-    high = EffortResult(
+    result = EffortResult(
         accuracy=0.5,
         accuracy_low=0.09,
         accuracy_high=0.91,
@@ -93,11 +94,42 @@ def test_efforts_are_the_evaluations_and_only_answers_that_came_are_resampled(en
         wall_s=0.8,
         answers=answers,
     )
+    return result.model_copy(update=changes)
+
+
+def test_efforts_are_the_evaluations_and_only_answers_that_came_are_resampled(engine, bench, evaluation):
+    high = effort()
     evaluated = evaluation.model_copy(update={"efforts": {"high": high}})
     found = assemble_measurement("e", engine=engine.path, rounds=[bench], evaluation=evaluated).efforts["high"]
     assert (found.accuracy, found.accuracy_low, found.accuracy_high) == (0.5, 0.09, 0.91)
     assert (found.mean_output_tokens, found.measured_requests_per_s, found.requests) == (15.0, 2.5, high.requests)
     assert found.outcomes == {"p1": (True, 10), "p2": (False, 20)}
+
+
+def test_efforts_may_come_in_several_files_of_one_evaluation(bench, evaluation, tmp_path):
+    low, high = (evaluation.model_copy(update={"efforts": {name: effort()}}) for name in ("low", "high"))
+    medium = evaluation.model_copy(update={"efforts": {"medium": effort(accuracy=0.25)}, "concurrency": 4})
+    found = load_measurement("e", save(tmp_path, bench, high, medium, low))
+    assert list(found.efforts) == ["low", "medium", "high"]
+    assert (found.efforts["medium"].accuracy, found.efforts["high"].accuracy) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"problems_fingerprint": "other"}, r"problems_fingerprint: another evaluation than \S*1-evaluation\.json"),
+        ({"max_tokens": 9}, r"max_tokens: another evaluation .*found 9, expected 8"),
+        ({"decoding": Decoding(temperature=1, seed=5)}, r"decoding: another evaluation .*seed 5, expected greedy"),
+        ({"token_counts": "tokenizer"}, "token_counts: another evaluation"),
+        ({"efforts": {"high": effort()}}, r"high: an effort that is evaluated in two files .*1-evaluation\.json"),
+    ],
+)
+def test_what_is_no_effort_of_the_same_evaluation_is_not_mixed_in(bench, evaluation, tmp_path, change, message):
+    high = evaluation.model_copy(update={"efforts": {"high": effort()}})
+    other = evaluation.model_copy(update={"efforts": {"low": effort()}, **change})
+    with pytest.raises(BenchError, match=rf"2-evaluation\.json: {message}") as caught:
+        load_measurement("e", save(tmp_path, bench, high, other))
+    assert "\n" not in str(caught.value)
 
 
 def test_latencies_are_of_the_median_round_requests_of_all_and_the_client_of_the_worst(engine, bench):
@@ -154,6 +186,24 @@ def test_rounds_with_one_seed_are_told_where_the_engine_reuses_prefixes(engine, 
     forgetful = replace(engine, llm_args={**engine.llm_args, "kv_cache_config": {"enable_block_reuse": False}})
     of_forgetful = with_engine(bench, EngineProvenance.of(forgetful))
     assert not assemble_measurement("e", engine=forgetful, rounds=[of_forgetful, of_forgetful]).repeats_prompts
+
+
+def test_rounds_of_several_machines_and_versions_are_told(engine, bench):
+    def round_of(cores, torch):
+        hardware = bench.provenance.hardware.model_copy(
+            update={"cpu_model": "Z", "cpu_cores": cores, "memory_bytes": 0}
+        )
+        changes = {"hardware": hardware, "versions": {**bench.provenance.versions, "torch": torch}}
+        return bench.model_copy(update={"provenance": bench.provenance.model_copy(update=changes)})
+
+    def notes(*rounds):
+        found = assemble_measurement("e", engine=engine, rounds=rounds)
+        return [note for note in notes_on([found], baselines=[], child="e") if "several" in note]
+
+    assert notes(round_of(2, "2.9"), round_of(2, "2.9")) == []
+    assert notes(round_of(2, "2.9"), round_of(4, "2.9"), round_of(4, "2.10")) == [
+        "e: its rounds were measured on or with several: Z, 2 cores; Z, 4 cores; torch 2.9 and 2.10."
+    ]
 
 
 def test_a_round_of_another_engine_is_refused(bench, evaluation, tmp_path):

@@ -198,12 +198,13 @@ def test_the_markdown_has_every_engine_effort_and_baseline_with_the_notes_first(
     assert "> - child: rounds had the same prompts" in introduction
     assert "> - child and parent_fp8 were given different memory." in introduction
     for line in (
+        "| engine | weights | KV of 256 tokens | sequences that fit | tokens/s (range of rounds) |",
         "| parent_bf16 | 0.98 KiB | 300 B | 3 | 100 (90.0 to 110) |",
         "| child | 750 B | 120 B | 18 | 200 (198 to 220) |",
     ):
         assert line in introduction
     assert by_effort.count("\n| ") == 2 + 9
-    assert "| high | child | 90.0% (85% to 95%) | 160.0 | 1.25 |" in by_effort
+    assert "| high | child | 90.0% (85.0 to 95.0%) | 160.0 | 1.25 |" in by_effort
     assert bf16.startswith("child against parent_bf16") and fp8.startswith("child against parent_fp8")
     for line in (
         "|  | tokens/s | 1.25× (1.25 to 1.32) |",

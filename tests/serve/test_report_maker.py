@@ -253,7 +253,7 @@ def test_every_row_of_the_table_by_hand():
     assert list(efforts) == ["low effort", "medium effort", "high effort"]
     assert rows[: efforts["low effort"]] == [
         ("weights", "0.98 KiB", "0.98 KiB", "750 B"),
-        ("KV cache a sequence", "300 B", "150 B", "120 B"),
+        ("KV cache, 256 tokens", "300 B", "150 B", "120 B"),
         ("memory given", "1.95 KiB", "1.95 KiB", "1.95 KiB"),
         ("  sequences that fit", "3", "6", "10"),
         ("TTFT ms, p50 / p95", "2.00 / 2.90", "2.00 / 2.90", "2.00 / 2.90"),
@@ -266,7 +266,7 @@ def test_every_row_of_the_table_by_hand():
     ]
     assert rows[efforts["high effort"] + 1 :] == [
         ("  accuracy", "90.0%", "90.0%", "90.0%"),
-        ("  95% interval", "85% to 95%", "85% to 95%", "85% to 95%"),
+        ("  95% interval", "85.0 to 95.0%", "85.0 to 95.0%", "85.0 to 95.0%"),
         ("  tokens/request", "100.0", "100.0", "160.0"),
         ("  requests/s", "1.00", "1.60", "1.25"),
         ("  rate vs parent_bf16", "", "", "1.25×"),
@@ -288,7 +288,7 @@ def test_a_fact_that_no_engine_has_gives_no_row():
     bare = {"memory_bytes": None, "uncapped_output_tokens_per_s": None, "latencies": {}, "efforts": {}}
     rows = rows_of([engine.model_copy(update=bare) for engine in family()])
     assert [row[0] for row in rows] == [
-        "weights", "KV cache a sequence", "tokens/s, median", "  range of rounds", "speedup vs parent_bf16",
+        "weights", "KV cache, 256 tokens", "tokens/s, median", "  range of rounds", "speedup vs parent_bf16",
         "speedup vs parent_fp8",
     ]  # fmt: skip
 
@@ -325,7 +325,7 @@ def test_the_table_shows_every_engine_in_80_columns(tmp_path, capsys, monkeypatc
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     rows = {line.split("│")[1].strip(): line for line in printed.splitlines() if line.startswith("│")}
-    assert rows["tokens/s, median"].split("│")[2:5] == [f" {v:>11} " for v in ("100", "160", "200")]
+    assert rows["tokens/s, median"].split("│")[2:5] == [f" {v:>13} " for v in ("100", "160", "200")]
     assert "2.00×" in rows["speedup vs parent_bf16"]
     assert "1.25×" in rows["speedup vs parent_fp8"]
 
