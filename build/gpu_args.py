@@ -104,12 +104,13 @@ def find_room(
     num_sequences = load.sequences(pool // block_bytes, shares)
     if num_sequences == 0:
         needed = sum(layers * load.needed(window, 1) for window, layers in load.layers.items()) * block_bytes
+        smaller = "" if config.kv_dtype == "fp8" else ", kv_dtype fp8"
         raise ConfigError(
             f"{size} x {gpu.name} cannot hold one sequence of {values.get('max_seq_len')} tokens",
             file=file,
             key=limit,
             found=f"{pool / 2**30:.1f} GiB for the KV cache beside {memory.weights.total / 2**30:.1f} GiB of weights",
-            expected=f"at least {needed / 2**30:.2f} GiB: {remedy}, kv_dtype fp8, or shorter sequences",
+            expected=f"at least {needed / 2**30:.2f} GiB: {remedy}{smaller}, or shorter sequences",
         )
     return Room(
         gpu=gpu,

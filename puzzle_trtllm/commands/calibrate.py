@@ -58,7 +58,10 @@ def experts_command(
     ] = None,
     choices: Annotated[
         int | None,
-        typer.Option(help="Experts run for each token. Default: k + 1 for one-shot removal, up to 2 k for iterative."),
+        typer.Option(
+            help="Experts run for each token. Default: k + 1; up to 2 k with --architecture, and for iterative removal "
+            "by another score than votes."
+        ),
     ] = None,
     dtype: Annotated[ComputeDtype, typer.Option(help="What the model computes in.")] = "float32",
     stream: StreamOption = None,

@@ -40,7 +40,16 @@ def load_runtime(name: str) -> Runtime:
                     importlib.import_module(family.trtllm_model)
         return cast("Runtime", importlib.import_module(_MODULES[name]))
     except ImportError as error:
-        raise EngineError(f"the runtime {name} is not installed here ({error}); {_INSTALL[name]}") from None
+        raise _not_installed(name, str(error)) from None
+
+
+def check_installed(name: str) -> None:
+    """Raise load_runtime's EngineError when a runtime is missing, without importing anything.
+
+    For whoever imports an engine's plugin first, which can only say that such a TensorRT-LLM does not fit.
+    """
+    if not _is_installed(_MODULES[name]):
+        raise _not_installed(name, f"no module named {_MODULES[name]}")
 
 
 def create_llm(engine: Engine, **overrides: Any) -> Any:
@@ -58,6 +67,10 @@ def set_environment(llm_args: Mapping[str, Any]) -> None:
     TensorRT-LLM hands them to the workers that it spawns; what runs in the calling process would not see them.
     """
     os.environ.update({name: str(value) for name, value in (llm_args.get("env_overrides") or {}).items()})
+
+
+def _not_installed(name: str, reason: str) -> EngineError:
+    return EngineError(f"the runtime {name} is not installed here ({reason}); {_INSTALL[name]}")
 
 
 def _is_installed(module: str) -> bool:

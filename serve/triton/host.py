@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_trtllm.errors import ServeError
-from puzzle_trtllm.serve.runtimes import set_environment
+from puzzle_trtllm.serve.runtimes import check_installed, set_environment
 from puzzle_trtllm.serve.triton.instances import ONLY_INSTANCE, Instance, hide_other_gpus
 from puzzle_trtllm.serve.triton.plugin import import_plugin
 from puzzle_trtllm.serve.triton.ranks import Role, leader_session, role_of, scrub_mpi_job, work_for_leader
@@ -39,6 +39,8 @@ def start_llm(settings: ModelSettings, instance: Instance = ONLY_INSTANCE) -> tu
             llm_args["gpus_per_node"] = len(instance.gpu_ids)
     hide_other_gpus(instance, os.environ)
     if triton.plugin is not None:
+        if triton.runtime_module is None:
+            check_installed(triton.runtime)
         import_plugin(Path(triton.plugin))
     if role == "worker":
         work_for_leader()

@@ -4,8 +4,9 @@
 
 One synthetic MXFP4 model (random weights, tests/toys.py) is loaded once in bfloat16. Rounds take turns between a plain
 pass over the decoder stack, experts as transformers chooses to multiply them, and the observed pass with m = k + 1
-experts run for each token (one-shot scores, votes) and with m = 2 k (iterative removal). What follows the pass is timed
-apart: all four one-shot scores, and the iterative removal order by output error. Seconds of wall time, medians, ratio.
+experts run for each token (one-shot scores, votes) and with m = 2 k (where tokens are followed further). What follows
+the pass is timed apart: all four one-shot scores, and the iterative removal order by output error. Seconds of wall
+time, medians, ratio.
 """
 
 from __future__ import annotations

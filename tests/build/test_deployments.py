@@ -186,8 +186,10 @@ class TestDerived:
             ({"gpu": "h100"}, r"gpu: unknown GPU \(found h100, expected one of: h100-80gb"),
             (
                 {"gpu": "l40s-48gb"},
-                r"num_gpus: 1 x l40s-48gb cannot hold one sequence of 131072 tokens \(found 0.0 GiB",
+                r"num_gpus: 1 x l40s-48gb cannot hold one sequence of 131072 tokens \(found 0.0 GiB"
+                r".*: more GPUs, kv_dtype fp8, or shorter sequences\)",
             ),
+            ({"gpu": "l40s-48gb", "kv_dtype": "fp8"}, r"at least 4.50 GiB: more GPUs, or shorter sequences\)"),
             (
                 {"llm_args": {"enable_chunked_prefill": False}},
                 r"enable_chunked_prefill: a prompt must fit in one step of 8192 .*max_num_tokens of at least 65536",

@@ -17,7 +17,7 @@ from transformers import GptOssConfig
 
 from puzzle_trtllm import mxfp4
 from puzzle_trtllm.build.engine_build import build_engine
-from puzzle_trtllm.engine import EngineConfig
+from puzzle_trtllm.engine import PLUGIN_FOLDER, EngineConfig
 from puzzle_trtllm.errors import CheckpointError, EngineError
 from puzzle_trtllm.models.trtllm.experts import moe_weights
 from puzzle_trtllm.models.trtllm.layers import layer_plans
@@ -26,7 +26,7 @@ from puzzle_trtllm.models.trtllm.upstream import ALL_LINES, REQUIREMENTS, Requir
 from puzzle_trtllm.serve.runtimes import create_llm, load_runtime
 from puzzle_trtllm.serve.triton.host import start_llm
 from puzzle_trtllm.serve.triton.repository import write_repository
-from puzzle_trtllm.serve.triton.settings import read_model_yaml
+from puzzle_trtllm.serve.triton.settings import ModelSettings, TritonConfig, read_model_yaml
 from tests.models import trtllm_standin as upstream
 
 RELEASED = Path(__file__).parents[1] / "data" / "gpt-oss-puzzle-88b.config.json"
@@ -415,6 +415,15 @@ class TestRuntime:
         monkeypatch.delattr(sys.modules["tensorrt_llm._torch.models.modeling_utils"], "register_auto_model")
         with pytest.raises(EngineError, match=r"register_auto_model: this TensorRT-LLM does not fit the plugin"):
             load_runtime("tensorrt_llm")
+
+    def test_a_childs_engine_without_tensorrt_llm_says_so(self, make_checkpoint, tmp_path, monkeypatch):
+        """Not its plugin, which comes first and would speak of a TensorRT-LLM that does not fit."""
+        config = EngineConfig(runtime="tensorrt_llm", gpu="h100-80gb", scenario="cpu-demo")
+        engine = build_engine(make_checkpoint([(4, 16), (2, None)]), tmp_path / "engine", config=config)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        triton = TritonConfig(plugin=str(engine.path / PLUGIN_FOLDER))
+        with pytest.raises(EngineError, match="the runtime tensorrt_llm is not installed here"):
+            start_llm(ModelSettings(llm_args={}, triton=triton))
 
     def test_an_engine_starts_with_its_environment(self, installed, make_checkpoint, tmp_path, monkeypatch):
         config = EngineConfig(runtime="tensorrt_llm", gpu="h100-80gb", scenario="cpu-demo")
