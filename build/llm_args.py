@@ -160,9 +160,7 @@ def _disagrees(key: str, found: object, value: object, decided_by: str, decision
 def _check_kernels(llm_args: Mapping[str, Any], config: EngineConfig, scenario: Scenario, file: str) -> None:
     """Overrides with which TensorRT-LLM starts, and serves wrong numbers or none of the scenario's requests."""
     kv = llm_args["kv_cache_config"]
-    if kv["enable_block_reuse"] and _mixes_prefixes(
-        config, kv["max_attention_window"] or (), kv.get("use_kv_cache_manager_v2")
-    ):
+    if kv["enable_block_reuse"] and _mixes_prefixes(config, kv["max_attention_window"] or ()):
         message = "1.2 mixes up what different windows have of a common prefix"
         expected = "false, or a newer target"
         raise ConfigError(message, file=file, key=REUSE_KEY, found="true", expected=expected)
@@ -228,7 +226,8 @@ def _divide_memory(values: Values, config: EngineConfig, room: Room) -> None:
     values.put("scheduler_config.capacity_scheduler_policy", CAPACITY_POLICY, reason)
     windows = values.get("kv_cache_config.max_attention_window") or []
     if len(room.shares) > 1 and not values.get(V2_KEY):
-        values.put(V2_KEY, False, "V2 ignores window shares")
+        if config.target != "1.2":  # which has V1 alone, and refuses the key
+            values.put(V2_KEY, False, "V2 ignores window shares")
         distinct = ", ".join(str(window) for window in sorted(set(windows)))
         reason = (
             f"memory for windows {distinct} as {room.num_sequences} sequences are counted in it; equal parts otherwise"
@@ -245,7 +244,7 @@ def _kv_cache(values: Values, a: PuzzleArchitecture, config: EngineConfig, file:
     )
     size, reason = _tokens_per_block(a, config)
     values.put("kv_cache_config.tokens_per_block", size, reason)
-    if _mixes_prefixes(config, windows, values.get(V2_KEY)):
+    if _mixes_prefixes(config, windows):
         values.put(REUSE_KEY, False, "TensorRT-LLM 1.2 mixes up what different windows have of a common prefix")
     else:
         values.put(REUSE_KEY, True, "requests with a common prefix share blocks")
@@ -258,12 +257,12 @@ def _kv_cache(values: Values, a: PuzzleArchitecture, config: EngineConfig, file:
             raise _disagrees(CACHE_BYTES_KEY, given, left, "memory_bytes", config.memory_bytes, file)
 
 
-def _mixes_prefixes(config: EngineConfig, windows: Sequence[int], manager_v2: object) -> bool:
+def _mixes_prefixes(config: EngineConfig, windows: Sequence[int]) -> bool:
     """Whether the cache manager would take the blocks that it finds of a prompt in one window for found in all.
 
     V1 does in 1.2 and 1.2.1: `addSequence` sets the prepopulated length window by window, until pull request 10875.
     """
-    return config.runtime == "tensorrt_llm" and config.target == "1.2" and len(set(windows)) > 1 and not manager_v2
+    return config.runtime == "tensorrt_llm" and config.target == "1.2" and len(set(windows)) > 1
 
 
 def _tokens_per_block(a: PuzzleArchitecture, config: EngineConfig) -> tuple[int, str]:
