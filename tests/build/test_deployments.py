@@ -204,7 +204,15 @@ class TestDerived:
                 {"llm_args": {"kv_cache_config": {"tokens_per_block": 48}}},
                 r"tokens_per_block: its kernels need a power of two \(found 48",
             ),
+            (
+                {"llm_args": {"max_num_tokens": 255}},
+                r"max_num_tokens: .*one of 65536 would wait for ever \(found 255, expected at least 256",
+            ),
             ({"llm_args": {"dtype": "float16"}}, r"dtype: .*found float16, expected auto or bfloat16"),
+            (
+                {"llm_args": {"max_seq_len": 8192, "kv_cache_config": {"max_attention_window": [8192] * 35 + [8193]}}},
+                r"max_attention_window\[35\]: longer than max_seq_len: .*found 8193, expected at most 8192",
+            ),
             ({"num_gpus": 3}, r"moe_expert_parallel_size: impossible parallelism \(found 3, expected a divisor"),
             ({"num_gpus": 128}, r"expected a divisor of the 64 experts of layer 15"),
             ({"num_gpus": 16}, r"tensor_parallel_size: .*does not repeat KV heads \(found 16"),
