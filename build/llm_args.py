@@ -45,6 +45,8 @@ from puzzle_trtllm.sharding import count_shard_bytes, shards_of
 
 DEFAULT_MAX_NUM_TOKENS = 8192
 MIN_TOKENS_PER_BLOCK = 8
+CHUNK_UNIT = 256
+"""Tokens, of which TensorRT-LLM makes chunks of prompts where a window is below its max_seq_len + 1: always here."""
 DTYPE_KEY = "kv_cache_config.dtype"
 CACHE_BYTES_KEY = "kv_cache_config.max_gpu_total_bytes"
 REUSE_KEY = "kv_cache_config.enable_block_reuse"
@@ -95,7 +97,7 @@ def derive_llm_args(
     if config.runtime == "tensorrt_llm":
         check_expert_layout(architecture, nested, gpu=the_gpu(config, file), file=file)
         _check_kernels(nested, config, scenario, file)
-    _check_windows(architecture, nested, file)
+    _check_windows(architecture, config, nested, file)
     _check_memory(architecture, config, nested, file)
     check_llm_args(nested, target=config.target, file=file)
     return result
@@ -160,9 +162,7 @@ def _disagrees(key: str, found: object, value: object, decided_by: str, decision
 def _check_kernels(llm_args: Mapping[str, Any], config: EngineConfig, scenario: Scenario, file: str) -> None:
     """Overrides with which TensorRT-LLM starts, and serves wrong numbers or none of the scenario's requests."""
     kv = llm_args["kv_cache_config"]
-    if kv["enable_block_reuse"] and _mixes_prefixes(
-        config, kv["max_attention_window"] or (), kv.get("use_kv_cache_manager_v2")
-    ):
+    if kv["enable_block_reuse"] and _mixes_prefixes(config, kv["max_attention_window"] or ()):
         message = "1.2 mixes up what different windows have of a common prefix"
         expected = "false, or a newer target"
         raise ConfigError(message, file=file, key=REUSE_KEY, found="true", expected=expected)
@@ -179,6 +179,9 @@ def _check_kernels(llm_args: Mapping[str, Any], config: EngineConfig, scenario: 
         expected = f"true, or max_num_tokens of at least {prompt}, the longest prompt of scenario {scenario.name}"
         message = f"a prompt must fit in one step of {step} tokens"
         raise ConfigError(message, file=file, key="enable_chunked_prefill", found="false", expected=expected)
+    if prompt > step and step < CHUNK_UNIT:
+        message = f"chunks of prompts are multiples of {CHUNK_UNIT} tokens: one of {prompt} would wait for ever"
+        raise ConfigError(message, file=file, key="max_num_tokens", found=step, expected=f"at least {CHUNK_UNIT}")
 
 
 def _cache_dtype(config: EngineConfig) -> str:
@@ -228,7 +231,8 @@ def _divide_memory(values: Values, config: EngineConfig, room: Room) -> None:
     values.put("scheduler_config.capacity_scheduler_policy", CAPACITY_POLICY, reason)
     windows = values.get("kv_cache_config.max_attention_window") or []
     if len(room.shares) > 1 and not values.get(V2_KEY):
-        values.put(V2_KEY, False, "V2 ignores window shares")
+        if config.target != "1.2":  # which has V1 alone, and refuses the key
+            values.put(V2_KEY, False, "V2 ignores window shares")
         distinct = ", ".join(str(window) for window in sorted(set(windows)))
         reason = (
             f"memory for windows {distinct} as {room.num_sequences} sequences are counted in it; equal parts otherwise"
@@ -245,7 +249,7 @@ def _kv_cache(values: Values, a: PuzzleArchitecture, config: EngineConfig, file:
     )
     size, reason = _tokens_per_block(a, config)
     values.put("kv_cache_config.tokens_per_block", size, reason)
-    if _mixes_prefixes(config, windows, values.get(V2_KEY)):
+    if _mixes_prefixes(config, windows):
         values.put(REUSE_KEY, False, "TensorRT-LLM 1.2 mixes up what different windows have of a common prefix")
     else:
         values.put(REUSE_KEY, True, "requests with a common prefix share blocks")
@@ -258,12 +262,12 @@ def _kv_cache(values: Values, a: PuzzleArchitecture, config: EngineConfig, file:
             raise _disagrees(CACHE_BYTES_KEY, given, left, "memory_bytes", config.memory_bytes, file)
 
 
-def _mixes_prefixes(config: EngineConfig, windows: Sequence[int], manager_v2: object) -> bool:
+def _mixes_prefixes(config: EngineConfig, windows: Sequence[int]) -> bool:
     """Whether the cache manager would take the blocks that it finds of a prompt in one window for found in all.
 
     V1 does in 1.2 and 1.2.1: `addSequence` sets the prepopulated length window by window, until pull request 10875.
     """
-    return config.runtime == "tensorrt_llm" and config.target == "1.2" and len(set(windows)) > 1 and not manager_v2
+    return config.runtime == "tensorrt_llm" and config.target == "1.2" and len(set(windows)) > 1
 
 
 def _tokens_per_block(a: PuzzleArchitecture, config: EngineConfig) -> tuple[int, str]:
@@ -274,22 +278,23 @@ def _tokens_per_block(a: PuzzleArchitecture, config: EngineConfig) -> tuple[int,
     return size, f"blocks no larger than the smallest window, {smallest}"
 
 
-def _check_windows(a: PuzzleArchitecture, llm_args: Mapping[str, Any], file: str) -> None:
+def _check_windows(a: PuzzleArchitecture, config: EngineConfig, llm_args: Mapping[str, Any], file: str) -> None:
+    """Raises ConfigError for windows that a runtime would mask wrongly with, or TensorRT-LLM divide memory by."""
+    longest = llm_args["max_seq_len"]
     key = "kv_cache_config.max_attention_window"
     given = llm_args["kv_cache_config"]["max_attention_window"]
     if not given or len(given) != a.num_layers:
         found = f"{len(given or [])} entries"
         raise ConfigError("needs one entry a layer", file=file, key=key, found=found, expected=a.num_layers)
     for layer, (window, block) in enumerate(zip(given, a.blocks, strict=True)):
-        needed = min(block.sliding_window or llm_args["max_seq_len"], llm_args["max_seq_len"])
+        needed = min(block.sliding_window or longest, longest)
+        place = f"{key}[{layer}]"
         if window < needed:
-            raise ConfigError(
-                "smaller than the model's window",
-                file=file,
-                key=f"{key}[{layer}]",
-                found=window,
-                expected=f"at least {needed}",
-            )
+            message = "smaller than the model's window"
+            raise ConfigError(message, file=file, key=place, found=window, expected=f"at least {needed}")
+        if window > longest and config.runtime == "tensorrt_llm":
+            message = "longer than max_seq_len: TensorRT-LLM cuts it to max_seq_len + 1, another pool than ours"
+            raise ConfigError(message, file=file, key=place, found=window, expected=f"at most {longest}")
 
 
 def _check_memory(a: PuzzleArchitecture, config: EngineConfig, llm_args: Mapping[str, Any], file: str) -> None:

@@ -1,8 +1,8 @@
 """TensorRT-LLM's LLM arguments, held against the recorded schema: a wrong key is found here, not on the GPU host.
 
 `llm_args_schema.json` lists the fields of `TorchLlmArgs` and its nested classes as read in TensorRT-LLM's source. All
-of those classes forbid unknown keys, so one misspelt name stops an engine from starting. Fields that exist only in the
-newest line are accepted only when the engine config targets it. Types are checked as far as YAML can get them wrong;
+of those classes forbid unknown keys, so one name that a line does not have stops an engine from starting: a field is
+accepted only when the engine config targets a line that has it. Types are checked as far as YAML can get them wrong;
 types that are classes we did not record are let through.
 """
 
@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.models.trtllm.upstream import ALL_LINES
 
 SCHEMA_FILE = Path(__file__).with_name("llm_args_schema.json")
 ROOT_CLASS = "TorchLlmArgs"
 NEWEST_TARGET = "late"
+ANY_TARGET = "any"
+"""Every field of every line, for files that may have been edited for another one."""
 _LATE = "_added_on_late_main"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPTIONAL = re.compile(r"^Optional\[(.*?)\]( \[0,1\])?$")
@@ -28,11 +31,13 @@ _OPTIONAL = re.compile(r"^Optional\[(.*?)\]( \[0,1\])?$")
 
 @cache
 def fields_of(class_name: str, target: str) -> Mapping[str, str]:
-    """Field name: type, of one argument class in one TensorRT-LLM line."""
+    """Field name: type, of one argument class in one TensorRT-LLM line, or in ANY_TARGET."""
     entries = _schema()[class_name]
-    newest = entries.get(_LATE, {}) if target == NEWEST_TARGET else {}
+    newest = entries.get(_LATE, {}) if target in (NEWEST_TARGET, ANY_TARGET) else {}
     own = {name: entry for name, entry in entries.items() if not name.startswith("_")}
-    return {name: entry["type"] for name, entry in {**own, **newest}.items()}
+    line = entries.get("_lines", {}).get(target, {})
+    types = {name: entry["type"] for name, entry in {**own, **newest}.items()} | line.get("types", {})
+    return {name: kind for name, kind in types.items() if name not in line.get("absent", ())}
 
 
 def argument_classes() -> tuple[str, ...]:
@@ -53,9 +58,9 @@ def check_llm_args(arguments: Mapping[str, Any], *, target: str, file: str | Pat
 
 def check_known_types(arguments: Mapping[str, Any], *, file: str | Path) -> None:
     """The same for a file that was checked when it was made, and edited since; what a newer line has added passes."""
-    fields = fields_of(ROOT_CLASS, NEWEST_TARGET)
+    fields = fields_of(ROOT_CLASS, ANY_TARGET)
     known = {key: value for key, value in arguments.items() if key in fields}
-    check_llm_args(known, target=NEWEST_TARGET, file=file)
+    check_llm_args(known, target=ANY_TARGET, file=file)
 
 
 @cache
@@ -102,9 +107,10 @@ def _check_environment(variables: Mapping[Any, Any], key: str, file: str | Path)
 
 def _unknown_key(class_name: str, given: Any, target: str, prefix: str, file: str | Path) -> ConfigError:
     key = str(given)
-    if key in fields_of(class_name, NEWEST_TARGET):
-        message = f"not in TensorRT-LLM {target}, only in its newest line (target: {NEWEST_TARGET})"
-        return ConfigError(message, file=file, key=prefix + key)
+    others = [line for line in ALL_LINES if key in fields_of(class_name, line)]
+    if others:
+        message = f"not in TensorRT-LLM's line {target}, only in {' and '.join(others)}"
+        return ConfigError(message, file=file, key=prefix + key, expected="an engine without it, or another target")
     reason = _schema()[class_name].get("_not_fields", {}).get(key)
     if reason is not None:
         return ConfigError(f"not an LLM argument: {reason}", file=file, key=prefix + key)

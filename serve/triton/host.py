@@ -16,6 +16,7 @@ from typing import Any
 
 from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.runtimes import check_installed, set_environment
+from puzzle_trtllm.serve.runtimes.ending import ending_at_every_end
 from puzzle_trtllm.serve.triton.instances import ONLY_INSTANCE, Instance, hide_other_gpus
 from puzzle_trtllm.serve.triton.plugin import import_plugin
 from puzzle_trtllm.serve.triton.ranks import Role, leader_session, role_of, scrub_mpi_job, work_for_leader
@@ -23,7 +24,7 @@ from puzzle_trtllm.serve.triton.settings import ModelSettings
 
 
 def start_llm(settings: ModelSettings, instance: Instance = ONLY_INSTANCE) -> tuple[Any, Any]:
-    """Make the LLM that model.yaml describes, on the instance's GPUs; returns it and the runtime's SamplingParams.
+    """Make the LLM that model.yaml describes, on the instance's GPUs; returns it and what makes its SamplingParams.
 
     On a worker's rank it returns only by raising: ServeError, once the leader has ended. Raises EngineError when the
     runtime is not installed, and whatever the runtime raises when it cannot start.
@@ -48,7 +49,10 @@ def start_llm(settings: ModelSettings, instance: Instance = ONLY_INSTANCE) -> tu
     if role == "leader":
         llm_args["_mpi_session"] = leader_session()
     runtime = _load_runtime(triton.runtime, triton.runtime_module)
-    return runtime.LLM(**llm_args), runtime.SamplingParams
+    sampling_params = runtime.SamplingParams
+    if triton.runtime == "tensorrt_llm":
+        sampling_params = ending_at_every_end(sampling_params, Path(llm_args["model"]))
+    return runtime.LLM(**llm_args), sampling_params
 
 
 def _load_runtime(name: str, module: str | None) -> Any:

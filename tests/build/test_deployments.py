@@ -156,14 +156,22 @@ class TestDerived:
         assert arguments(llm_args={"max_batch_size": 3})["cuda_graph_config"]["batch_sizes"] == [1, 2, 3]
 
     def test_the_v2_manager_gets_no_shares(self):
-        found = arguments(llm_args={"kv_cache_config": {"use_kv_cache_manager_v2": True}})
+        found = arguments(target="1.3", llm_args={"kv_cache_config": {"use_kv_cache_manager_v2": True}})
         assert found["kv_cache_config"]["use_kv_cache_manager_v2"] is True and "env_overrides" not in found
+
+    def test_the_v1_manager_is_asked_for_where_there_are_two(self):
+        """TensorRT-LLM 1.2 has no such key, and refuses arguments that it does not know."""
+        found = {line: arguments(target=line)["kv_cache_config"] for line in ("1.2", "1.3", "late")}
+        asked = {line: values.get("use_kv_cache_manager_v2", "not said") for line, values in found.items()}
+        assert asked == {"1.2": "not said", "1.3": False, "late": False}
+        with pytest.raises(ConfigError, match=r"use_kv_cache_manager_v2: not in TensorRT-LLM's line 1.2, only in 1.3"):
+            arguments(llm_args={"kv_cache_config": {"use_kv_cache_manager_v2": True}})
 
     def test_a_model_with_one_window_gets_no_shares(self, tmp_path):
         config = json.loads(MODELS["parent"].read_text())
         config["layer_types"] = ["full_attention"] * 36
         (tmp_path / "config.json").write_text(json.dumps(config))
-        found = arguments(tmp_path / "config.json", num_gpus=8)
+        found = arguments(tmp_path / "config.json", num_gpus=8, target="1.3")
         assert "env_overrides" not in found and "use_kv_cache_manager_v2" not in found["kv_cache_config"]
 
     def test_an_evicting_policy_shares_by_the_mean_length(self):
@@ -198,7 +206,15 @@ class TestDerived:
                 {"llm_args": {"kv_cache_config": {"tokens_per_block": 48}}},
                 r"tokens_per_block: its kernels need a power of two \(found 48",
             ),
+            (
+                {"llm_args": {"max_num_tokens": 255}},
+                r"max_num_tokens: .*one of 65536 would wait for ever \(found 255, expected at least 256",
+            ),
             ({"llm_args": {"dtype": "float16"}}, r"dtype: .*found float16, expected auto or bfloat16"),
+            (
+                {"llm_args": {"max_seq_len": 8192, "kv_cache_config": {"max_attention_window": [8192] * 35 + [8193]}}},
+                r"max_attention_window\[35\]: longer than max_seq_len: .*found 8193, expected at most 8192",
+            ),
             ({"num_gpus": 3}, r"moe_expert_parallel_size: impossible parallelism \(found 3, expected a divisor"),
             ({"num_gpus": 128}, r"expected a divisor of the 64 experts of layer 15"),
             ({"num_gpus": 16}, r"tensor_parallel_size: .*does not repeat KV heads \(found 16"),
@@ -251,7 +267,6 @@ class TestPrefixReuse:
         assert self.reuse(target="1.3") is True and self.reuse(target="late") is True
 
     def test_is_on_where_nothing_can_be_mixed_up(self, tmp_path):
-        assert self.reuse(llm_args={"kv_cache_config": {"use_kv_cache_manager_v2": True}}) is True
         config = json.loads(MODELS["parent"].read_text())
         config["layer_types"] = ["full_attention"] * 36
         (tmp_path / "config.json").write_text(json.dumps(config))

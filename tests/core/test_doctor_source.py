@@ -160,8 +160,9 @@ class TestSourceTree:
         texts = {
             "tensorrt_llm/api/__init__.py": "try:\n    from .inner import Public as LLM\nexcept ImportError:\n    pass",
             "tensorrt_llm/api/inner.py": "from ..base import *\nclass Public(Generic[int], Middle[str]): ...\n",
-            "tensorrt_llm/base.py": f"if True:\n    class Middle:\n        {run}\n",
-            "tensorrt_llm/circle.py": "from .circle import Round\n",
+            "tensorrt_llm/base.py": f"if True:\n    class Middle:\n        {run}\nOther = Middle\n",
+            "tensorrt_llm/circle.py": "from .circle import Round\nSelf = Self\n",
+            "tensorrt_llm/fallback.py": "try:\n    from .base import Middle\nexcept Exception:\n    Middle = object\n",
         }
         for name, text in texts.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +179,12 @@ class TestSourceTree:
 
     def test_a_class_has_the_source_of_its_bases(self, files):
         assert self.check(files, path="LLM", mentions=("sinks",)).holds
+
+    def test_a_name_set_to_another_one(self, files):
+        """As CudaGraphConfig is since autumn 2026."""
+        for modules, path in ((("tensorrt_llm.base",), "Other"), (("tensorrt_llm.fallback",), "Middle")):
+            assert self.check(files, modules=modules, path=f"{path}.run", parameters=("task", "wait")).holds
+        assert not self.check(files, modules=("tensorrt_llm.circle",), path="Self").holds
 
     def test_candidates_in_turn(self, files):
         assert self.check(files, modules=("tensorrt_llm.gone", "tensorrt_llm.api"), path="LLM").holds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from puzzle_trtllm.errors import ConfigError
-from puzzle_trtllm.llm_args_schema import check_llm_args, fields_of, section_class
+from puzzle_trtllm.llm_args_schema import check_known_types, check_llm_args, fields_of, section_class
 
 GOOD = {
     "backend": "pytorch",
@@ -78,5 +78,30 @@ def test_a_refused_argument_is_one_line(arguments, message):
 def test_too_new_an_argument_needs_the_newest_target(arguments):
     check_llm_args(arguments, target="late", file="x.yaml")
     for target in ("1.2", "1.3"):
-        with pytest.raises(ConfigError, match=rf"not in TensorRT-LLM {target}, only in its newest line"):
+        with pytest.raises(ConfigError, match=rf"not in TensorRT-LLM's line {target}, only in late \(expected"):
             check_llm_args(arguments, target=target, file="x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        ({"kv_cache_config": {"use_kv_cache_manager_v2": False}}, ["1.3", "late"]),
+        ({"kv_cache_config": {"max_util_for_resume": 0.9}}, ["1.3", "late"]),
+        ({"kv_cache_config": {"onboard_blocks": True}}, ["1.2", "1.3"]),
+        ({"model_kwargs": {}}, ["1.3", "late"]),
+        ({"enable_sleep": True}, ["1.2", "1.3"]),
+        ({"disable_flashinfer_sampling": True}, ["1.2", "1.3"]),
+        ({"scheduler_config": {"waiting_queue_policy": "fcfs"}}, ["1.3", "late"]),
+        ({"cache_transceiver_config": {"transceiver_runtime": "CPP"}}, ["1.3", "late"]),
+        ({"moe_config": {"backend": "AUTO"}}, ["1.3", "late"]),
+        ({"moe_config": {"backend": "WIDEEP"}}, ["1.2", "1.3"]),
+    ],
+)
+def test_what_a_line_does_not_have_is_refused_for_it_alone(arguments, lines):
+    for target in ("1.2", "1.3", "late"):
+        if target in lines:
+            check_llm_args(arguments, target=target, file="x.yaml")
+        else:
+            with pytest.raises(ConfigError, match=f"line {target}, only in {' and '.join(lines)}|wrong type"):
+                check_llm_args(arguments, target=target, file="x.yaml")
+    check_known_types(arguments, file="x.yaml")

@@ -70,7 +70,7 @@ class LLM: ...
 
 
 class SamplingParams:
-    max_tokens = top_k = top_p = ignore_eos = min_tokens = None
+    max_tokens = top_k = top_p = ignore_eos = min_tokens = stop_token_ids = end_id = None
 
 
 class TrtllmAttention:

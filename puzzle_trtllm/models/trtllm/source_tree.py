@@ -3,10 +3,10 @@
     tree = SourceTree("TensorRT-LLM")           a checkout, or the package folder of a wheel
     findings = [tree.check(row) for row in REQUIREMENTS]
 
-The files are parsed. A name that a module only imports is followed to the file that defines it, and a class carries the
-source and the methods of its bases in the same package, as `symbols.check` sees them on an installed one. What
-is made when a module runs (a name that `__getattr__` of a package serves) cannot be seen here; such rows name the
-defining module as their last candidate.
+The files are parsed. A name that a module only imports, or only sets to another name, is followed to the class or
+function that it stands for, and a class carries the source and the methods of its bases in the same package, as
+`symbols.check` sees them on an installed one. What is made when a module runs (a name that `__getattr__` of a package
+serves) cannot be seen here; such rows name the defining module as their last candidate.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class SourceTree:
         return f"{module_name}.{path}: not defined" if found is None else found
 
     def _resolve(self, module: _Module, name: str, seen: set[str]) -> tuple[_Module, _Definition] | None:
-        """A name as a module knows it: defined there, or imported from another module of the package."""
+        """A name as a module knows it: defined there, another name for it, or imported from the package."""
         if f"{module.name}:{name}" in seen:
             return None
         seen.add(f"{module.name}:{name}")
@@ -114,7 +114,8 @@ class SourceTree:
             found = None if source is None else self._resolve(source, original, seen)
             if found is not None:
                 return found
-        return None
+        alias = module.aliases.get(name)
+        return None if alias is None else self._resolve(module, alias, seen)
 
     def _bases(self, module: _Module, definition: _Definition) -> Iterator[tuple[_Module, _Definition]]:
         for base in definition.bases if isinstance(definition, ast.ClassDef) else ():
@@ -179,6 +180,7 @@ class _Module:
         except (SyntaxError, ValueError, RecursionError) as error:  # ValueError: zero bytes
             raise ConfigError(f"not Python that this interpreter reads: {error}", file=file) from None
         self.definitions: dict[str, _Definition] = {}
+        self.aliases: dict[str, str] = {}
         self.imports: dict[str, tuple[str, str]] = {}
         self.star_imports: list[str] = []
         for node in _top_level(tree.body):
@@ -186,6 +188,8 @@ class _Module:
                 self.definitions[node.name] = node
             elif isinstance(node, ast.ImportFrom):
                 self._note_import(node)
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Name):
+                self.aliases |= {target.id: node.value.id for target in node.targets if isinstance(target, ast.Name)}
 
     def _note_import(self, node: ast.ImportFrom) -> None:
         package = self._package

@@ -246,7 +246,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         key="sampling-params",
         modules=("tensorrt_llm.llmapi", "tensorrt_llm", "tensorrt_llm.sampling_params"),
         path="SamplingParams",
-        mentions=("max_tokens", "top_k", "top_p", "ignore_eos", "min_tokens"),
+        mentions=("max_tokens", "top_k", "top_p", "ignore_eos", "min_tokens", "stop_token_ids", "end_id"),
         needed_for="requests of the Triton model",
         source="tensorrt_llm/sampling_params.py",
     ),

@@ -26,8 +26,8 @@ from typing import Any, TypeAlias
 from puzzle_trtllm.architecture import PuzzleArchitecture
 from puzzle_trtllm.chat import ChatTokenizer
 from puzzle_trtllm.errors import EngineError
-from puzzle_trtllm.json_files import read_json_object
 from puzzle_trtllm.serve.runtimes.api import EngineDeadError, SamplingParams
+from puzzle_trtllm.serve.runtimes.ending import read_end_ids
 from puzzle_trtllm.serve.runtimes.reference.arguments import read_arguments
 from puzzle_trtllm.serve.runtimes.reference.messages import Abort, DecodingRule, Ready, StepReport, Submit
 from puzzle_trtllm.serve.runtimes.reference.processes import EngineProcesses
@@ -49,7 +49,7 @@ class LLM:
         skip_tokenizer = bool(llm_args.get("skip_tokenizer_init"))
         self.tokenizer = None if skip_tokenizer else ChatTokenizer.from_folder(tokenizer or model)
         self._vocab_size = PuzzleArchitecture.from_path(self.model).vocab_size
-        self._end_ids = _read_end_ids(self.model)
+        self._end_ids = frozenset(read_end_ids(self.model))
         self._ids = count(1)
         self._open: dict[int, ReferenceRequestOutput] = {}
         self._dead: str | None = None
@@ -250,16 +250,6 @@ def _write_messages(messages: SimpleQueue[bytes | None], processes: EngineProces
     while (message := messages.get()) is not None:
         processes.send(message)
     processes.send(pickle.dumps(None))
-
-
-def _read_end_ids(model: Path) -> frozenset[int]:
-    """End-of-sequence ids of a serving copy: generation_config.json's, if it has one, else config.json's."""
-    config = read_json_object(model / "config.json", EngineError)
-    generation = model / "generation_config.json"
-    if generation.is_file():
-        config |= read_json_object(generation, EngineError)
-    end = config.get("eos_token_id")
-    return frozenset(end if isinstance(end, list) else [] if end is None else [end])
 
 
 def _plain_integers(token_ids: Iterable[Any]) -> list[int]:
