@@ -22,6 +22,7 @@ from puzzle_trtllm.errors import BenchError, ConfigError
 from puzzle_trtllm.folders import write_atomically
 from puzzle_trtllm.plain_file import read_text
 from puzzle_trtllm.serve.runtimes import create_llm, load_runtime
+from puzzle_trtllm.serve.runtimes.ending import ending_at_every_end
 from puzzle_trtllm.text_tokens import random_text_ids
 
 PROMPTS_PER_LENGTH = 4
@@ -104,7 +105,9 @@ def record(engine_folder: str | Path, *, texts: Sequence[str] | None = None, max
             prompts = synthetic_prompts(a.windows, vocab_size=a.vocab_size, max_prompt_tokens=room)
         else:
             prompts = [list(llm.tokenizer.encode(text))[:room] for text in texts]
-        sampling_params = load_runtime(engine.manifest.runtime).SamplingParams
+        # Though the end is ignored: TensorRT-LLM wants to be told of one where no tokenizer names it.
+        runtime = load_runtime(engine.manifest.runtime)
+        sampling_params = ending_at_every_end(runtime.SamplingParams, engine.model_path)
         continuations = [_continue(llm, sampling_params, prompt, max_tokens) for prompt in prompts]
     finally:
         llm.shutdown()

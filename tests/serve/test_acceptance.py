@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -161,6 +162,21 @@ def test_an_engine_that_says_nothing_is_not_recorded(engines, monkeypatch, token
         record(engines["bf16"], texts=["a"], max_tokens=4)
     with pytest.raises(BenchError, match="no prompt to continue"):
         record(engines["bf16"], texts=[], max_tokens=4)
+
+
+def test_an_engine_without_a_tokenizer_is_told_what_the_end_is(engines, tmp_path, monkeypatch):
+    """TensorRT-LLM refuses every request otherwise, also one that ignores the end."""
+    asked = []
+    output = SimpleNamespace(token_ids=[1], cumulative_logprob=-1.0)
+    llm = SimpleNamespace(
+        generate=lambda _, params: asked.append(params) or SimpleNamespace(outputs=[output]), shutdown=lambda: None
+    )
+    engine = shutil.copytree(engines["bf16"], tmp_path / "engine")
+    (engine / "model" / "tokenizer.json").unlink()
+    end = json.loads((engine / "model" / "config.json").read_text())["eos_token_id"]
+    monkeypatch.setattr(recording_module, "create_llm", lambda engine: llm)
+    record(engine, max_tokens=4)
+    assert asked and all((params.end_id, params.ignore_eos) == (end, True) for params in asked)
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_engine_starts(tmp_path, capsys):
