@@ -15,7 +15,7 @@ from puzzle_trtllm.serve.runtimes.api import CompletionOutput, SamplingParams
 from puzzle_trtllm.serve.triton.outbox import Outbox
 from puzzle_trtllm.serve.triton.request import RequestLimits
 from puzzle_trtllm.serve.triton.session import Session
-from tests.serve.scripted import wait_until
+from tests.serve.scripted import HANG_S, wait_until
 
 
 class Sender:
@@ -41,7 +41,7 @@ class Sender:
         return bool(self.responses) and self.responses[-1][1] == 1
 
     def send(self, response=None, flags: int = 0) -> None:
-        assert self.gate.wait(10)
+        assert self.gate.wait(HANG_S)
         assert not self.final, "sent after the final response"
         if self.closed:
             raise RuntimeError("Response sender has been closed.")
