@@ -30,6 +30,7 @@ class Sender:
         self.responses: list[tuple[object, int]] = []
         self.cancelled = False
         self.query_error: Exception | None = None
+        self.failed_queries = 0
         self.room = {dict: room, tuple: room_for_errors, type(None): math.inf}
         self.allowed = math.inf if decoupled else 1
         self.closed = False
@@ -57,6 +58,7 @@ class Sender:
     def is_cancelled(self) -> bool:
         assert not self.final, "asked after the final response"
         if self.query_error is not None:
+            self.failed_queries += 1
             raise self.query_error
         return self.cancelled
 

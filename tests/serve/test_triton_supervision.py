@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -28,7 +29,7 @@ from puzzle_trtllm.serve.triton import server as supervision
 from puzzle_trtllm.serve.triton.launch import TritonServer
 from puzzle_trtllm.serve.triton.probe import hangs_up, http_status, read_metrics
 from puzzle_trtllm.serve.triton.server import serve_engine, watch
-from tests.serve.scripted import scripted_engine, wait_until
+from tests.serve.scripted import HANG_S, scripted_engine, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -222,11 +223,14 @@ def test_a_first_start_that_fails_is_an_error_also_with_restart(engine, history,
 
 def test_a_signal_ends_the_pause_before_the_next_try(engine, history, monkeypatch) -> None:
     monkeypatch.setattr(FakeServer, "starts", [True, False])
-    monkeypatch.setattr(supervision, "_RESTART_PAUSE_S", 60.0)
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
+
+    def sleep(_: float) -> None:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        time.sleep(HANG_S)
+        history.append("paused to the end")
+
+    monkeypatch.setattr(supervision, "time", SimpleNamespace(sleep=sleep))
     assert serve_engine(engine, restart=True, quiet=True) == 0
-    timer.join()
     assert history[-1] == "start fails"
 
 
