@@ -39,7 +39,8 @@ def served(tmp_path_factory):
     command = [sys.executable, "-m", "puzzle_trtllm", "serve", str(engine.path), "--json", "--openai-port", "0"]
     command += ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
     command += ["--restricted", "model-repository", "--secret", str(folder / "secret")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    kept = {**os.environ, "TMPDIR": str(folder)}  # the log of the front that is killed at last
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=kept) as process:
         ready = json.loads(process.stdout.readline())
         client = openai.OpenAI(base_url=ready["openai_url"], api_key=SECRET, max_retries=0)
         yield SimpleNamespace(process=process, client=client, **ready)

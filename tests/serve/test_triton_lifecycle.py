@@ -16,7 +16,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +32,6 @@ from puzzle_trtllm.serve.triton import install, launch
 from puzzle_trtllm.serve.triton.install import find_triton
 from puzzle_trtllm.serve.triton.launch import python_path
 from puzzle_trtllm.serve.triton.log import find_reason
-from puzzle_trtllm.serve.triton.ports import choose_ports, hold_ports
 from puzzle_trtllm.serve.triton.server import TritonServer, serve_engine
 from tests.serve.scripted import HANG_S, SCRIPTED, metric, scripted_engine, wait_until
 from tests.serve.serving import Serving
@@ -48,7 +47,8 @@ def engine(make_checkpoint, tmp_path_factory):
 
 
 @pytest.fixture
-def serving(engine) -> Iterator:
+def serving(engine, monkeypatch, tmp_path: Path) -> Iterator:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where the logs of servers that died are kept
     started: list[Serving] = []
 
     def start(how: str = "once", **options) -> Serving:
@@ -165,8 +165,7 @@ def test_requests_of_a_server_that_somebody_else_stops_are_told_too(serving) -> 
     running.assert_all_gone()
 
 
-def test_sigint_while_starting_is_no_failure(serving, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+def test_sigint_while_starting_is_no_failure(serving, tmp_path: Path) -> None:
     running = serving()
     wait_until(lambda: len(children_of(running.process.pid)) == 1, what="the guard's start")
     (guard,) = children_of(running.process.pid)
@@ -194,63 +193,6 @@ def test_a_signal_before_the_servers_pid_is_known_leaves_no_log(engine, monkeypa
 # --- what cannot start --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("option", "purpose"), [("grpc_port", "gRPC"), ("http_port", "HTTP"), ("metrics_port", "metrics")]
-)
-def test_a_port_in_use_is_named_before_anything_starts(engine, option: str, purpose: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(ServeError, match=rf"^port {port} \({purpose}\) is in use") as error:
-            TritonServer(engine, **{option: port}).start()
-    assert "\n" not in str(error.value)
-
-
-def test_free_ports_differ_from_each_other() -> None:
-    ports = choose_ports("127.0.0.1", dict.fromkeys("abc", 0))
-    assert len(set(ports.values())) == 3 and all(ports.values())
-
-
-@contextmanager
-def nobody_elses_port() -> Iterator[int]:
-    """A port that is given to nobody who asks for any, and that a server may take all the same."""
-    with socket.socket() as bound:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(("127.0.0.1", 0))
-        yield bound.getsockname()[1]
-
-
-def test_no_port_can_be_two_things(engine) -> None:
-    with nobody_elses_port() as port, pytest.raises(ServeError, match=rf"^port {port} \(gRPC\) is in use"):
-        TritonServer(engine, http_port=port, grpc_port=port).start()
-
-
-def test_a_held_port_is_the_servers_and_given_to_nobody_else() -> None:
-    """A hundred sockets at once that ask for any port, a few hundred times: without the hold some are given it."""
-    with hold_ports("127.0.0.1", {"a": 0}) as ports:
-        server = socket.create_server(("127.0.0.1", ports["a"]))
-    with server, socket.create_connection(server.getsockname()) as client:
-        assert server.accept()[1] == client.getsockname()
-    with hold_ports("127.0.0.1", {"a": 0}) as ports:
-        for _ in range(300):
-            others = [socket.socket() for _ in range(100)]
-            for other in others:
-                other.bind(("127.0.0.1", 0))
-            given = {other.getsockname()[1] for other in others}
-            for other in others:
-                other.close()
-            assert ports["a"] not in given
-
-
-def test_a_port_of_a_server_that_is_still_starting_is_in_use() -> None:
-    """The engine may load for minutes before it listens; then the other one would, and say that it serves."""
-    with nobody_elses_port() as port:
-        with hold_ports("127.0.0.1", {"gRPC": port}) as ports:
-            with pytest.raises(ServeError, match=rf"^port {port} \(gRPC\) is in use"):
-                choose_ports("127.0.0.1", ports)
-            assert choose_ports("127.0.0.2", ports) == ports
-        assert choose_ports("127.0.0.1", ports) == ports == {"gRPC": port}
-
-
 def has_ipv6() -> bool:
     with suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
         return True
@@ -268,20 +210,6 @@ def test_a_server_listens_on_names_and_on_ipv6(engine, host: str) -> None:
     with TritonServer(engine, host=host, startup_timeout_s=HANG_S, **SCRIPTED) as server:
         assert generate("hello", url=server.grpc_url, max_tokens=5).text == "hello"
         wait_until(lambda: metric(server, "puzzle_engine_up") == 1, what="its metrics")
-
-
-def test_a_name_that_nobody_knows(engine, monkeypatch) -> None:
-    def unknown(*_: object, **__: object) -> None:  # without a name server, or with a slow one, it is another error
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    with pytest.raises(ServeError, match=r"^cannot listen on no\.such\.host: Name or service not known$"):
-        TritonServer(engine, host="no.such.host").start()
-
-
-def test_an_address_that_is_not_ours(engine) -> None:
-    with pytest.raises(ServeError, match=r"cannot listen on 203\.0\.113\.1"):
-        TritonServer(engine, host="203.0.113.1").start()
 
 
 def fake_server(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:

@@ -24,7 +24,8 @@ NUM_STREAMS = 6
 
 
 @pytest.fixture
-def serving(make_checkpoint, tmp_path) -> Iterator[Serving]:
+def serving(make_checkpoint, monkeypatch, tmp_path) -> Iterator[Serving]:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where the logs of servers that died are kept
     checkpoint = make_checkpoint([(8, None), (4, 16), (2, 32)], max_position_embeddings=16_384)
     config = EngineConfig(
         runtime="reference", llm_args={"dtype": "float32", "max_seq_len": 16_384, "max_batch_size": 4}

@@ -25,6 +25,7 @@ from puzzle_trtllm.commands.engines import serve_command
 from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.process_states import is_alive
 from puzzle_trtllm.serve.openai.process import OpenAiFront
+from puzzle_trtllm.serve.triton import launch, metrics, notice
 from puzzle_trtllm.serve.triton import server as supervision
 from puzzle_trtllm.serve.triton.launch import TritonServer
 from puzzle_trtllm.serve.triton.probe import hangs_up, http_status, read_metrics
@@ -272,6 +273,13 @@ def test_a_start_counts_though_nobody_reads_its_urls(monkeypatch, engine, as_jso
 def test_every_start_has_a_log_of_its_own(engine) -> None:
     """Servers of a supervisor come and go, and their addresses in memory come again."""
     assert len({TritonServer(engine).log_file for _ in range(6)}) == 6
+
+
+def test_looks_are_frequent_enough() -> None:
+    """Constants, since a busy machine takes longer; with a real server nothing but the order of events is held."""
+    assert supervision._POLL_S + metrics.PERIOD_S < 2, "what the model says of its engine may be a look old"
+    told_s = 2 * supervision._POLL_S + notice._POLL_S
+    assert told_s < launch._EXIT_MARGIN_S, "who has told tritonserver to stop is found out before it cuts requests off"
 
 
 # --- what ends the watch ------------------------------------------------------------------------------------------
