@@ -54,7 +54,11 @@ class Started:
         wait_until(pid_file.exists, what="the server's start")
         self.pids = [int(pid) for pid in pid_file.read_text().split()]
         assert self.pids[0] == self.process.pid
-        self.guard = int(Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+    @property
+    def guard(self) -> int:
+        """Its pid, of a server that lives."""
+        return int(Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[1])
 
     def assert_all_gone(self) -> None:
         wait_until(lambda: not any(is_alive(pid) for pid in self.pids), what="all processes ended")
