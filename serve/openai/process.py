@@ -12,7 +12,7 @@ from puzzle_trtllm.cores import run_on
 from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.process_states import StoppedProcesses
 from puzzle_trtllm.serve.triton.launch import TritonServer, python_path
-from puzzle_trtllm.serve.triton.ports import choose_ports, reachable
+from puzzle_trtllm.serve.triton.ports import choose_ports, reachable, reserve_port
 from puzzle_trtllm.serve.triton.probe import http_status
 from puzzle_trtllm.serve.triton.process import GuardedProcess
 
@@ -48,7 +48,11 @@ class OpenAiFront:
 
     def start(self, server: TritonServer) -> None:
         """Start in front of a ready server; returns when it answers. Raises ServeError when it does not."""
-        self._port = choose_ports(self._host, {"OpenAI": self._wanted_port})["OpenAI"]
+        with reserve_port(self._host, self._wanted_port, "OpenAI") as self._port:
+            self._process = self._launch(server)
+            self._wait_until_ready()
+
+    def _launch(self, server: TritonServer) -> GuardedProcess:
         scratch = Path(tempfile.mkdtemp(prefix="puzzle-openai-")).absolute()
         command = [sys.executable, "-m", "puzzle_trtllm.serve.openai", str(server.engine.path)]
         command += ["--grpc-url", server.grpc_url, "--metrics-url", server.metrics_url]
@@ -56,7 +60,7 @@ class OpenAiFront:
         command += ["--model", self._model] if self._model else []
         command += ["--secret", str(self._secret_file.resolve())] if self._secret_file else []
         with run_on(server.cores):
-            self._process = GuardedProcess(
+            return GuardedProcess(
                 command,
                 environment=python_path({}),
                 log_file=self._log_file,
@@ -64,6 +68,8 @@ class OpenAiFront:
                 shm_prefix=f"puzzle_openai_{uuid.uuid4().hex[:12]}_",
                 scratch=scratch,
             )
+
+    def _wait_until_ready(self) -> None:
         began_s = time.monotonic()
         while http_status(f"{self.url.removesuffix('/v1')}/health") != 200:
             failure = self.failure()

@@ -56,8 +56,8 @@ def main(arguments: list[str]) -> int:
     _allow_many_files()
     _keep_from_cleaners(folder)
     with contextlib.suppress(OSError):  # it may be full, or not there
-        _remove_what_the_dead_left()
-        _lock(_SHARED_MEMORY / f"{shm_prefix}{_MARK}", os.O_CREAT, fcntl.LOCK_SH)
+        remove_what_the_dead_left()
+        mark_shared_memory(shm_prefix)
     stops: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stops.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -73,6 +73,7 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         print(f"{arguments[3]}: {error.strerror}", file=sys.stderr)
         status = 127
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # at our exit it would be what ended us, and not the server's code
     _end_descendants(server_grace_s=min(grace_s, 2.0))
     remove_files(shm_prefix, folder)
     return status
@@ -98,7 +99,18 @@ def _make_private(prefix: str) -> None:
                 region.chmod(0o600)
 
 
-def _remove_what_the_dead_left() -> None:
+def mark_shared_memory(prefix: str) -> int:
+    """The locked file that keeps other guards from it, open. It is locked before it has the name that they look for:
+    one that starts at this moment would take it for a dead one's."""
+    mark = _SHARED_MEMORY / f"{prefix}{_MARK}"
+    unseen = mark.with_name(f"{mark.name}-soon")
+    file = _lock(unseen, os.O_CREAT, fcntl.LOCK_SH)
+    unseen.rename(mark)
+    return file
+
+
+def remove_what_the_dead_left() -> None:
+    """Shared memory whose mark nobody has locked."""
     for mark in _SHARED_MEMORY.glob(f"puzzle_*_{_MARK}"):
         with contextlib.suppress(OSError):  # its guard lives, or it is another user's
             os.close(_lock(mark, 0, fcntl.LOCK_EX))

@@ -38,8 +38,9 @@ _DRAINED_GRACE_S = 6.0
 """For a server without requests: it still waits for connections that are only kept open."""
 _EXIT_MARGIN_S = 3
 """What Triton leaves open requests beyond their drain time: told to stop by somebody else, it cuts them off then."""
-_REAPED_S = 3.0
-"""A stub that ended as it should is waited for at once; Triton waits for ever for one that died while loading."""
+_REAPED_LOOKS = 30
+"""A stub that ended as it should is waited for at once; Triton waits for ever for one that died while loading. Looks
+are counted, and no time is measured: the machine may stand still between two."""
 _LOOPBACK = "127.0.0.1"
 
 
@@ -187,16 +188,14 @@ class TritonServer:
             raise
 
     def _wait_until_ready(self) -> None:
-        began_s = all_alive_s = time.monotonic()
+        began_s, looks_at_dead = time.monotonic(), 0
         while not self.is_ready():
-            now_s = time.monotonic()
-            waited_s = now_s - began_s
+            waited_s = time.monotonic() - began_s
             self._on_wait(waited_s)
             if self.exit_code() is not None:
                 raise explain_failure(self.log_file, f"tritonserver ended while starting, code {self.exit_code()}")
-            if all(is_alive(pid) for pid in self.stub_pids()):
-                all_alive_s = now_s
-            elif now_s - all_alive_s > _REAPED_S:
+            looks_at_dead = 0 if all(is_alive(pid) for pid in self.stub_pids()) else looks_at_dead + 1
+            if looks_at_dead > _REAPED_LOOKS:
                 raise explain_failure(self.log_file, "the model's process died while it was loaded")
             if waited_s > self._startup_timeout_s:
                 raise explain_failure(self.log_file, f"tritonserver was not ready after {waited_s:.0f} s")

@@ -28,6 +28,13 @@ def hold_ports(host: str, wanted: dict[str, int]) -> Iterator[dict[str, int]]:
         yield ports
 
 
+@contextmanager
+def reserve_port(host: str, port: int, purpose: str) -> Iterator[int]:
+    """As `hold_ports`, one, for a process that holds it itself before it listens: it makes the claim of a server."""
+    with _bind(host, port, purpose) as bound:
+        yield int(bound.getsockname()[1])
+
+
 def choose_ports(host: str, wanted: dict[str, int]) -> dict[str, int]:
     """As `hold_ports`, but not held: until the server's own bind another process can still take one."""
     with hold_ports(host, wanted) as ports:

@@ -15,6 +15,8 @@ from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.triton import guard
 
 _PARENT_POLL_S = 0.25
+_KILL_DEMANDS, _KILL_PAUSE_S = 10, 0.5
+"""Until the guard itself is killed."""
 
 
 class GuardedProcess:
@@ -75,19 +77,21 @@ class GuardedProcess:
         try:
             self._guard.wait(timeout=self._grace_s if grace_s is None else grace_s)
         except subprocess.TimeoutExpired:
-            self._guard.terminate()  # asked twice, the guard kills
-            self._wait_or_kill_guard()
+            self._kill()
         self._guard.stdout.close()
         if self._guard.returncode < 0:  # it was killed before it could
             guard.remove_files(*self._files)
         return self._guard.returncode
 
-    def _wait_or_kill_guard(self) -> None:
-        try:
-            self._guard.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._guard.kill()  # the kernel kills the server with it
-            self._guard.wait()
+    def _kill(self) -> None:
+        """Asked twice, the guard kills; one that was busy may take for one demand what came while it did not look."""
+        for _ in range(_KILL_DEMANDS):
+            self._guard.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._guard.wait(timeout=_KILL_PAUSE_S)
+                return
+        self._guard.kill()  # the kernel kills the server with it
+        self._guard.wait()
 
     def wait(self, timeout_s: float) -> int | None:
         """Wait for its own end."""

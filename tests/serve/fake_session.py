@@ -15,7 +15,7 @@ from puzzle_trtllm.serve.runtimes.api import CompletionOutput, SamplingParams
 from puzzle_trtllm.serve.triton.outbox import Outbox
 from puzzle_trtllm.serve.triton.request import RequestLimits
 from puzzle_trtllm.serve.triton.session import Session
-from tests.serve.scripted import wait_until
+from tests.serve.scripted import HANG_S, wait_until
 
 
 class Sender:
@@ -30,6 +30,7 @@ class Sender:
         self.responses: list[tuple[object, int]] = []
         self.cancelled = False
         self.query_error: Exception | None = None
+        self.failed_queries = 0
         self.room = {dict: room, tuple: room_for_errors, type(None): math.inf}
         self.allowed = math.inf if decoupled else 1
         self.closed = False
@@ -41,7 +42,7 @@ class Sender:
         return bool(self.responses) and self.responses[-1][1] == 1
 
     def send(self, response=None, flags: int = 0) -> None:
-        assert self.gate.wait(10)
+        assert self.gate.wait(HANG_S)
         assert not self.final, "sent after the final response"
         if self.closed:
             raise RuntimeError("Response sender has been closed.")
@@ -57,6 +58,7 @@ class Sender:
     def is_cancelled(self) -> bool:
         assert not self.final, "asked after the final response"
         if self.query_error is not None:
+            self.failed_queries += 1
             raise self.query_error
         return self.cancelled
 

@@ -34,6 +34,8 @@ class ScriptedTarget:
         self.text = ""
         self.requests: list[GenerationRequest] = []
         self.cancelled = 0
+        self.at = 0
+        """The step that the last request is at."""
 
     async def __aenter__(self):
         return self
@@ -48,6 +50,7 @@ class ScriptedTarget:
         last = max((i for i, step in enumerate(steps) if isinstance(step, list)), default=-1)
         try:
             for index, step in enumerate(steps):
+                self.at = index
                 if isinstance(step, Exception):
                     raise step
                 if isinstance(step, (int, float)):

@@ -2,8 +2,9 @@
 
 It echoes the prompt, one character a token (token id = code point), over and over until max_tokens. The prompt's first
 word may order a fault: `fail:3` (RequestError after 3 tokens), `crash:3` (the engine process dies after 3 tokens),
-`hang` (never a token). Arguments of LLM: `step_ms` between steps, `max_batch_size` requests at a time, `total_blocks`
-KV blocks of 16 tokens each, `max_seq_len`; `broken: true` refuses to start. Unknown arguments are ignored.
+`hang` (never a token), `hang:3` (none after the third). Arguments of LLM: `step_ms` between steps, `max_batch_size`
+requests at a time, `total_blocks` KV blocks of 16 tokens each, `max_seq_len`; `broken: true` refuses to start,
+`endless: true` never has. Unknown arguments are ignored.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ class LLM:
     def __init__(self, model: str, **arguments: Any) -> None:
         if arguments.get("broken"):
             raise RuntimeError("the scripted runtime was told not to start")
+        if arguments.get("endless"):
+            threading.Event().wait()
         self._max_seq_len = arguments.get("max_seq_len", 10_000)
         self._requests: dict[int, Output] = {}
         self._next_id = 0
@@ -104,6 +107,8 @@ class LLM:
         output = Output(self, self._next_id, prompt, token_ids)
         output._wants_metrics = sampling_params.return_perf_metrics
         self._requests[output.request_id] = output
+        if self._dead:  # and the reader may have been at the table before
+            raise EngineDeadError("the scripted engine has ended")
         new = {"id": output.request_id, "prompt": token_ids, "max": sampling_params.max_tokens, "stream": streaming}
         self.send({"new": new})
         return output
@@ -129,7 +134,7 @@ class LLM:
                 if (output := self._requests.get(item["id"])) is not None:
                     output.deliver(item)
         self._dead = True
-        for output in self._requests.values():
+        for output in list(self._requests.values()):
             output.deliver(EngineDeadError("the scripted engine has ended"))
 
 
@@ -164,7 +169,7 @@ class _Engine:
     def step(self, request: dict[str, Any]) -> dict[str, Any] | None:
         prompt, done = request["prompt"], request["done"]
         order, _, after = "".join(map(chr, prompt)).partition(" ")[0].partition(":")
-        if order == "hang":
+        if order == "hang" and len(done) >= int(after or 0):
             return None
         if order in ("fail", "crash") and len(done) >= int(after):
             if order == "crash":

@@ -20,7 +20,10 @@ class Serving:
 
     SCRIPT = """
 import json, sys
+from puzzle_trtllm.serve.triton import notice
 from puzzle_trtllm.serve.triton.server import serve_engine
+
+notice._MARGIN_S = 60.0  # a model may be slow to say that its requests have ended, on a busy machine
 
 def ready(server):
     facts = {"url": server.grpc_url, "http_url": server.http_url, "pid": server.pid}

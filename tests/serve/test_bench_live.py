@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -18,8 +20,7 @@ from puzzle_trtllm.serve.client.triton_client import TritonLlmClient, generate
 from puzzle_trtllm.serve.evaluate.runner import evaluate
 from puzzle_trtllm.serve.report import load_measurements, make_report
 from puzzle_trtllm.serve.triton.launch import TritonServer
-from puzzle_trtllm.serve.triton.probe import read_metrics
-from tests.serve.scripted import SCRIPTED, scripted_engine, wait_until
+from tests.serve.scripted import SCRIPTED, metrics_of, scripted_engine, wait_until
 
 SCENARIO = Scenario(name="toy", input_tokens=16, output_tokens=24, concurrency=4, num_requests=10, warmup_requests=2)
 
@@ -40,9 +41,24 @@ def server(engine):
 
 def counters(server):
     """(requests by Triton's own count, generated tokens by the model's)."""
-    metrics = read_metrics(server.metrics_url)
+    metrics = metrics_of(server)
     requests = sum(value for key, value in metrics.items() if key.startswith("nv_inference_request_success"))
-    return requests, metrics["puzzle_output_tokens_total"]
+    return requests, metrics.get("puzzle_output_tokens_total", 0)
+
+
+STOOD_STILL = ("the last one arrived before the first one was answered", "never reached, so there is no steady window")
+
+
+def held(run: Callable[..., Any], server, **options) -> tuple[Any, int]:
+    """What `run` measured and how many tries that took: one in which the machine, or one of two workers, stood still
+    for as long as the load lasts measures nothing, and says so."""
+    for tries in range(1, 4):
+        try:
+            return run(server.grpc_url, quiet=True, **options), tries
+        except BenchError as error:
+            if not any(words in str(error) for words in STOOD_STILL):
+                raise
+    raise AssertionError("no load was held")
 
 
 def test_bench_counts_what_the_server_counts(server, engine):
@@ -61,17 +77,28 @@ def test_bench_counts_what_the_server_counts(server, engine):
 
 def test_several_workers_count_what_the_server_counts(server, engine):
     before = counters(server)
-    result = run_bench(server.grpc_url, scenario=SCENARIO, engine=engine.path, workers=2, quiet=True, seed=13)
-    expected = (before[0] + 12, before[1] + 288)
+    result, tries = held(run_bench, server, scenario=SCENARIO, engine=engine.path, workers=2, seed=13)
+    expected = (before[0] + 12 * tries, before[1] + 288 * tries)
     wait_until(lambda: counters(server) == expected, what=f"the server's counters reach {expected}")
     assert (result.requests.completed, result.client.workers, result.scalars["mean_output_tokens"]) == (10, 2, 24)
 
 
+def test_a_scenario_longer_than_the_engine_is_one_clear_line(server, engine):
+    # Behind a test that has waited until its counts had arrived: they come once a second.
+    too_long = SCENARIO.model_copy(update={"input_tokens": 600, "warmup_requests": 0})
+    before = counters(server)
+    with pytest.raises(BenchError, match=r"scenario toy: longer than .*max_seq_len \(found 600 in \+ 24 out = 624"):
+        run_bench(server.grpc_url, scenario=too_long, engine=engine.path, quiet=True)
+    assert counters(server) == before
+    # Without the engine folder nobody knows the limit but the server.
+    with pytest.raises(BenchError, match=r"zero successful requests.*too long \(found 600 tokens"):
+        run_bench(server.grpc_url, scenario=too_long, tokenizer_folder=engine.model_path, quiet=True)
+
+
 def test_an_open_loop_sends_what_its_schedule_says(server, engine):
     scenario = SCENARIO.model_copy(update={"num_requests": 8})
-    result = run_open_loop(
-        server.grpc_url, scenario=scenario, request_rate=2, arrival="constant", engine=engine.path, quiet=True
-    )
+    options = {"scenario": scenario, "request_rate": 2, "arrival": "constant", "engine": engine.path}
+    result, _ = held(run_open_loop, server, **options)
     assert (result.requests.completed, result.requests.total, result.lengths) == (8, 8, "exact")
     assert result.scalars["mean_output_tokens"] == 24
     assert result.wall_s >= 7 / 2  # seven gaps of half a second, however fast the server is
@@ -133,17 +160,6 @@ def test_report_from_the_files_that_bench_and_evaluate_write(server, engine, tmp
     assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
 
 
-def test_a_scenario_longer_than_the_engine_is_one_clear_line(server, engine):
-    too_long = SCENARIO.model_copy(update={"input_tokens": 600, "warmup_requests": 0})
-    before = counters(server)
-    with pytest.raises(BenchError, match=r"scenario toy: longer than .*max_seq_len \(found 600 in \+ 24 out = 624"):
-        run_bench(server.grpc_url, scenario=too_long, engine=engine.path, quiet=True)
-    assert counters(server) == before
-    # Without the engine folder nobody knows the limit but the server.
-    with pytest.raises(BenchError, match=r"zero successful requests.*too long \(found 600 tokens"):
-        run_bench(server.grpc_url, scenario=too_long, tokenizer_folder=engine.model_path, quiet=True)
-
-
 def test_a_server_that_is_overloaded_is_told(make_checkpoint, tmp_path):
     # An engine of set speed, 4 requests at a time of 20 tokens at 10 ms each: never more than 20 in a second, however
     # fast the machine is at the moment.
@@ -151,13 +167,13 @@ def test_a_server_that_is_overloaded_is_told(make_checkpoint, tmp_path):
     load = SCENARIO.model_copy(update={"output_tokens": 20})
     with TritonServer(engine, **SCRIPTED) as server:
         alone = run_bench(server.grpc_url, scenario=load, tokenizer_folder=engine.model_path, quiet=True)
-        result = run_open_loop(
-            server.grpc_url,
+        result, _ = held(
+            run_open_loop,
+            server,
             scenario=load.model_copy(update={"num_requests": 120}),
             request_rate=60,
             arrival="poisson",
             tokenizer_folder=engine.model_path,
-            quiet=True,
         )
     queue = result.queue
     assert queue.queue_grew, queue

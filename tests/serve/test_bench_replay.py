@@ -14,6 +14,8 @@ from puzzle_trtllm.trace import read_trace
 from tests.front_door.cli import assert_user_error, invoke
 from tests.serve.fake_client import FakeClient, one_token_a_response
 
+pytestmark = pytest.mark.usefixtures("virtual_time")
+
 BASE = Scenario(name="base", input_tokens=1, output_tokens=1, concurrency=2, num_requests=2, warmup_requests=1)
 
 

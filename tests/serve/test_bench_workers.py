@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import multiprocessing
 import os
 import signal
 import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +18,9 @@ from puzzle_trtllm.errors import BenchError, ServeError
 from puzzle_trtllm.scenario import Scenario
 from puzzle_trtllm.serve.bench.runner import run_bench, run_open_loop
 from puzzle_trtllm.serve.bench.workers import choose_workers
+from puzzle_trtllm.serve.client.request import GenerationChunk, GenerationRequest
 from tests.serve.fake_client import FakeClient, one_token_a_response
+from tests.serve.virtual_time import VirtualTime
 
 LOAD = Scenario(name="shared", input_tokens=6, output_tokens=4, concurrency=5, num_requests=23, warmup_requests=2)
 
@@ -22,15 +30,45 @@ def tokenizer_folder(make_checkpoint):
     return make_checkpoint([(4, None)])
 
 
-def bench(script, tokenizer_folder, run=run_bench, **options):
-    client = FakeClient(script)
+class Together(FakeClient):
+    """Answers a worker when all that may be in flight are: else the first to start could have answered everything."""
+
+    def __init__(self, script, folder: Path) -> None:
+        super().__init__(script)
+        self.folder = folder
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+        if multiprocessing.parent_process() is not None:
+            (self.folder / uuid.uuid4().hex).touch()
+            while len(list(self.folder.iterdir())) < LOAD.concurrency:
+                await asyncio.sleep(0.01)
+        async with aclosing(super().stream(request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+
+class OnTime(FakeClient):
+    """Has virtual time in the process that is connected."""
+
+    async def __aenter__(self) -> FakeClient:
+        clock, self.perf_counter_ns = VirtualTime(), time.perf_counter_ns
+        clock.rule(asyncio.get_running_loop())
+        time.perf_counter_ns = clock.perf_counter_ns
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        time.perf_counter_ns = self.perf_counter_ns
+
+
+def bench(script, tokenizer_folder, run=run_bench, client=None, **options):
+    client = client or FakeClient(script)
     options = {"scenario": LOAD, "workers": 2, **options}
     return run("host:1", tokenizer_folder=tokenizer_folder, connect=client.connect, quiet=True, **options)
 
 
-def test_every_request_is_sent_once_and_measured(tokenizer_folder):
+def test_every_request_is_sent_once_and_measured(tokenizer_folder, tmp_path):
     before_ns = time.perf_counter_ns()
-    result = bench(one_token_a_response, tokenizer_folder)
+    result = bench(None, tokenizer_folder, client=Together(one_token_a_response, tmp_path))
     assert (result.requests.completed, result.requests.total) == (23, 23)
     assert (result.scalars["mean_output_tokens"], result.distributions["itl_ms"].count) == (4, 23 * 3)
     # The steady window needs all five in flight at one moment of one clock.
@@ -39,10 +77,11 @@ def test_every_request_is_sent_once_and_measured(tokenizer_folder):
 
 
 def test_an_open_loop_keeps_one_schedule(tokenizer_folder):
-    result = bench(one_token_a_response, tokenizer_folder, run_open_loop, request_rate=100, arrival="constant")
+    client = OnTime(one_token_a_response)
+    result = bench(None, tokenizer_folder, run_open_loop, client, request_rate=100, arrival="constant")
     assert result.requests.completed == 23
     assert result.queue.offered_requests_per_s == pytest.approx(100, rel=0.1)
-    assert 22 / 100 <= result.wall_s < 22 / 100 + 1
+    assert 22 / 100 <= result.wall_s < 22 / 100 + 0.1
 
 
 def dies(index, request):

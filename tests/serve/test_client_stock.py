@@ -19,6 +19,7 @@ from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.client.tensors import pack_strings
 from puzzle_trtllm.serve.client.triton_client import TritonLlmClient
 from puzzle_trtllm.serve.triton.contract import INPUTS, OUTPUTS
+from tests.serve.scripted import HANG_S
 
 
 class StockServer(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -27,7 +28,7 @@ class StockServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     def __init__(self, script) -> None:
         self.script = script
         self.metadata: dict[str, str] = {}
-        self.cancelled = asyncio.Event()
+        self.begun, self.cancelled = asyncio.Event(), asyncio.Event()
         self.without: set[str] = set()
         self.decoupled = True
         self.instance_groups: list[dict] = []
@@ -47,6 +48,7 @@ class StockServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.metadata = dict(context.invocation_metadata())
         async for _ in requests:
             break
+        self.begun.set()
         try:
             for index, item in enumerate(self.script):
                 if isinstance(item, grpc.StatusCode):
@@ -86,7 +88,7 @@ async def stock_server(*script, port: int = 0) -> AsyncIterator[tuple[StockServe
 
 
 def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 30))
+    return asyncio.run(asyncio.wait_for(coroutine, HANG_S))
 
 
 def test_text_so_far_becomes_chunks_of_what_is_new() -> None:
@@ -282,7 +284,7 @@ def test_cancelling_the_task_cancels_the_call() -> None:
     async def scenario():
         async with stock_server(*"abcdefghijklmnopqrstuvwxyz" * 100) as (service, url), TritonLlmClient(url) as client:
             task = asyncio.create_task(client.generate(GenerationRequest(prompt="x")))
-            await asyncio.sleep(0.1)
+            await service.begun.wait()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

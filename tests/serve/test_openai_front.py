@@ -7,6 +7,7 @@ import json
 import socket
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from puzzle_trtllm.serve.openai.errors import ApiError
 from puzzle_trtllm.serve.openai.model_card import ModelCard
 from puzzle_trtllm.serve.openai.protocol import ChatRequest
 from tests.serve.openai_front import ScriptedTarget, running_front, toy_card
-from tests.serve.scripted import scripted_engine, wait_until
+from tests.serve.scripted import HANG_S, scripted_engine, wait_until
 
 USER = [{"role": "user", "content": "12+30="}]
 ANSWER = "<|channel|>analysis<|message|>02 04<|end|><|start|>assistant<|channel|>final<|message|>42<|return|>"
@@ -316,12 +317,17 @@ def test_an_engine_that_dies_in_the_middle_ends_the_stream_with_an_error(front, 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_cancels_the_generation(front, begun, stream):
     """Before the first token or after it, streamed or not."""
-    front.target.steps = [*(front.target.steps[:12] if begun else []), 60.0, [7]]
-    client = front.client.with_options(timeout=0.5)
-    with pytest.raises(openai.APITimeoutError):
-        for _ in ask(SimpleNamespace(client=client), stream=stream):
-            pass
-    wait_until(lambda: front.target.cancelled == 1, what="cancelled", timeout_s=5)
+    front.target.steps = [*(front.target.steps[:12] if begun else []), 10 * HANG_S, [7]]
+    place = urllib.parse.urlsplit(front.url)
+    body = json.dumps({"model": "toy", "messages": USER, "stream": stream}).encode()
+    head = f"POST {place.path}/chat/completions HTTP/1.1\r\nhost: {place.netloc}\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.create_connection((place.hostname, place.port)) as client:
+        client.sendall(head.encode() + body)
+        wait_until(lambda: front.target.requests and front.target.at == (12 if begun else 0), what="the long step")
+        answer = b""
+        while begun and stream and b"data: " not in answer:
+            answer += client.recv(4096)
+    wait_until(lambda: front.target.cancelled == 1, what="cancelled")
 
 
 def test_a_client_that_goes_away_while_it_sends_is_no_error_of_ours(card):
@@ -395,7 +401,9 @@ def test_the_servers_metrics_are_where_load_generators_look_for_them(card, page)
 
 def post(url, body):
     data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-    return urllib.request.urlopen(urllib.request.Request(url, data, {"content-type": "application/json"}), timeout=20)
+    return urllib.request.urlopen(
+        urllib.request.Request(url, data, {"content-type": "application/json"}), timeout=HANG_S
+    )
 
 
 def refused(url, body):

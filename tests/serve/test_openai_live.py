@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from puzzle_trtllm.process_states import children_of, is_alive
 from puzzle_trtllm.serve.client.triton_client import generate
 from puzzle_trtllm.serve.evaluate.answers import final_answer_of_tokens
 from tests.front_door.cli import invoke
-from tests.serve.scripted import wait_until
+from tests.serve.scripted import HANG_S, wait_until
 
 SECRET = "only-for-this-test-0123456789"
 
@@ -38,7 +39,8 @@ def served(tmp_path_factory):
     command = [sys.executable, "-m", "puzzle_trtllm", "serve", str(engine.path), "--json", "--openai-port", "0"]
     command += ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
     command += ["--restricted", "model-repository", "--secret", str(folder / "secret")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    kept = {**os.environ, "TMPDIR": str(folder)}  # the log of the front that is killed at last
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=kept) as process:
         ready = json.loads(process.stdout.readline())
         client = openai.OpenAI(base_url=ready["openai_url"], api_key=SECRET, max_retries=0)
         yield SimpleNamespace(process=process, client=client, **ready)
@@ -112,8 +114,17 @@ def test_without_the_key_nobody_gets_in(served):
 
 def test_tritons_metrics_pass_through_the_front_for_who_has_the_key(served):
     page = served.openai_url.removesuffix("/v1") + "/metrics"
-    with urllib.request.urlopen(urllib.request.Request(page, headers={"authorization": f"Bearer {SECRET}"})) as answer:
-        assert 'puzzle_engine_up{model="tensorrt_llm"} 1' in answer.read().decode()
+    request = urllib.request.Request(page, headers={"authorization": f"Bearer {SECRET}"})
+
+    def is_up() -> bool:
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return 'puzzle_engine_up{model="tensorrt_llm"} 1' in answer.read().decode()
+        except urllib.error.HTTPError as error:
+            assert error.code == 503, "a server that is too busy for an answer in two seconds"
+            return False
+
+    wait_until(is_up, what="the metrics")
 
 
 def test_at_last_a_killed_front_ends_the_server_and_nothing_is_left(served):
@@ -122,5 +133,5 @@ def test_at_last_a_killed_front_ends_the_server_and_nothing_is_left(served):
     below = {pid for guard in guards for pid in children_of(guard)}
     (front,) = below - {served.pid}
     os.kill(front, signal.SIGKILL)
-    assert served.process.wait(60) == 1
+    assert served.process.wait(HANG_S) == 1
     wait_until(lambda: not any(map(is_alive, below | guards)), what="no process is left")

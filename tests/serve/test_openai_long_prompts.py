@@ -12,7 +12,7 @@ import pytest
 from puzzle_trtllm.serve.openai import app
 from puzzle_trtllm.serve.openai.model_card import ModelCard
 from tests.serve.openai_front import ScriptedTarget, running_front, toy_card
-from tests.serve.scripted import wait_until
+from tests.serve.scripted import HANG_S, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +30,15 @@ def slow_front(card, monkeypatch):
     def slow(self, request, prompt, request_id):
         if len(prompt) > 1_000:
             shared.begun.append(prompt)
-            assert shared.gate.wait(20)
+            assert shared.gate.wait(HANG_S)
         return of_completion(self, request, prompt, request_id)
 
     monkeypatch.setattr(ModelCard, "of_completion", slow)
     with running_front(card, target) as url, ThreadPoolExecutor(6) as clients:
         client = openai.OpenAI(base_url=url, api_key="-", max_retries=0)
-        shared.ask = lambda prompt, timeout=30: client.completions.create(model="toy", prompt=prompt, timeout=timeout)
+        shared.ask = lambda prompt, timeout=HANG_S: client.completions.create(
+            model="toy", prompt=prompt, timeout=timeout
+        )
         shared.ask_beside = lambda *arguments: clients.submit(shared.ask, *arguments)
         yield shared
         shared.gate.set()
@@ -63,7 +65,7 @@ def test_few_long_bodies_become_json_at_once(slow_front, monkeypatch):
     def slow(content):
         if len(content) > 64 << 10:
             begun.append(content)
-            assert slow_front.gate.wait(20)
+            assert slow_front.gate.wait(HANG_S)
         return json_of(content)
 
     monkeypatch.setattr(app, "_json_of", slow)
@@ -80,7 +82,8 @@ def test_a_long_prompt_whose_client_has_gone_does_not_wait_its_turn(slow_front):
     wait_until(lambda: len(slow_front.begun) == 2, what="the first two")
     leave = [slow_front.ask_beside(LONG, 0.3) for _ in range(3)]
     assert all(isinstance(each.exception(), openai.APITimeoutError) for each in leave)
-    slow_front.ask("1+1=")  # the front has seen what came before
+    for _ in range(3):
+        slow_front.ask("1+1=")  # the front has seen what came before
     slow_front.gate.set()
     assert all("room for 256" in str(each.exception()) for each in stay)
     assert "room for 256" in str(slow_front.ask_beside(LONG).exception())

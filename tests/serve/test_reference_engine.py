@@ -26,6 +26,7 @@ from puzzle_trtllm.serve.runtimes.reference.engine_process import run
 from puzzle_trtllm.serve.runtimes.reference.messages import Abort, DecodingRule, Submit, TokenUpdate
 from puzzle_trtllm.serve.runtimes.reference.sampling import choose_tokens, uniform
 from puzzle_trtllm.serve.runtimes.reference.scheduler import Sequence
+from tests.serve.scripted import HANG_S
 from tests.toys import toy_architecture
 
 VOCABULARY = 50
@@ -212,7 +213,7 @@ class ThreadRank(RankGroup):
 
     def share(self, value: object = None) -> object:
         if self.rank:
-            return self.link.get(timeout=30)
+            return self.link.get(timeout=HANG_S)
         self.link.put(value)
         return value
 

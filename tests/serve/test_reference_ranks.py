@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -25,6 +25,7 @@ from puzzle_trtllm.errors import EngineError
 from puzzle_trtllm.process_states import is_alive
 from puzzle_trtllm.serve.runtimes.reference import LLM, EngineDeadError, SamplingParams
 from puzzle_trtllm.serve.runtimes.reference.request import ReferenceRequestOutput
+from tests.serve.scripted import HANG_S, wait_until
 
 EIGHT_KV_HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "intermediate_size": 288}
 ARGS = {
@@ -35,7 +36,9 @@ ARGS = {
     "kv_cache_config": {"tokens_per_block": 8, "max_gpu_total_bytes": 16_000_000},
 }
 PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
-LONG = SamplingParams(max_tokens=450, ignore_eos=True)
+LONG_ARGS = {**ARGS, "max_seq_len": 8192, "kv_cache_config": {"tokens_per_block": 8, "max_gpu_total_bytes": 64_000_000}}
+ENDLESS = SamplingParams(max_tokens=8000, ignore_eos=True)
+"""Tens of seconds with LONG_ARGS: still at work whenever something is done to a rank."""
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +66,8 @@ def pids_of(llm: LLM) -> list[int]:
     return [rank["pid"] for rank in llm.facts["ranks"]]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def are_gone(pids: list[int]) -> bool:
-    return wait_until(lambda: not any(is_alive(pid) for pid in pids))
+def wait_until_gone(pids: list[int]) -> None:
+    wait_until(lambda: not any(is_alive(pid) for pid in pids), what="the end of all ranks")
 
 
 def test_two_ranks_generate_what_one_generates_and_leave_no_process(child, expected, tmp_path, monkeypatch):
@@ -88,48 +82,46 @@ def test_two_ranks_generate_what_one_generates_and_leave_no_process(child, expec
         free = llm.get_stats()[0]["kvCacheStats"]
         assert free["freeNumBlocks"] == free["maxNumBlocks"]
         assert list(tmp_path.iterdir()) == [], "what a front that is killed would leave"
-    assert are_gone(pids)
+    wait_until_gone(pids)
 
 
 def take_a_step(request: ReferenceRequestOutput) -> None:
     async def step() -> None:
-        await asyncio.wait_for(anext(request), 30)
+        await asyncio.wait_for(anext(request), HANG_S)
 
     asyncio.run(step())
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_rank_fails_every_request_within_seconds(child, victim):
-    with LLM(child, tensor_parallel_size=2, **ARGS) as llm:
-        requests = [llm.generate_async(prompt, LONG, streaming=True) for prompt in prompts()]
+    with LLM(child, tensor_parallel_size=2, **LONG_ARGS) as llm:
+        requests = [llm.generate_async(prompt, ENDLESS, streaming=True) for prompt in prompts()]
         for _ in range(3):
             take_a_step(requests[0])
         pids = pids_of(llm)
-        killed = time.monotonic()
         os.kill(pids[victim], signal.SIGKILL)
         for request in requests:
             with pytest.raises(EngineDeadError, match=rf"rank {victim} .*was killed by SIGKILL"):
-                request.result(timeout=10)
-        assert time.monotonic() - killed < 5
+                request.result(timeout=HANG_S)  # by itself the other rank would wait for five minutes
         assert not llm._check_health()
         with pytest.raises(EngineDeadError):
             llm.generate_async([8, 9], PARAMS)
-        assert are_gone(pids)
+        wait_until_gone(pids)
 
 
 def test_a_rank_that_is_stopped_fails_every_request_and_is_ended(child):
     """It is alive and keeps its sockets open."""
-    with LLM(child, tensor_parallel_size=2, **ARGS) as llm:
-        requests = [llm.generate_async(prompt, LONG, streaming=True) for prompt in prompts()]
+    with LLM(child, tensor_parallel_size=2, **LONG_ARGS) as llm:
+        requests = [llm.generate_async(prompt, ENDLESS, streaming=True) for prompt in prompts()]
         take_a_step(requests[0])
         pids = pids_of(llm)
         stopped = time.monotonic()
         os.kill(pids[1], signal.SIGSTOP)
         for request in requests:
             with pytest.raises(EngineDeadError, match=rf"rank 1 .*process {pids[1]}\) was stopped"):
-                request.result(timeout=30)
-        assert 6 < time.monotonic() - stopped < 12
-        assert are_gone(pids)
+                request.result(timeout=HANG_S)
+        assert time.monotonic() - stopped > 6
+        wait_until_gone(pids)
 
 
 @pytest.mark.slow
@@ -150,8 +142,8 @@ def test_no_rank_outlives_its_front(child, how):
     pids = [int(pid) for pid in front.stdout.readline().split()]
     assert len(pids) == 2 and not any(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE for pid in pids)
     front.send_signal(how)
-    front.wait(10)
-    assert are_gone(pids)
+    front.wait(HANG_S)
+    wait_until_gone(pids)
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -183,7 +175,7 @@ def test_torchrun_may_start_the_ranks(child, expected, tmp_path):
         out, _ = launch.communicate(timeout=120)
     pids, tokens = (json.loads(line) for line in out.splitlines())
     assert (launch.returncode, tokens) == (0, expected)
-    assert are_gone(pids)
+    wait_until_gone(pids)
 
 
 @pytest.mark.slow
@@ -195,7 +187,7 @@ def test_a_rank_killed_under_torchrun_ends_the_launch(child, tmp_path, victim):
         os.kill(pids[victim], signal.SIGKILL)
         launch.communicate(timeout=60)
     assert launch.returncode != 0
-    assert are_gone(pids)
+    wait_until_gone(pids)
 
 
 @pytest.mark.slow

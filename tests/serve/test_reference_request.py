@@ -16,6 +16,7 @@ from tokenizers.models import WordLevel
 from puzzle_trtllm.serve.runtimes.api import EngineDeadError, GenerationError, RequestPerfMetrics, SamplingParams
 from puzzle_trtllm.serve.runtimes.reference.messages import TokenUpdate
 from puzzle_trtllm.serve.runtimes.reference.request import ReferenceRequestOutput
+from tests.serve.scripted import HANG_S
 
 METRICS = RequestPerfMetrics(
     arrival_time_ns=1, first_scheduled_time_ns=2, first_token_time_ns=3, last_token_time_ns=4, num_reused_blocks=5
@@ -58,17 +59,17 @@ def test_all_who_wait_for_one_request_get_its_end():
         put(request, "ab")
         await asyncio.sleep(0.01)
         put(request, "c", "length")
-        return await asyncio.wait_for(asyncio.gather(*tasks), 5)
+        return await asyncio.wait_for(asyncio.gather(*tasks), HANG_S)
 
     assert [r.outputs[0].text for r in asyncio.run(wait_twice())] == ["abc", "abc"]
 
     other, found = request_of(), []
 
     def wait() -> None:
-        found.append(other.result(5).outputs[0].text)
+        found.append(other.result(HANG_S).outputs[0].text)
 
     def wait_in_a_loop() -> None:
-        found.append(asyncio.run(asyncio.wait_for(other.aresult(), 5)).outputs[0].text)
+        found.append(asyncio.run(asyncio.wait_for(other.aresult(), HANG_S)).outputs[0].text)
 
     threads = [threading.Thread(target=target) for target in (wait, wait, wait_in_a_loop, wait_in_a_loop)]
     for thread in threads:
@@ -76,7 +77,7 @@ def test_all_who_wait_for_one_request_get_its_end():
     time.sleep(0.05)  # all wait now
     put(other, "abc", "length")
     for thread in threads:
-        thread.join(5)
+        thread.join(HANG_S)
     assert found == ["abc"] * 4
 
 
@@ -90,14 +91,14 @@ def test_updates_are_applied_in_order_however_many_wait(monkeypatch):
 
     monkeypatch.setattr(ReferenceRequestOutput, "_extend", slow_at_first)
     request = request_of()
-    threads = [threading.Thread(target=request.result, args=(5,)) for _ in range(2)]
+    threads = [threading.Thread(target=request.result, args=(HANG_S,)) for _ in range(2)]
     for thread in threads:
         thread.start()
     put(request, "a")
     time.sleep(0.01)
     put(request, "b", "length")
     for thread in threads:
-        thread.join(5)
+        thread.join(HANG_S)
     assert request.outputs[0].text == "ab"
 
 
@@ -126,14 +127,12 @@ def test_a_timeout_counts_from_the_call_however_many_tokens_arrive_meanwhile():
 
     thread = threading.Thread(target=generate)
     thread.start()
-    began = time.monotonic()
-    try:
+    try:  # one that began to count anew at each token would never end
         with pytest.raises(TimeoutError, match="has not ended within"):
             request.result(timeout=0.1)
     finally:
         stop.set()
         thread.join()
-    assert time.monotonic() - began < 2
 
 
 def test_a_request_begun_in_one_event_loop_goes_on_in_the_next():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,9 +14,13 @@ from puzzle_trtllm.errors import EngineError
 from puzzle_trtllm.serve.runtimes import load_runtime
 from puzzle_trtllm.serve.runtimes.reference import LLM, KvCacheConfig, SamplingParams
 from puzzle_trtllm.serve.runtimes.reference.arguments import read_arguments
+from tests.serve.scripted import wait_until
 
 CHILD = [(6, 24), (4, None), (3, 40), (2, 24)]
 ARGS = {"dtype": "float32", "max_seq_len": 256, "max_batch_size": 8, "kv_cache_config": {"tokens_per_block": 8}}
+LONGEST = 16_384
+ENDLESS = SamplingParams(max_tokens=16_000, ignore_eos=True)
+"""A quarter of a minute on a fast machine: still at work whenever it is aborted."""
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,14 @@ def child(make_checkpoint):
 
 @pytest.fixture(scope="module")
 def llm(child) -> Iterator[LLM]:
-    with LLM(child, **ARGS) as engine:
+    with LLM(child, **{**ARGS, "max_seq_len": LONGEST}) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def small(child) -> Iterator[LLM]:
+    """Of 256 tokens a sequence, and room for few sequences."""
+    with LLM(child, **{**ARGS, "kv_cache_config": {"tokens_per_block": 8, "max_gpu_total_bytes": 150_000}}) as engine:
         yield engine
 
 
@@ -145,7 +155,20 @@ def test_streaming_ends_with_what_the_whole_gives(llm):
         return lengths
 
     lengths = asyncio.run(stream())
-    assert lengths == sorted(set(lengths)) and lengths[-1] == 25 and len(lengths) > 1
+    assert lengths == sorted(set(lengths)) and lengths[-1] == 25
+
+
+def test_streaming_gives_tokens_while_more_are_generated(llm):
+    """How many at a time depends on who is busy."""
+
+    async def first_step() -> str | None:
+        request = llm.generate_async(prompt(4), ENDLESS, streaming=True)
+        step = await anext(request)
+        request.abort()
+        assert step.outputs[0].token_ids
+        return step.outputs[0].finish_reason
+
+    assert asyncio.run(first_step()) is None
 
 
 def test_stop_token_stop_string_and_end_of_sequence(llm):
@@ -200,13 +223,11 @@ def test_numbers_may_be_numpys_or_torchs_and_nothing_else_reaches_the_engine(llm
 
 
 def test_prompts_beside_one_that_cannot_run_are_not_left_running(llm):
-    params = SamplingParams(max_tokens=200, ignore_eos=True)
+    steps = llm.get_stats()[0]["iter"]
     with pytest.raises(ValueError, match="empty"):
-        llm.generate([prompt(1), prompt(2), []], params)
-    deadline = time.monotonic() + 10
-    while llm._open and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not llm._open and llm.get_stats()[0]["iter"] > 0
+        llm.generate([prompt(1), prompt(2), []], ENDLESS)
+    wait_until(lambda: not llm._open, what="the end of both")
+    assert llm.get_stats()[0]["iter"] - steps < ENDLESS.max_tokens
 
 
 def test_cumulative_logprob_is_the_sum_of_the_models_own(llm, child):
@@ -227,7 +248,7 @@ def free_blocks(llm: LLM) -> tuple[int, int]:
 
 def test_abort_ends_the_request_and_frees_its_cache(llm):
     async def abort_midway() -> str | None:
-        request = llm.generate_async(prompt(7), SamplingParams(max_tokens=200, ignore_eos=True), streaming=True)
+        request = llm.generate_async(prompt(7), ENDLESS, streaming=True)
         async for step in request:
             if len(step.outputs[0].token_ids) >= 5:
                 request.abort()
@@ -240,28 +261,25 @@ def test_abort_ends_the_request_and_frees_its_cache(llm):
 
 
 def test_prompts_that_cannot_run_are_refused_by_name(llm):
-    for bad, reason in (([], "empty"), ([5] * 256, "max_seq_len is 256"), ([5, 100_000], "token ids must lie in")):
+    too_long = [5] * LONGEST, f"max_seq_len is {LONGEST}"
+    for bad, reason in (([], "empty"), too_long, ([5, 100_000], "token ids must lie in")):
         with pytest.raises(ValueError, match=reason):
             llm.generate_async(bad)
 
 
-def test_what_does_not_fit_behind_the_prompt_is_not_generated(llm):
-    output = llm.generate(prompt(8, 250), SamplingParams(max_tokens=100, ignore_eos=True)).outputs[0]
+def test_what_does_not_fit_behind_the_prompt_is_not_generated(small):
+    output = small.generate(prompt(8, 250), SamplingParams(max_tokens=100, ignore_eos=True)).outputs[0]
     assert (len(output.token_ids), output.finish_reason) == (6, "length")
 
 
-def test_a_capped_cache_queues_instead_of_failing(child):
-    args = {**ARGS, "kv_cache_config": {"tokens_per_block": 8, "max_gpu_total_bytes": 150_000}}
-    with LLM(child, **args) as small:
-        prompts = [prompt(seed, 60) for seed in range(8)]
-        requests = [small.generate_async(p, SamplingParams(max_tokens=100, ignore_eos=True)) for p in prompts]
-        most = 0
-        while not all(r._updates for r in requests):  # peek without consuming
-            most = max(most, small.get_stats()[0]["numActiveRequests"])
-            time.sleep(0.005)
-        assert 1 <= most < 8
-        assert [len(r.result().outputs[0].token_ids) for r in requests] == [100] * 8
-        assert len(set(free_blocks(small))) == 1
+def test_a_capped_cache_queues_instead_of_failing(small):
+    params = SamplingParams(max_tokens=100, ignore_eos=True, return_perf_metrics=True)
+    requests = small.generate([prompt(seed, 60) for seed in range(8)], params)
+    assert [len(request.outputs[0].token_ids) for request in requests] == [100] * 8
+    assert len(set(free_blocks(small))) == 1
+    spans = [(r.metrics.first_scheduled_time_ns, r.metrics.last_token_time_ns) for r in requests]
+    most = max(sum(begin <= moment < end for begin, end in spans) for moment, _ in spans)
+    assert 1 < most < 8, "several at a time, and not all"
 
 
 def test_a_cache_too_small_for_one_sequence_is_an_error(child):

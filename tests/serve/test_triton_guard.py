@@ -10,15 +10,15 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import uuid
 from pathlib import Path
 
 import pytest
 
 from puzzle_trtllm.process_states import StoppedProcesses, children_of, is_alive
+from puzzle_trtllm.serve.triton import guard
 from puzzle_trtllm.serve.triton.process import GuardedProcess
-from tests.serve.scripted import wait_until
+from tests.serve.scripted import HANG_S, wait_until
 
 # A "server" that starts a grandchild in a session of its own, writes all pids, and ignores SIGTERM if told to.
 SERVER = """
@@ -49,15 +49,20 @@ class Started:
         arguments = ["deaf" if deaf else "hears", str(pid_file), str(lives_s)]
         self.process = GuardedProcess(
             [sys.executable, "-c", SERVER, *arguments], environment={"PUZZLE_TEST": "1"}, log_file=self.log,
-            grace_s=10, shm_prefix=self.shm.name.removesuffix("region"), scratch=self.scratch,
+            grace_s=HANG_S, shm_prefix=self.shm.name.removesuffix("region"), scratch=self.scratch,
         )  # fmt: skip
         wait_until(pid_file.exists, what="the server's start")
         self.pids = [int(pid) for pid in pid_file.read_text().split()]
         assert self.pids[0] == self.process.pid
 
+    @property
+    def guard(self) -> int:
+        """Its pid, of a server that lives."""
+        return int(Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[1])
+
     def assert_all_gone(self) -> None:
-        wait_until(lambda: not any(is_alive(pid) for pid in self.pids), what="all processes ended", timeout_s=10)
-        wait_until(lambda: not self.shm.exists() and not self.scratch.exists(), what="files removed", timeout_s=5)
+        wait_until(lambda: not any(is_alive(pid) for pid in self.pids), what="all processes ended")
+        wait_until(lambda: not self.shm.exists() and not self.scratch.exists(), what="files removed")
 
 
 def test_stop_ends_the_whole_tree(tmp_path: Path) -> None:
@@ -73,9 +78,29 @@ def test_a_server_that_ignores_sigterm_is_killed_after_the_grace_time(tmp_path: 
     started.assert_all_gone()
 
 
+def test_a_guard_that_hears_two_demands_as_one_is_asked_again(tmp_path: Path) -> None:
+    """It was busy: when it looks, its stdin is closed and the signal has come that was to cut the grace time short."""
+    started, codes = Started(tmp_path, deaf=True), []
+    os.kill(started.guard, signal.SIGSTOP)
+    os.waitid(os.P_PID, started.guard, os.WSTOPPED)
+    stopping = threading.Thread(target=lambda: codes.append(started.process.stop(grace_s=0)), daemon=True)
+    stopping.start()
+    wait_until(lambda: signal.SIGTERM in pending_signals(started.guard), what="the signal")
+    os.kill(started.guard, signal.SIGCONT)
+    stopping.join(HANG_S)
+    assert codes == [128 + signal.SIGKILL]
+    started.assert_all_gone()
+
+
+def pending_signals(pid: int) -> set[int]:
+    status = Path(f"/proc/{pid}/status").read_text()
+    (pending,) = (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("ShdPnd:"))
+    return {number for number in range(1, 65) if pending >> (number - 1) & 1}
+
+
 def test_a_server_that_ends_by_itself_leaves_nothing_and_tells_its_code(tmp_path: Path) -> None:
     started = Started(tmp_path, lives_s=0.2)
-    assert started.process.wait(timeout_s=20) == 7
+    assert started.process.wait(timeout_s=HANG_S) == 7
     started.assert_all_gone()
     assert started.process.stop() == 7
 
@@ -95,14 +120,13 @@ def test_the_tree_ends_when_the_starter_is_killed(tmp_path: Path) -> None:
     *pids, shm = starter.stdout.readline().split()
     starter.kill()
     starter.wait()
-    wait_until(lambda: not any(is_alive(int(pid)) for pid in pids), what="all processes ended", timeout_s=15)
-    wait_until(lambda: not Path(shm).exists(), what="shared memory removed", timeout_s=5)
+    wait_until(lambda: not any(is_alive(int(pid)) for pid in pids), what="all processes ended")
+    wait_until(lambda: not Path(shm).exists(), what="shared memory removed")
 
 
 def test_the_server_ends_when_the_guard_itself_is_killed(tmp_path: Path) -> None:
     started = Started(tmp_path)
-    guard = int(Path(f"/proc/{started.process.pid}/stat").read_text().rpartition(")")[2].split()[1])
-    os.kill(guard, signal.SIGKILL)
+    os.kill(started.guard, signal.SIGKILL)
     wait_until(lambda: not is_alive(started.process.pid), what="the server ended")
     for pid in started.pids[1:]:  # Triton's stubs watch their server; these do not
         os.kill(pid, signal.SIGKILL)
@@ -114,10 +138,9 @@ def test_shared_memory_that_no_living_guard_has_is_removed_by_the_next(tmp_path:
     """A container that runs out of memory loses guard and starter at once, and its /dev/shm may outlive it."""
     names = {who: f"puzzle_test_{who}{uuid.uuid4().hex[:8]}_" for who in ("dead", "living")}
     files = {who: [Path("/dev/shm", name + what) for what in ("guarded", "region")] for who, name in names.items()}
-    for file in (*files["dead"], *files["living"]):
+    for file in (files["living"][1], *reversed(files["dead"])):  # the mark last: any guard that starts now may see it
         file.write_bytes(b"")
-    with files["living"][0].open() as mark:
-        fcntl.flock(mark, fcntl.LOCK_SH)
+    with os.fdopen(guard.mark_shared_memory(names["living"])):
         started = Started(tmp_path)
         own = Path("/dev/shm") / f"{started.shm.name.removesuffix('region')}guarded"
         found = [file.exists() for file in (own, *files["dead"], *files["living"])]
@@ -125,6 +148,25 @@ def test_shared_memory_that_no_living_guard_has_is_removed_by_the_next(tmp_path:
     for file in files["living"]:
         file.unlink()
     assert found == [True, False, False, True, True] and not own.exists()
+
+
+def test_a_guard_that_starts_beside_another_does_not_take_it_for_a_dead_one(tmp_path: Path, monkeypatch) -> None:
+    flock, looks = fcntl.flock, []
+
+    def while_another_starts(file: int, how: int) -> None:
+        if how & fcntl.LOCK_SH:
+            looks.append(None)
+            guard.remove_what_the_dead_left()
+        flock(file, how)
+
+    monkeypatch.setattr(guard, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(fcntl, "flock", while_another_starts)
+    with os.fdopen(guard.mark_shared_memory("puzzle_test_")):
+        assert looks and [file.name for file in tmp_path.iterdir()] == ["puzzle_test_guarded"]
+        guard.remove_what_the_dead_left()
+        assert [file.name for file in tmp_path.iterdir()] == ["puzzle_test_guarded"]
+    guard.remove_what_the_dead_left()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_users_read_neither_the_log_nor_what_passes_through_shared_memory(tmp_path: Path) -> None:
@@ -135,7 +177,11 @@ def test_other_users_read_neither_the_log_nor_what_passes_through_shared_memory(
     linked.touch(0o644)
     link = started.shm.with_name(f"{started.shm.name}2")
     link.symlink_to(linked)
-    time.sleep(0.2)
+    for number in (3, 4):  # what is there when a round begins is seen in it; when the second is done, the first is over
+        later = started.shm.with_name(f"{started.shm.name}{number}")
+        later.touch()
+        later.chmod(0o644)
+        wait_until(lambda later=later: later.stat().st_mode & 0o777 == 0o600, what="a round of the guard")
     started.process.stop()
     assert linked.stat().st_mode & 0o777 == 0o644, "a link that another user may have put there"
     assert started.log.stat().st_mode & 0o777 == 0o600
@@ -144,11 +190,13 @@ def test_other_users_read_neither_the_log_nor_what_passes_through_shared_memory(
 def test_a_pipe_in_the_place_of_a_mark_does_not_hold_up_the_start(tmp_path: Path) -> None:
     pipe = Path("/dev/shm") / f"puzzle_test_{uuid.uuid4().hex[:8]}_guarded"
     os.mkfifo(pipe)
+    started: list[Started] = []
     try:
-        thread = threading.Thread(target=Started, args=[tmp_path], daemon=True)
+        thread = threading.Thread(target=lambda: started.append(Started(tmp_path)), daemon=True)
         thread.start()
-        thread.join(15)
-        assert not thread.is_alive()
+        thread.join(HANG_S / 2)
+        assert started, "it waits for whoever writes into the pipe"
+        started[0].process.stop()
     finally:
         with contextlib.suppress(OSError):
             os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))  # lets go of who waits there
@@ -199,7 +247,7 @@ def test_only_the_command_gets_the_environment_and_its_output_goes_to_the_log(tm
         [sys.executable, "-c", code], environment={"PUZZLE_TEST": "a b=c"}, log_file=tmp_path / "log", grace_s=1,
         shm_prefix="puzzle_test_none_", scratch=tmp_path / "scratch",
     )  # fmt: skip
-    assert process.wait(timeout_s=20) == 0
+    assert process.wait(timeout_s=HANG_S) == 0
     process.stop()
     assert sorted((tmp_path / "log").read_text().split("\n")) == ["", "error", "seen a b=c"]
 
@@ -211,7 +259,7 @@ def log_of(code: str, folder: Path) -> str:
         [sys.executable, "-c", code], environment={}, log_file=folder / "log", grace_s=1,
         shm_prefix="puzzle_test_none_", scratch=folder / "scratch",
     )  # fmt: skip
-    assert process.wait(timeout_s=20) == 0
+    assert process.wait(timeout_s=HANG_S) == 0
     process.stop()
     return (folder / "log").read_text()
 
@@ -259,7 +307,7 @@ def test_a_command_that_does_not_exist(tmp_path: Path) -> None:
         ["/nowhere/tritonserver"], environment={}, log_file=tmp_path / "log", grace_s=1,
         shm_prefix="puzzle_test_none_", scratch=tmp_path / "scratch",
     )  # fmt: skip
-    assert process.wait(timeout_s=20) == 127
+    assert process.wait(timeout_s=HANG_S) == 127
     process.stop()
     assert "/nowhere/tritonserver" in (tmp_path / "log").read_text()
 
@@ -280,6 +328,6 @@ def test_children_and_life_are_read_from_proc() -> None:
 @pytest.mark.parametrize("stops", [1, 2])
 def test_stop_may_be_called_again(stops: int, tmp_path: Path) -> None:
     started = Started(tmp_path)
-    codes = {started.process.stop(grace_s=5) for _ in range(stops)}
+    codes = {started.process.stop() for _ in range(stops)}
     assert codes == {128 + signal.SIGTERM}
     started.assert_all_gone()

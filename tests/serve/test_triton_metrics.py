@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -116,11 +117,11 @@ def test_the_metrics_notice_that_an_idle_engine_died(service, metrics) -> None:
 
 
 def test_the_metrics_notice_that_the_engines_process_has_gone(service, metrics) -> None:
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    service.llm.engine_pid = gone.pid
-    metrics._watch_engine()
-    wait_until(lambda: service.session.death == "its process has ended", what="the death")
+    with subprocess.Popen(["true"]) as gone:  # which is waited for at the end: until then nobody else has its pid
+        os.waitid(os.P_PID, gone.pid, os.WEXITED | os.WNOWAIT)
+        service.llm.engine_pid = gone.pid
+        metrics._watch_engine()
+        wait_until(lambda: service.session.death == "its process has ended", what="the death")
 
 
 # --- an engine that lives and makes no steps ------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 
 from puzzle_trtllm.serve.triton import notice
 from puzzle_trtllm.serve.triton.notice import NoticeThread, give_notice
-from tests.serve.scripted import wait_until
+from tests.serve.scripted import HANG_S, wait_until
 
 
 @pytest.fixture
@@ -26,10 +26,10 @@ def drained(tmp_path: Path) -> Iterator[list[float]]:
 
 
 def test_a_notice_gives_the_model_its_time_and_waits_for_the_answer(tmp_path: Path, drained: list[float]) -> None:
-    give_notice(tmp_path, 2.5, [os.getpid()])
-    assert drained == [2.5]
-    give_notice(tmp_path, 2.5, [os.getpid()])  # again: it has answered
-    assert drained == [2.5]
+    give_notice(tmp_path, 600.5, [os.getpid()])
+    assert drained == [600.5]
+    give_notice(tmp_path, 600.5, [os.getpid()])  # again: it has answered
+    assert drained == [600.5]
 
 
 def test_every_instance_is_waited_for(tmp_path: Path, drained: list[float]) -> None:
@@ -43,7 +43,7 @@ def test_every_instance_is_waited_for(tmp_path: Path, drained: list[float]) -> N
     finally:
         other.kill()
         other.wait()
-    giving.join(10)
+    giving.join(HANG_S)
     assert not giving.is_alive(), "one that has died is not waited for"
 
 
@@ -57,10 +57,10 @@ def test_a_full_disk_is_no_obstacle(tmp_path: Path, drained: list[float]) -> Non
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
     try:
-        give_notice(tmp_path, 2.5, [os.getpid()])
+        give_notice(tmp_path, 600.5, [os.getpid()])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert drained == [2.5]
+    assert drained == [600.5]
 
 
 def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:

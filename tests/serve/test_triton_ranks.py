@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,10 +16,9 @@ from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.client.triton_client import generate
 from puzzle_trtllm.serve.triton.host import start_llm
-from puzzle_trtllm.serve.triton.ports import choose_ports
 from puzzle_trtllm.serve.triton.ranks import MpiJob, mpi_job, role_of
 from puzzle_trtllm.serve.triton.settings import ModelSettings, TritonConfig
-from tests.serve.scripted import scripted_engine, wait_until
+from tests.serve.scripted import HANG_S, scripted_engine, wait_until
 
 HERE = Path(__file__).parent
 MPIRUN = Path(sys.executable).parent / "mpirun"
@@ -141,9 +141,8 @@ def environment(tmp_path):
 SERVE = """
 import sys
 from puzzle_trtllm.serve.triton.server import serve_engine
-engine, grpc, http, metrics = sys.argv[1:]
-code = serve_engine(engine, grpc_port=int(grpc), http_port=int(http), metrics_port=int(metrics),
-                    runtime_module="ranked_runtime", on_ready=lambda server: print("ready", flush=True))
+code = serve_engine(sys.argv[1], grpc_port=0, http_port=0, metrics_port=0, runtime_module="ranked_runtime",
+                    on_ready=lambda server: print(f"ready at {server.grpc_url}.", flush=True))
 print("ended", code, flush=True)
 sys.exit(code)
 """
@@ -152,39 +151,39 @@ sys.exit(code)
 @pytest.fixture
 def job(ranked_engine, environment, tmp_path):
     """`mpirun -n 2` of one start command; (process, grpc URL, log, the pids of its ranks)."""
-    ports = choose_ports("127.0.0.1", {"gRPC": 0, "HTTP": 0, "metrics": 0})
     script, log = tmp_path / "serve.py", tmp_path / "log"
     script.write_text(SERVE)
     command = [MPIRUN, "--allow-run-as-root", "-n", "2", "--bind-to", "none", sys.executable, script]
     with log.open("w") as out:
         process = subprocess.Popen(
-            [*map(str, command), str(ranked_engine.path), *(str(port) for port in ports.values())],
+            [*map(str, command), str(ranked_engine.path)],
             env=environment,
             stdout=out,
             stderr=out,
         )
     try:
-        wait_until(lambda: "ready" in log.read_text() or process.poll() is not None, what="ready", timeout_s=60)
+        ready = re.compile(r"ready at (\S+)\.$", re.MULTILINE)
+        wait_until(lambda: ready.search(log.read_text()) or process.poll() is not None, what="ready")
         assert process.poll() is None, log.read_text()
-        yield process, f"127.0.0.1:{ports['gRPC']}", log, lambda: pids_of_ranks(script)
+        yield process, ready.search(log.read_text())[1], log, lambda: pids_of_ranks(script)
     finally:
         if process.poll() is None:
             process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=HANG_S)
 
 
 def test_rank_0_serves_what_all_ranks_compute_and_a_stop_ends_all(job):
     process, url, log, ranks = job
     assert generate("ranks", url=url).text == "0:0.25,0.75:plugin 1:0.25,0.75:plugin"
     os.kill(ranks()[0], signal.SIGTERM)
-    assert process.wait(timeout=40) == 0, log.read_text()
+    assert process.wait(timeout=HANG_S) == 0, log.read_text()
     assert log.read_text().count("ended 0") == 2, "the worker's rank ends when the leader's session does"
 
 
 def test_a_worker_that_dies_ends_the_job(job):
     process, _, _, ranks = job
     os.kill(ranks()[1], signal.SIGKILL)
-    assert process.wait(timeout=40) != 0
+    assert process.wait(timeout=HANG_S) != 0
     wait_until(lambda: not ranks(), what="no rank left")
 
 
@@ -197,7 +196,8 @@ def pids_of_ranks(script: Path) -> dict[int, int]:
             variables = (entry / "environ").read_text(errors="replace").split("\0")
         except OSError:
             continue
-        if command[:2] == [sys.executable, str(script)]:
-            rank = next(entry for entry in variables if entry.startswith("OMPI_COMM_WORLD_RANK="))
-            found[int(rank.partition("=")[2])] = int(entry.name)
+        # One that is about to end has none of them any more.
+        ranks = [value for value in variables if value.startswith("OMPI_COMM_WORLD_RANK=")]
+        if command[:2] == [sys.executable, str(script)] and ranks:
+            found[int(ranks[0].partition("=")[2])] = int(entry.name)
     return found

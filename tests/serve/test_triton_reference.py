@@ -26,17 +26,21 @@ from puzzle_trtllm.serve.runtimes import create_llm
 from puzzle_trtllm.serve.runtimes.api import SamplingParams
 from puzzle_trtllm.serve.triton.contract import EXTRA_INPUTS
 from puzzle_trtllm.serve.triton.server import TritonServer
-from tests.serve.scripted import metric, wait_until
+from tests.serve.scripted import HANG_S, metric, settle, wait_until
 
-HTTP2_WINDOW = 65_535
-"""Bytes of a stream that may be under way unread (RFC 9113), unless the reader enlarges it."""
+HTTP2_WINDOW = 1024
+"""Bytes of a stream that may be under way unread, as its reader may ask for (RFC 9113)."""
+ENDLESS = GenerationRequest(prompt="x" * 20, max_tokens=16_000, ignore_eos=True)
+"""A quarter of a minute on a fast machine: still at work whenever something is done to it."""
 PROMPTS = ["12+34=", "the quick brown fox", "x" * 50, "a", "2+2=", "carry the one"]
 
 
 @pytest.fixture(scope="module")
 def engine(make_checkpoint, tmp_path_factory):
-    checkpoint = make_checkpoint([(8, None), (4, 16), (2, 32)], experts_per_token=2)
-    config = EngineConfig(runtime="reference", llm_args={"dtype": "float32", "max_seq_len": 512, "max_batch_size": 8})
+    checkpoint = make_checkpoint([(8, None), (4, 16), (2, 32)], experts_per_token=2, max_position_embeddings=16_384)
+    config = EngineConfig(
+        runtime="reference", llm_args={"dtype": "float32", "max_seq_len": 16_384, "max_batch_size": 8}
+    )
     return build_engine(checkpoint, tmp_path_factory.mktemp("real") / "engine", config=config)
 
 
@@ -59,7 +63,7 @@ def server(engine, expected):
 
 
 def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 120))
+    return asyncio.run(asyncio.wait_for(coroutine, HANG_S))
 
 
 async def generate_all(server, *, streaming: bool, **options):
@@ -110,24 +114,24 @@ def test_a_prompt_that_begins_like_an_earlier_one_says_what_it_found(server) -> 
 
 def post_json(url: str, body: dict) -> dict:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as response:
+    with urllib.request.urlopen(request, timeout=HANG_S) as response:
         return json.loads(response.read())
 
 
 def test_a_prompt_that_does_not_fit_is_the_clients_error(server) -> None:
-    with pytest.raises(ServeError, match="512") as error:
-        generate("x" * 512, url=server.grpc_url)
+    with pytest.raises(ServeError, match="16384") as error:
+        generate("x" * 16_384, url=server.grpc_url)
     assert error.value.status == "INVALID_ARGUMENT"
 
 
 def test_a_closed_stream_gives_its_blocks_back(server) -> None:
     """The kv gauge counts what requests hold; blocks that only remember a prefix are free."""
     wait_until(lambda: (metric(server, "puzzle_kv_blocks_total") or 0) > 0, what="the runtime's count of blocks")
+    settle(server, ENDLESS)
 
     async def scenario():
         async with TritonLlmClient(server.grpc_url) as client:
-            request = GenerationRequest(prompt="x" * 20, max_tokens=230, ignore_eos=True)
-            streams = [client.stream(request) for _ in range(6)]
+            streams = [client.stream(ENDLESS) for _ in range(6)]
             for stream in streams:
                 await anext(stream)
             for stream in streams:
@@ -136,7 +140,7 @@ def test_a_closed_stream_gives_its_blocks_back(server) -> None:
     cancelled = metric(server, 'puzzle_requests_total{end="cancelled"}') or 0
     run(scenario())
     wait_until(
-        lambda: (metric(server, 'puzzle_requests_total{end="cancelled"}') or 0) > cancelled, what="cancels are counted"
+        lambda: metric(server, 'puzzle_requests_total{end="cancelled"}') == cancelled + 6, what="cancels are counted"
     )
     wait_until(lambda: metric(server, "puzzle_kv_blocks_used") == 0, what="no block in use")
 
@@ -144,11 +148,13 @@ def test_a_closed_stream_gives_its_blocks_back(server) -> None:
 def test_a_reader_that_stops_reading_holds_up_nobody_and_loses_nothing(server) -> None:
     """The engine ends its request while not one response has been read; others are served meanwhile.
 
-    The responses, everything so far in each, are more than the connection takes in without being read, so the server
-    is left with some: somebody who waits for this reader would wait for ever.
+    The last response alone, with everything in it, is more than the connection takes in without being read, so the
+    server is left with some of it: somebody who waits for this reader would wait for ever.
     """
     request = GenerationRequest(prompt="slow reader ", max_tokens=490, ignore_eos=True)
     expected = generate("slow reader ", url=server.grpc_url, max_tokens=490, ignore_eos=True).text
+
+    settle(server, ENDLESS)
 
     async def once():
         yield RequestBuilder("tensorrt_llm", EXTRA_INPUTS - {"stream_delta"}).build(request)
@@ -158,9 +164,9 @@ def test_a_reader_that_stops_reading_holds_up_nobody_and_loses_nothing(server) -
         return counted == count and metric(server, "puzzle_kv_blocks_used") == 0
 
     async def scenario() -> str:
-        await asyncio.sleep(2.5)  # the counts of earlier requests arrive within a second
         ended = metric(server, 'puzzle_requests_total{end="ok"}') or 0
-        async with grpc.aio.insecure_channel(server.grpc_url, options=[("grpc.http2.bdp_probe", 0)]) as channel:
+        window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", HTTP2_WINDOW)]
+        async with grpc.aio.insecure_channel(server.grpc_url, options=window) as channel:
             unread = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(once())
             async with TritonLlmClient(server.grpc_url) as client:
                 others = [GenerationRequest(prompt=f"{i}", max_tokens=200, ignore_eos=True) for i in range(4)]
@@ -171,7 +177,7 @@ def test_a_reader_that_stops_reading_holds_up_nobody_and_loses_nothing(server) -
                 what="all five ended",
             )
             responses = [response async for response in unread]
-        assert sum(response.ByteSize() for response in responses) > HTTP2_WINDOW
+        assert responses[-1].ByteSize() > HTTP2_WINDOW
         return unpack_string(responses[-1].infer_response.raw_output_contents[0])
 
     assert run(scenario()) == expected
@@ -184,7 +190,7 @@ def test_at_last_the_engine_is_killed_and_the_stub_answers_for_it(server) -> Non
 
     async def scenario():
         async with TritonLlmClient(server.grpc_url) as client:
-            stream = client.stream(GenerationRequest(prompt="x", max_tokens=250, ignore_eos=True))
+            stream = client.stream(ENDLESS)
             await anext(stream)
             os.kill(engine_pid, signal.SIGKILL)
             with pytest.raises(ServeError, match="the engine is dead") as error:

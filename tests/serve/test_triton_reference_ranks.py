@@ -18,16 +18,16 @@ from puzzle_trtllm.serve.client.triton_client import TritonLlmClient, generate
 from puzzle_trtllm.serve.runtimes import create_llm
 from puzzle_trtllm.serve.runtimes.api import SamplingParams
 from puzzle_trtllm.serve.triton.server import TritonServer
-from tests.serve.scripted import wait_until
+from tests.serve.scripted import HANG_S, wait_until
 
 PROMPTS = ["12+34=", "the quick brown fox", "x" * 50]
 
 
 @pytest.fixture(scope="module")
 def engine(make_checkpoint, tmp_path_factory):
-    checkpoint = make_checkpoint([(8, None), (4, 16), (2, 32)])
+    checkpoint = make_checkpoint([(8, None), (4, 16), (2, 32)], max_position_embeddings=16_384)
     config = EngineConfig(
-        runtime="reference", num_gpus=2, llm_args={"dtype": "float32", "max_seq_len": 256, "max_batch_size": 8}
+        runtime="reference", num_gpus=2, llm_args={"dtype": "float32", "max_seq_len": 8192, "max_batch_size": 8}
     )
     return build_engine(checkpoint, tmp_path_factory.mktemp("ranks") / "engine", config=config, quiet=True)
 
@@ -41,7 +41,7 @@ def test_two_ranks_behind_triton_serve_what_one_generates_until_one_is_killed(en
         assert found == expected
         (stub,) = server.stub_pids()
         leader, follower = sorted(children_of(stub), key=lambda pid: psutil.Process(pid).environ()["RANK"])
-        assert asyncio.run(asyncio.wait_for(_kill_mid_stream(server, follower), 30)) == "UNAVAILABLE"
+        assert asyncio.run(asyncio.wait_for(_kill_mid_stream(server, follower), HANG_S)) == "UNAVAILABLE"
         wait_until(lambda: not is_alive(leader) and not is_alive(follower), what="both ranks ended")
         with pytest.raises(ServeError, match="the engine is dead"):
             generate("x", url=server.grpc_url)
@@ -49,7 +49,7 @@ def test_two_ranks_behind_triton_serve_what_one_generates_until_one_is_killed(en
 
 async def _kill_mid_stream(server: TritonServer, victim: int) -> str | None:
     async with TritonLlmClient(server.grpc_url) as client:
-        stream = client.stream(GenerationRequest(prompt="x", max_tokens=250, ignore_eos=True))
+        stream = client.stream(GenerationRequest(prompt="x", max_tokens=8000, ignore_eos=True))
         await anext(stream)
         os.kill(victim, signal.SIGKILL)
         with pytest.raises(ServeError, match="the engine is dead") as error:

@@ -15,16 +15,21 @@ from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.process_states import is_alive
 from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.client.triton_client import TritonLlmClient, generate
+from tests.serve.scripted import HANG_S
 from tests.serve.serving import Serving
 
-LONG = 400
+LONG = 16_000
+"""Tokens, a quarter of a minute on a fast machine: still generated when somebody is killed."""
 NUM_STREAMS = 6
 
 
 @pytest.fixture
-def serving(make_checkpoint, tmp_path) -> Iterator[Serving]:
-    checkpoint = make_checkpoint([(8, None), (4, 16), (2, 32)])
-    config = EngineConfig(runtime="reference", llm_args={"dtype": "float32", "max_seq_len": 512, "max_batch_size": 4})
+def serving(make_checkpoint, monkeypatch, tmp_path) -> Iterator[Serving]:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where the logs of servers that died are kept
+    checkpoint = make_checkpoint([(8, None), (4, 16), (2, 32)], max_position_embeddings=16_384)
+    config = EngineConfig(
+        runtime="reference", llm_args={"dtype": "float32", "max_seq_len": 16_384, "max_batch_size": 4}
+    )
     serving = Serving(build_engine(checkpoint, tmp_path / "engine", config=config, quiet=True), "restart", quiet=True)
     yield serving
     serving.end()
@@ -33,17 +38,20 @@ def serving(make_checkpoint, tmp_path) -> Iterator[Serving]:
 async def kill_amid_streams(url: str, victim: int) -> list[ServeError]:
     """How the streams end that were open, four of them generating and two waiting, when `victim` was killed."""
 
-    async def read(stream, first: asyncio.Event) -> ServeError:
+    started, three = set(), asyncio.Event()
+
+    async def read(number: int, stream) -> ServeError:
         with pytest.raises(ServeError) as error:
             async for _ in stream:
-                first.set()
+                started.add(number)
+                if len(started) == 3:  # whichever come first
+                    three.set()
         return error.value
 
     async with TritonLlmClient(url) as client:
         request = GenerationRequest(prompt="12+34=", max_tokens=LONG, ignore_eos=True)
-        started = [asyncio.Event() for _ in range(NUM_STREAMS)]
-        streams = [asyncio.ensure_future(read(client.stream(request), first)) for first in started]
-        await asyncio.gather(*(first.wait() for first in started[:3]))
+        streams = [asyncio.ensure_future(read(number, client.stream(request))) for number in range(NUM_STREAMS)]
+        await three.wait()
         os.kill(victim, signal.SIGKILL)
         return list(await asyncio.gather(*streams))
 
@@ -57,7 +65,7 @@ def test_every_stream_is_told_and_the_next_request_gets_the_same_tokens(serving)
     for process, reason in (("engine", "the engine is dead: the engine process died"), ("stub", "Socket closed")):
         before = serving.pids
         victim = serving.engine_pid if process == "engine" else serving.stub_pid
-        errors = asyncio.run(asyncio.wait_for(kill_amid_streams(url, victim), 20))
+        errors = asyncio.run(asyncio.wait_for(kill_amid_streams(url, victim), HANG_S))
         assert [error.status for error in errors] == ["UNAVAILABLE"] * NUM_STREAMS
         assert all(reason in str(error) for error in errors), errors
         url = serving.wait_ready()["url"]

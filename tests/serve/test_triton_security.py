@@ -29,7 +29,7 @@ from puzzle_trtllm.serve.triton.security import (
 from puzzle_trtllm.serve.triton.server import TritonServer
 from tests.front_door.cli import invoke
 from tests.serve.certificates import Authority
-from tests.serve.scripted import SCRIPTED, scripted_engine
+from tests.serve.scripted import HANG_S, SCRIPTED, scripted_engine, wait_until
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="certificates are made by openssl")
 
@@ -100,9 +100,10 @@ def test_under_plain_tls_only_the_server_shows_a_certificate(engine, authority: 
         assert refusal(url, ClientTls(ca_cert=stranger.cert)).status == "UNAVAILABLE"
         # HTTP has no TLS: it must not be a way around. 127.0.0.2 reaches what listens on all addresses.
         ready = f"{server.http_url}/v2/health/ready"
-        assert http_status(ready) == 200
+        metrics = server.metrics_url.replace("127.0.0.1", "127.0.0.2")
+        wait_until(lambda: http_status(ready) == 200, what="an answer over HTTP")
+        wait_until(lambda: http_status(metrics) == 200, what="an answer at another address")
         assert http_status(ready.replace("127.0.0.1", "127.0.0.2")) is None
-        assert http_status(server.metrics_url.replace("127.0.0.1", "127.0.0.2")) == 200
 
 
 # --- restricted protocols -----------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def http_index(server: TritonServer, headers: dict[str, str]) -> int:
 def http_post(url: str, body: bytes, headers: dict[str, str] | None = None) -> int:
     request = urllib.request.Request(url, data=body, headers=headers or {}, method="POST")
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=5) as response:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=HANG_S) as response:
             return response.status
     except urllib.error.HTTPError as error:
         return error.code
@@ -185,7 +186,7 @@ def test_restricted_inference_opens_to_our_client_with_the_secret(engine, tmp_pa
         nested = b'{"text_input":' + b"[" * 200_000 + b"]" * 200_000 + b"}"
         for path in ("models/tensorrt_llm/generate", "logging", "trace/setting", "repository/index"):
             assert http_post(f"{server.http_url}/v2/{path}", nested) == 403
-        assert http_status(f"{server.http_url}/v2/health/ready") == 200
+        wait_until(lambda: http_status(f"{server.http_url}/v2/health/ready") == 200, what="it lives")
 
 
 def test_options_of_a_restriction(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import queue
-import time
 import urllib.error
 import urllib.request
 
@@ -24,7 +23,7 @@ from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.client.triton_client import TritonLlmClient, generate
 from puzzle_trtllm.serve.triton.contract import INPUTS, OUTPUTS
 from puzzle_trtllm.serve.triton.server import TritonServer
-from tests.serve.scripted import SCRIPTED, metric, scripted_engine, wait_until
+from tests.serve.scripted import HANG_S, SCRIPTED, metric, scripted_engine, settle, wait_until
 
 MAX_OPEN = 8
 MAX_SEQ_LEN = 5000
@@ -41,7 +40,7 @@ def server(make_checkpoint, tmp_path_factory):
 
 
 def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 60))
+    return asyncio.run(asyncio.wait_for(coroutine, HANG_S))
 
 
 def echo(prompt: str, length: int) -> str:
@@ -73,9 +72,30 @@ def test_streaming_and_not_give_the_same_generation(server) -> None:
     assert (whole.num_output_tokens, whole.finish_reason, len(whole.token_times_ns)) == (20, "length", 20)
     assert "".join(chunk.text for chunk in chunks) == whole.text
     assert [token_id for chunk in chunks for token_id in chunk.token_ids] == whole.token_ids
-    assert len(chunks) > 5
     assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
     assert chunks[-1].num_output_tokens == 20
+
+
+def test_a_stream_brings_its_tokens_before_the_last_one_is_generated(server) -> None:
+    """The fourth token never comes; how many come in one response depends on who is busy."""
+
+    async def scenario() -> str:
+        async with TritonLlmClient(server.grpc_url) as client:
+            chunks = client.stream(GenerationRequest(prompt="hang:3 ", max_tokens=8))
+            text = ""
+            while len(text) < 3:
+                text += (await anext(chunks)).text
+            await chunks.aclose()
+            return text
+
+    assert run(scenario()) == "han"
+    body = {"text_input": "hang:3 ", "sampling_param_max_tokens": 8, "streaming": True, "stream_delta": True}
+    with open_url(f"{server.http_url}/v2/models/tensorrt_llm/generate_stream", body) as response:
+        text = ""
+        while len(text) < 3:
+            line = response.readline()
+            text += json.loads(line.removeprefix(b"data: "))["text_output"] if line.strip() else ""
+    assert text == "han"
 
 
 def test_token_ids_in_give_what_text_in_gives(server) -> None:
@@ -129,7 +149,7 @@ def test_nvidias_stream_client_gets_text_so_far_and_errors_that_leave_its_stream
         texts: dict[str, list[str]] = {"one": [], "two": []}
         errors, ended = [], set()
         while ended != {"one", "two"} or not errors:
-            result, error = answers.get(timeout=20)
+            result, error = answers.get(timeout=HANG_S)
             if error is not None:
                 errors.append(str(error))
                 continue
@@ -145,10 +165,14 @@ def test_nvidias_stream_client_gets_text_so_far_and_errors_that_leave_its_stream
         assert so_far == sorted(so_far, key=len)
 
 
-def post(url: str, body: dict) -> tuple[int, str]:
+def open_url(url: str, body: dict):
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    return urllib.request.urlopen(request, timeout=HANG_S)
+
+
+def post(url: str, body: dict) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(request, timeout=20) as response:
+        with open_url(url, body) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -170,7 +194,6 @@ def test_http_generate_stream(server) -> None:
     status, text = post(url, body)
     events = [json.loads(line[5:]) for line in text.splitlines() if line.startswith("data:")]
     assert status == 200 and "".join(event.get("text_output", "") for event in events) == "hello he"
-    assert len(events) > 2
 
 
 @pytest.mark.parametrize("endpoint", ["generate", "generate_stream"])
@@ -204,11 +227,11 @@ def blocks_used(server) -> float:
 
 
 def test_closing_a_stream_frees_its_cache(server) -> None:
-    wait_until(lambda: blocks_used(server) == 0, what="no blocks in use")
+    settle(server, GenerationRequest(prompt="hang"))
 
     async def scenario():
         async with TritonLlmClient(server.grpc_url) as client:
-            chunks = client.stream(GenerationRequest(prompt="x" * 100, max_tokens=4000))
+            chunks = client.stream(GenerationRequest(prompt="hang:4 " + "x" * 93))
             async for _ in chunks:
                 break
             await asyncio.to_thread(wait_until, lambda: blocks_used(server) >= 7, what="100 tokens hold 7 blocks of 16")
@@ -223,20 +246,19 @@ def test_closing_a_stream_frees_its_cache(server) -> None:
 
 
 def test_a_client_that_disappears_makes_room_for_the_next(server) -> None:
-    """All places are taken and one more is refused, until a client goes, long before any request would end."""
+    """All places are taken and one more is refused, until a client goes: no request would ever end."""
     wait_until(lambda: blocks_used(server) == 0, what="no blocks in use")
     cancelled = metric(server, 'puzzle_requests_total{end="cancelled"}') or 0
 
-    async def scenario() -> tuple[str, float]:
+    async def scenario() -> str:
         async with TritonLlmClient(server.grpc_url) as client:
-            request = GenerationRequest(prompt="x", max_tokens=4000)
+            request = GenerationRequest(prompt="hang:1 ")
             streams = [client.stream(request) for _ in range(MAX_OPEN)]
             for stream in streams:
                 await anext(stream)
             with pytest.raises(ServeError, match="the queue is full"):
                 await client.generate(GenerationRequest(prompt="y", max_tokens=1))
             await streams[0].aclose()
-            began = time.monotonic()
             while True:
                 try:
                     text = (await client.generate(GenerationRequest(prompt="y", max_tokens=1))).text
@@ -244,25 +266,25 @@ def test_a_client_that_disappears_makes_room_for_the_next(server) -> None:
                 except ServeError as error:
                     assert error.status == "UNAVAILABLE"
                     await asyncio.sleep(0.005)
-            waited_s = time.monotonic() - began
+            await asyncio.to_thread(
+                wait_until, lambda: metric(server, "puzzle_requests_running") == MAX_OPEN - 1, what="the others go on"
+            )
             for stream in streams[1:]:
-                assert (await anext(stream)).finish_reason is None
                 await stream.aclose()
-            return text, waited_s
+            return text
 
-    text, waited_s = run(scenario())
+    assert run(scenario()) == "y"
     wait_until(
         lambda: metric(server, 'puzzle_requests_total{end="cancelled"}') == cancelled + MAX_OPEN, what="all cancelled"
     )
     wait_until(lambda: blocks_used(server) == 0, what="the blocks are free again")
-    assert text == "y" and waited_s < 2, "a place is free within 100 ms on an idle machine; the others need 20 s"
 
 
 def test_stop_with_the_same_id_cancels_and_says_so(server) -> None:
     async def scenario():
         async with TritonLlmClient(server.grpc_url) as client:
             other = asyncio.create_task(client.generate(GenerationRequest(prompt="other ", max_tokens=100)))
-            chunks = client.stream(GenerationRequest(prompt="hello ", max_tokens=4000, request_id="mine"))
+            chunks = client.stream(GenerationRequest(prompt="hang:3 ", request_id="mine"))
             with pytest.raises(ServeError, match="request 'mine' was stopped") as error:
                 words = None
                 async for _ in chunks:
@@ -317,13 +339,25 @@ BAD = {
 def test_malformed_requests_are_refused_by_name_and_disturb_nobody(server) -> None:
     async def scenario():
         async with TritonLlmClient(server.grpc_url) as client:
-            running = asyncio.create_task(client.generate(GenerationRequest(prompt="steady ", max_tokens=300)))
+            parts: list[str] = []
+
+            async def read() -> None:
+                request = GenerationRequest(prompt="steady ", max_tokens=100_000, request_id="steady")
+                async for chunk in client.stream(request):
+                    parts.append(chunk.text)
+
+            running = asyncio.create_task(read())
             refusals = {name: await refusal(server.grpc_url, *tensors) for name, (tensors, _) in BAD.items()}
-            assert not running.done(), "the refusals came while the other stream ran"
-            return refusals, (await running).text
+            so_far = len(parts)
+            while len(parts) == so_far and not running.done():
+                await asyncio.sleep(0.01)
+            await client.stop("steady")
+            with pytest.raises(ServeError, match="was stopped"):  # the refusals came while it ran
+                await running
+            return refusals, "".join(parts)
 
     refusals, text = run(scenario())
-    assert text == echo("steady ", 300)
+    assert text == echo("steady ", len(text))
     for name, (_, words) in BAD.items():
         error = refusals[name]
         assert error.status == "INVALID_ARGUMENT" and words in str(error), (name, str(error))
@@ -352,10 +386,9 @@ def test_a_full_queue_is_unavailable_at_once_and_only_while_it_is_full(server) -
             await asyncio.to_thread(
                 wait_until, lambda: metric(server, "puzzle_requests_waiting") == MAX_OPEN, what="a full table"
             )
-            asked = time.monotonic()
             with pytest.raises(ServeError, match=f"the queue is full: {MAX_OPEN} requests") as error:
                 await client.generate(GenerationRequest(prompt="one more", max_tokens=5))
-            assert time.monotonic() - asked < 1 and not any(task.done() for task in hanging)
+            assert not any(task.done() for task in hanging)
             for task in hanging:
                 task.cancel()
             await asyncio.gather(*hanging, return_exceptions=True)
@@ -369,8 +402,7 @@ def test_a_full_queue_is_unavailable_at_once_and_only_while_it_is_full(server) -
 
 def test_metrics_count_what_was_generated(server) -> None:
     names = ("puzzle_prompt_tokens_total", "puzzle_output_tokens_total", 'puzzle_requests_total{end="ok"}')
-    generate("settle", url=server.grpc_url)
-    time.sleep(3)  # the counts of earlier requests arrive within a second
+    settle(server, GenerationRequest(prompt="hang"))
     before = [metric(server, name) or 0 for name in names]
     generate("12345", url=server.grpc_url, max_tokens=11)
     wait_until(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +18,7 @@ from puzzle_trtllm.serve.triton.request import ReplyFormat, RequestLimits
 from puzzle_trtllm.serve.triton.response import Snapshot
 from puzzle_trtllm.serve.triton.session import Session, pause_after_sweep
 from tests.serve.fake_session import Encoder, Llm, Sender, accept, begin, open_service
-from tests.serve.scripted import wait_until
+from tests.serve.scripted import HANG_S, wait_until
 
 LARGE = 1 << 20
 """Characters of an answer that shared memory may have no room for."""
@@ -63,7 +62,7 @@ def test_a_reader_that_does_not_keep_up_gets_larger_responses(service) -> None:
     result.push("a")
     wait_until(lambda: result.queue.empty() and result.outputs[0].text == "a", what="the first step")
     result.push(*"bcdefgh", None)
-    wait_until(lambda: result.finished, what="the last step")
+    wait_until(lambda: service.session.queue_lengths() == (0, 0), what="the last step")
     sender.gate.set()
     wait_until(lambda: sender.final, what="the end")
     assert b"".join(r["text_output"][0] for r, _ in sender.responses) == b"abcdefgh"
@@ -74,7 +73,7 @@ def test_a_long_text_becomes_tokens_while_other_streams_go_on(service) -> None:
     read = threading.Event()
 
     def encode(text: str) -> list[int]:
-        assert read.wait(10)
+        assert read.wait(HANG_S)
         return [ord(character) for character in text]
 
     service.llm.tokenizer = SimpleNamespace(encode=encode)
@@ -110,7 +109,7 @@ def test_few_long_texts_become_tokens_at_once(service) -> None:
 
     def encode(text: str) -> list[int]:
         begun.append(text)
-        assert gate.wait(10)
+        assert gate.wait(HANG_S)
         return [1, 2]
 
     service.llm.tokenizer = SimpleNamespace(encode=encode)
@@ -119,9 +118,11 @@ def test_few_long_texts_become_tokens_at_once(service) -> None:
         for sender in senders:
             accept(service, sender, text="ab" * 10_000)
         wait_until(lambda: service.session.queue_lengths() == (2, 0), what="both are open")
+        wait_until(lambda: len(begun) == 2, what="as many as may have begun")
         for sender in senders:
             sender.cancelled = True
             wait_until(lambda sender=sender: sender.final, what="the cancel")
+        wait_until(lambda: service.session.queue_lengths() == (0, 0), what="both are forgotten")
     accept(service, Sender(), text="stays" * 1_000)
     wait_until(lambda: service.session.queue_lengths() == (1, 0), what="the last is open")
     assert len(begun) == 2
@@ -281,7 +282,7 @@ def test_a_client_that_goes_away_is_noticed_and_its_generation_aborted(service) 
 def test_a_client_that_cannot_be_asked_for_keeps_nobody_else_from_being_noticed(service) -> None:
     (one, first), (other, second) = begin(service), begin(service)
     one.query_error = RuntimeError("no such request")
-    time.sleep(0.05)
+    wait_until(lambda: one.failed_queries > 1, what="a sweep that goes on after it")
     other.cancelled = True
     assert other.error[0] == "CANCELLED" and second.aborted
     first.push("a", None)
@@ -345,25 +346,34 @@ def test_stopping_leaves_nobody_waiting() -> None:
 
 def test_a_server_that_is_about_to_stop_lets_requests_end_and_takes_no_more(service) -> None:
     sender, result = begin(service)
-    draining = threading.Thread(target=service.session.drain, args=[20.0])
+    draining = threading.Thread(target=service.session.drain, args=[10 * HANG_S], daemon=True)
     draining.start()
-    wait_until(lambda: accept(service, Sender()).error[0] == "UNAVAILABLE", what="no more requests")
+    wait_until(service.session._draining.is_set, what="the beginning of the end")
+    assert accept(service, Sender()).error == ("UNAVAILABLE", "the server is stopping")
     assert len(service.llm.results) == 1 and draining.is_alive()
     result.push("ab", None)
-    draining.join(10)
+    draining.join(HANG_S)
     assert not draining.is_alive() and sender.responses == [({"text_output": [b"ab"]}, 1)]
 
 
 def test_a_request_that_outlasts_its_time_is_told_that_the_server_stops(service) -> None:
     sender, result = begin(service)
     service.session.drain(0.1)
-    assert sender.error == ("UNAVAILABLE", "the server is stopping") and result.aborted
+    assert sender.error == ("UNAVAILABLE", "the server is stopping")
+    wait_until(lambda: result.aborted, what="its generation is aborted too")
 
 
 def test_a_refused_request_never_reaches_the_runtime(service) -> None:
     sender = accept(service, Sender(), text="")
     assert sender.error[0] == "INVALID_ARGUMENT" and service.llm.results == []
     assert service.session.totals.ends == {"invalid_argument": 1}
+
+
+def close(outbox: Outbox) -> None:
+    """And wait until all has been sent, for which `close` itself allows some seconds."""
+    outbox.close()
+    outbox._thread.join(HANG_S)
+    assert not outbox._thread.is_alive()
 
 
 def test_a_reply_says_nothing_after_its_end() -> None:
@@ -373,7 +383,7 @@ def test_a_reply_says_nothing_after_its_end() -> None:
     reply.fail("CANCELLED", "first")
     reply.fail("INTERNAL", "second")
     reply.update(Snapshot("a", [1], 1, True, "stop", None, None, []))
-    outbox.close()
+    close(outbox)
     assert sender.responses == [(("CANCELLED", "first"), 1)]
     assert not reply.is_cancelled()
 
@@ -399,7 +409,7 @@ def test_a_request_that_the_server_has_closed_is_logged_and_the_others_are_answe
     closed.closed = True
     for sender in (closed, other):
         outbox.open_reply(sender, ReplyFormat()).update(Snapshot("a", [1], 1, True, "stop", None, None, []))
-    outbox.close()
+    close(outbox)
     assert (closed.responses, other.responses) == ([], [({"text_output": [b"a"]}, 1)])
     assert (outbox.responses_sent, outbox.answers_sent) == (1, 1)
     assert lines == ["a last response could not be sent: RuntimeError: Response sender has been closed."]

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -24,11 +25,12 @@ from puzzle_trtllm.commands.engines import serve_command
 from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.process_states import is_alive
 from puzzle_trtllm.serve.openai.process import OpenAiFront
+from puzzle_trtllm.serve.triton import launch, metrics, notice
 from puzzle_trtllm.serve.triton import server as supervision
 from puzzle_trtllm.serve.triton.launch import TritonServer
 from puzzle_trtllm.serve.triton.probe import hangs_up, http_status, read_metrics
 from puzzle_trtllm.serve.triton.server import serve_engine, watch
-from tests.serve.scripted import scripted_engine, wait_until
+from tests.serve.scripted import HANG_S, scripted_engine, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -222,11 +224,14 @@ def test_a_first_start_that_fails_is_an_error_also_with_restart(engine, history,
 
 def test_a_signal_ends_the_pause_before_the_next_try(engine, history, monkeypatch) -> None:
     monkeypatch.setattr(FakeServer, "starts", [True, False])
-    monkeypatch.setattr(supervision, "_RESTART_PAUSE_S", 60.0)
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
+
+    def sleep(_: float) -> None:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        time.sleep(HANG_S)
+        history.append("paused to the end")
+
+    monkeypatch.setattr(supervision, "time", SimpleNamespace(sleep=sleep))
     assert serve_engine(engine, restart=True, quiet=True) == 0
-    timer.join()
     assert history[-1] == "start fails"
 
 
@@ -268,6 +273,13 @@ def test_a_start_counts_though_nobody_reads_its_urls(monkeypatch, engine, as_jso
 def test_every_start_has_a_log_of_its_own(engine) -> None:
     """Servers of a supervisor come and go, and their addresses in memory come again."""
     assert len({TritonServer(engine).log_file for _ in range(6)}) == 6
+
+
+def test_looks_are_frequent_enough() -> None:
+    """Constants, since a busy machine takes longer; with a real server nothing but the order of events is held."""
+    assert supervision._POLL_S + metrics.PERIOD_S < 2, "what the model says of its engine may be a look old"
+    told_s = 2 * supervision._POLL_S + notice._POLL_S
+    assert told_s < launch._EXIT_MARGIN_S, "who has told tritonserver to stop is found out before it cuts requests off"
 
 
 # --- what ends the watch ------------------------------------------------------------------------------------------
