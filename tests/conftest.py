@@ -11,15 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
 from tests.toys import Blocks, toy_architecture, write_toy_checkpoint
 
 MakeCheckpoint = Callable[..., Path]
 
-# The same examples at every run, and no deadline: a busy machine must not fail a test.
-settings.register_profile("repeatable", deadline=None, derandomize=True)
+# The same examples at every run, and no time limit: a busy machine must not fail a test.
+settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
+)
 settings.load_profile("repeatable")
+# Nor do they depend on which modules other tests have imported, whose constants hypothesis would mix in.
+providers._get_local_constants = lambda: providers._local_constants
 
 TORCH_SEED = 67280421310721
 """What torch starts with: a test that is the first to import it draws the same numbers as one that is not."""
