@@ -139,13 +139,15 @@ def test_a_rank_waits_for_another_longer_than_gloo_would(tmp_path, monkeypatch):
         pass
 
 
-def test_ranks_end_when_the_command_is_killed():
+def test_ranks_end_when_the_command_is_killed(tmp_path):
     program = (
         "from puzzle_trtllm.calibration.rank_processes import run_ranks\n"
         "from tests.calibration.rank_functions import work_for_long\n"
         "run_ranks(2, work_for_long, {})\n"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as command:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # whoever is killed leaves things there
+    command_line = [sys.executable, "-c", program]
+    with subprocess.Popen(command_line, env=environment, stdout=subprocess.PIPE, text=True) as command:
         assert [command.stdout.readline() for _ in range(2)] == ["working\n"] * 2
         command.terminate()
         assert command.communicate(timeout=200) == ("", None)  # their stdout is its own: all have ended
