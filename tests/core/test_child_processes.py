@@ -29,6 +29,7 @@ def test_a_child_is_deaf_to_ctrl_c_from_its_first_moment() -> None:
     with interrupts_blocked():
         child = context.Process(target=send_blocked_signals, args=(theirs,))
         child.start()
+    theirs.close()  # so that a child that dies is an error, not a wait
     assert signal.SIGINT in ours.recv()
     child.join(TIMEOUT_S)
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
