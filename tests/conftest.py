@@ -11,31 +11,42 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
 from tests.toys import Blocks, toy_architecture, write_toy_checkpoint
 
 MakeCheckpoint = Callable[..., Path]
 
-# The same examples at every run, and no deadline: a busy machine must not fail a test.
-settings.register_profile("repeatable", deadline=None, derandomize=True)
+# The same examples at every run, and no time limit: a busy machine must not fail a test.
+settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
+)
 settings.load_profile("repeatable")
+# Nor do they depend on which modules other tests have imported, whose constants hypothesis would mix in.
+providers._get_local_constants = lambda: providers._local_constants
 
 TORCH_SEED = 67280421310721
 """What torch starts with: a test that is the first to import it draws the same numbers as one that is not."""
 
+TERMINAL = ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "LINES", "NO_COLOR", "PY_COLORS", "TERMINAL_WIDTH")
+"""What typer and rich ask the environment for, so that tables and help would be coloured, or broken into other lines,
+where a shell or a CI sets them."""
 
-def pytest_configure(config: pytest.Config) -> None:
+
+def pytest_configure() -> None:
     """Signals do what they do in a terminal, also under nohup and behind a shell's `&`, which have them ignored.
 
-    Under `pytest -n`, a worker and the processes that its tests start have one core, as two threads of each of two
-    workers would spin in each other's way; a test of what several threads do asks for them itself.
+    The tests and the processes that they start have one core each: where others want the cores too, two threads wait
+    for each other at every operation (five minutes and more for a test that takes one). A test of what several threads
+    do asks for them itself.
     """
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, usual)
-    if hasattr(config, "workerinput"):
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for name in TERMINAL:
+        os.environ.pop(name, None)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.hookimpl(tryfirst=True)

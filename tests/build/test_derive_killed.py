@@ -118,8 +118,9 @@ def test_the_real_command_killed_at_random_moments(job, expected):
     """From before its first import to after its last byte; the last run is left alone."""
     parent, rng = digests(job.parent), random.Random(1)
     for _ in range(5):
+        shards = len(shards_of(job.workplace / "folder")) + rng.randrange(12)
         process = subprocess.Popen(job.command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for_shards(job, process, rng.randrange(12))
+        wait_for_shards(job, process, shards)
         process.kill()
         if process.wait() == 0:
             break
@@ -135,12 +136,11 @@ def test_the_real_command_killed_at_random_moments(job, expected):
 
 
 def wait_for_shards(job: Job, process: subprocess.Popen[bytes], count: int) -> None:
-    """Until so many more shards are there (none: until the folder is), or the process has ended."""
+    """Until so many shards are there (none: until the folder is), or the process has ended."""
     folder = job.workplace / "folder"
-    before = len(shards_of(folder))
     while process.poll() is None:
         try:
-            if sum(file.name.startswith("model-") for file in folder.iterdir()) >= before + count:
+            if sum(file.name.startswith("model-") for file in folder.iterdir()) >= count:
                 return
         except FileNotFoundError:
             if job.out.exists():  # it has just got its name

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -129,10 +128,8 @@ def test_after_a_kill_the_ranks_agree_where_to_go_on(folder, alone, tmp_path):
 
 
 def test_a_rank_that_is_killed_ends_all_with_one_line():
-    start = time.monotonic()
     with pytest.raises(CalibrationError, match=r"^rank 1: ended without a result \(found killed by SIGKILL\)$"):
-        run_ranks(2, rank_functions.die, {})
-    assert time.monotonic() - start < 120
+        run_ranks(2, rank_functions.die, {})  # the other would stay for longer than pytest waits
 
 
 def test_a_rank_waits_for_another_longer_than_gloo_would(tmp_path, monkeypatch):
@@ -142,16 +139,18 @@ def test_a_rank_waits_for_another_longer_than_gloo_would(tmp_path, monkeypatch):
         pass
 
 
-def test_ranks_end_when_the_command_is_killed():
+def test_ranks_end_when_the_command_is_killed(tmp_path):
     program = (
         "from puzzle_trtllm.calibration.rank_processes import run_ranks\n"
         "from tests.calibration.rank_functions import work_for_long\n"
         "run_ranks(2, work_for_long, {})\n"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as command:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # whoever is killed leaves things there
+    command_line = [sys.executable, "-c", program]
+    with subprocess.Popen(command_line, env=environment, stdout=subprocess.PIPE, text=True) as command:
         assert [command.stdout.readline() for _ in range(2)] == ["working\n"] * 2
         command.terminate()
-        assert command.communicate(timeout=30) == ("", None)  # their stdout is its own: all have ended
+        assert command.communicate(timeout=200) == ("", None)  # their stdout is its own: all have ended
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may rename a machine")

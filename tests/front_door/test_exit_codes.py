@@ -234,8 +234,8 @@ def test_a_tritonserver_that_dies_at_start(engine: Path, tmp_path: Path) -> None
     server.parent.mkdir()
     server.write_text("#!/bin/sh\necho the last words >&2\nexit 3\n", encoding="utf-8")
     server.chmod(server.stat().st_mode | stat.S_IXUSR)
-    environment = {**os.environ, "PATH": f"{server.parent}:{os.environ['PATH']}"}
-    assert_user_error(run("serve", engine, *FREE_PORTS, env=environment), "code 3", "the last words")
+    own = {"PATH": f"{server.parent}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}  # its log is kept there
+    assert_user_error(run("serve", engine, *FREE_PORTS, env={**os.environ, **own}), "code 3", "the last words")
 
 
 def test_no_engine_and_no_server(tmp_path: Path, engine: Path) -> None:

@@ -9,10 +9,9 @@ import pytest
 
 from tests.front_door.cli import ROOT
 
-ENVIRONMENT = {
-    key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "WORKERS")
-}
-"""These tests may themselves run under make, which would add lines of its own to the output."""
+OF_MAKE = ("GNUMAKEFLAGS", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHON", "WORKERS", "ENGINE", "URL", "SCENARIO")
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in OF_MAKE}
+"""These tests may themselves run under make, which would add lines of its own to the output, and hand on variables."""
 
 
 def make(*arguments: str) -> list[str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -18,20 +22,20 @@ from puzzle_trtllm.process_states import is_alive
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, compiler.COMPILERS)), reason="no C++ compiler")
 
 
-@needs_compiler
-def test_the_library_is_compiled_once_and_kept(tmp_path):
-    compiler.load_library(cache=tmp_path)
-    (library,) = tmp_path.iterdir()
-    before = library.stat().st_mtime_ns
-    compiler.load_library(cache=tmp_path)
-    assert [library] == list(tmp_path.iterdir()) and library.stat().st_mtime_ns == before
-
-
 @pytest.fixture
 def small_source(tmp_path, monkeypatch):
     source = tmp_path / "small.cpp"
     source.write_text('extern "C" int answer() { return 42; }')
     monkeypatch.setattr(compiler, "SOURCE", source)
+
+
+@needs_compiler
+def test_the_library_is_compiled_once_and_kept(small_source, tmp_path):
+    compiler.load_library(cache=tmp_path / "cache")
+    (library,) = (tmp_path / "cache").iterdir()
+    before = library.stat().st_mtime_ns
+    compiler.load_library(cache=tmp_path / "cache")
+    assert [library] == list((tmp_path / "cache").iterdir()) and library.stat().st_mtime_ns == before
 
 
 @needs_compiler
@@ -113,12 +117,58 @@ def test_a_compiler_that_takes_too_long_ends_with_all_it_has_started(tmp_path, m
     driver, started = tmp_path / "g++", tmp_path / "started"
     driver.write_text(f"#!/bin/sh\n[ $1 = --version ] && exit\nsleep 1000 & echo $! > {started}\nwait\n")
     driver.chmod(0o755)
+    communicate = subprocess.Popen.communicate
+
+    def time_out_once_it_works(process: subprocess.Popen, *arguments: object, timeout: float) -> object:
+        if "--version" not in process.args:
+            wait_until(lambda: started.is_file() and started.read_text().endswith("\n"))
+            timeout = 0.01
+        return communicate(process, *arguments, timeout=timeout)
+
     monkeypatch.setattr(compiler, "COMPILERS", (str(driver),))
-    monkeypatch.setattr(compiler, "TIMEOUT_SECONDS", 0.5)
-    with pytest.raises(compiler.CompileError, match=r"timed out after 0\.5 seconds"):
+    monkeypatch.setattr(subprocess.Popen, "communicate", time_out_once_it_works)
+    with pytest.raises(compiler.CompileError, match=r"timed out after 0\.01 seconds"):
         compiler.load_library(cache=tmp_path / "cache")
-    deadline = time.monotonic() + 5
-    while is_alive(int(started.read_text())):
+    wait_until(lambda: not is_alive(int(started.read_text())))
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@needs_compiler
+def test_of_two_at_once_one_compiles_and_the_other_waits_for_it(small_source, tmp_path, monkeypatch):
+    """Ranks that all compile on few cores would keep each other from ever being done."""
+    driver, begun, go_on, waits = tmp_path / "g++", tmp_path / "begun", tmp_path / "go on", threading.Event()
+    real = next(filter(None, map(shutil.which, compiler.COMPILERS)))
+    driver.write_text(
+        f'#!/bin/sh\n[ $1 = --version ] && exit\necho begun >> "{begun}"\n'
+        f'while [ ! -e "{go_on}" ]; do sleep 0.05; done\nexec {real} "$@"\n'
+    )
+    driver.chmod(0o755)
+    begun.touch()
+    flock = fcntl.flock
+
+    def tell_of_waiting(file: int, operation: int) -> None:
+        try:
+            flock(file, operation)
+        except BlockingIOError:
+            waits.set()
+            raise
+
+    monkeypatch.setattr(fcntl, "flock", tell_of_waiting)
+    monkeypatch.setattr(compiler, "COMPILERS", (str(driver),))
+    with ThreadPoolExecutor(2) as threads:
+        try:
+            first = threads.submit(compiler.load_library, cache=tmp_path / "cache")
+            wait_until(lambda: begun.read_text() == "begun\n")
+            second = threads.submit(compiler.load_library, cache=tmp_path / "cache")
+            wait_until(lambda: waits.is_set() or begun.read_text() != "begun\n")
+        finally:
+            go_on.touch()
+        assert [library.result().answer() for library in (first, second)] == [42, 42]
+    assert begun.read_text() == "begun\n"
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 200
+    while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert not list((tmp_path / "cache").iterdir())

@@ -264,8 +264,12 @@ def test_greedy_tokens_in_float32_do_not_depend_on_what_else_is_in_the_batch(mak
 
 @KERNELS
 def test_logits_in_bfloat16_hardly_depend_on_what_else_is_in_the_batch(make_checkpoint, kernels):
-    """The tolerance is 3% of the largest logit: of the order of bfloat16's own rounding over four layers."""
-    folder = make_checkpoint(CHILD, seed=4)
+    """The tolerance is 3% of the largest logit: of the order of bfloat16's own rounding over four layers.
+
+    Every expert answers every token: where a router chooses, a rounding may turn its near tie, and logits then differ
+    by a quarter of the largest (as PyTorch's and the native kernels' do for CHILD).
+    """
+    folder = make_checkpoint([(4, 24), (4, None), (4, 40), (4, 24)], seed=4, experts_per_token=4)
     texts = [tokens_of(40 + 11 * i, seed=20 + i) for i in range(BATCH)]
     drivers = [Driver(folder, dtype=torch.bfloat16, kv_dtype=torch.bfloat16, kernels=kernels) for _ in range(BATCH + 1)]
     for i, text in enumerate(texts):

@@ -37,7 +37,7 @@ def take_part(rank: int, meeting: Path) -> list[object]:
 def heard(tmp_path_factory) -> list[list[object]]:
     meeting = tmp_path_factory.mktemp("ranks") / "meeting"
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as processes:
-        return list(processes.map(take_part, [0, 1], [meeting, meeting], timeout=60))
+        return list(processes.map(take_part, [0, 1], [meeting, meeting]))
 
 
 def test_what_the_leader_shares_arrives_whatever_its_length(heard):
