@@ -72,7 +72,8 @@ def generate_command(
 ) -> None:
     """Continue a prompt on a running server.
 
-    The text is printed as it streams in; in a chat only the answer goes to stdout, the reasoning before it to stderr.
+    The text is printed as it streams in; in a chat only the answer goes to stdout, the reasoning before it to stderr
+    (a server without token ids, NVIDIA's own model, tells them not apart: both go to stdout).
     Ctrl-C cancels the generation on the server too.
     """
     from puzzle_trtllm.serve.client.request import GenerationRequest
@@ -98,9 +99,9 @@ def generate_command(
     )
     connection = connector(ca_cert, client_cert, client_key, secret)(url)
     if as_json:
-        print_json(result_json(asyncio.run(_generate(connection, request))))
+        print_json(result_json(asyncio.run(generate_answer(connection, request, text))))
     else:
-        asyncio.run(_stream(connection, request, chat))
+        asyncio.run(stream_answer(connection, request, text, chat))
 
 
 def connector(
@@ -117,16 +118,26 @@ def connector(
     return partial(TritonLlmClient, tls=tls, secret=None if secret is None else read_secret(secret))
 
 
-async def _generate(connection: TritonLlmClient, request: GenerationRequest) -> GenerationResult:
+async def generate_answer(connection: TritonLlmClient, request: GenerationRequest, text: str) -> GenerationResult:
+    """The whole answer; `text` is the prompt, for a server that takes no token ids."""
     async with connection as client:
-        return await client.generate(request)
+        return await client.generate(_readable(request, text, client))
 
 
-async def _stream(connection: TritonLlmClient, request: GenerationRequest, chat: ChatTokenizer | None) -> None:
+def _readable(request: GenerationRequest, text: str, client: TritonLlmClient) -> GenerationRequest:
+    """As text to a server that takes no token ids (a stock llmapi model); `evaluate` does so too."""
+    return request if client.gives_token_ids else replace(request, prompt=text, input_ids=None)
+
+
+async def stream_answer(
+    connection: TritonLlmClient, request: GenerationRequest, text: str, chat: ChatTokenizer | None
+) -> None:
+    """Print the answer as it comes, and how it ended; `text` as above."""
     from puzzle_trtllm.harmony import speaks_harmony
     from puzzle_trtllm.serve.openai.answers import AnswerStream
 
     async with connection as client:
+        request = _readable(request, text, client)
         harmony = None
         if chat is not None and client.gives_token_ids and speaks_harmony(chat.tokenizer):
             harmony = chat.tokenizer

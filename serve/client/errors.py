@@ -1,7 +1,7 @@
 """What a server's refusal means: gRPC statuses, and the words that stand for them in a stream's responses.
 
 Our model writes its status before the text (`UNAVAILABLE: the queue is full`). Triton's own refusals, made before the
-model sees a request, are bare text; their status is read from how they begin.
+model sees a request, and the words of NVIDIA's model are bare text; their status is read from how they begin.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 from puzzle_trtllm.errors import ServeError
 
 _OURS = re.compile(r"^(UNAVAILABLE|INVALID_ARGUMENT|CANCELLED|INTERNAL): (.*)$", re.DOTALL)
-_TRITONS = (
+_BARE = (
+    (re.compile(r"^Request cancelled by client"), "CANCELLED"),  # this and the next: NVIDIA's model, of `stop`
+    (re.compile(r"^A request id must be provided"), "INVALID_ARGUMENT"),
     (re.compile(r"unknown model: .* has no available versions"), "UNAVAILABLE"),  # it is loading, or unloaded
     (re.compile(r"unknown model", re.IGNORECASE), "NOT_FOUND"),
     (re.compile(r"not ready|not healthy|unavailable|stopp|shut", re.IGNORECASE), "UNAVAILABLE"),
@@ -28,7 +30,7 @@ def error_of_words(words: str, *, url: str) -> ServeError:
     ours = _OURS.match(words)
     if ours is not None:
         return ServeError(ours.group(2), file=url, status=ours.group(1))
-    for pattern, status in _TRITONS:
+    for pattern, status in _BARE:
         if pattern.search(words):
             return ServeError(words, file=url, status=status)
     return ServeError(words, file=url, status="UNKNOWN")

@@ -18,6 +18,8 @@ from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.client.request import GenerationRequest
 
 _LENGTH = struct.Struct("<I")
+_NO_PROMPT = "sampling_param_exclude_input_from_output"
+"""Always asked for: where nothing is said, NVIDIA's model repeats the prompt before an answer that does not stream."""
 
 
 def pack_strings(values: Iterable[str]) -> bytes:
@@ -89,6 +91,8 @@ class RequestBuilder:
             if name in self._known:
                 self._scalar(message, name, "BOOL", True)
         self._scalar(message, "return_finish_reason", "BOOL", True)
+        if _NO_PROMPT in self._known:
+            self._scalar(message, _NO_PROMPT, "BOOL", True)
         self._add_sampling(message, request)
         return message
 

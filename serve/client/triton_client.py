@@ -124,7 +124,9 @@ class TritonLlmClient:
                     chunk = reader.read(response.infer_response)
                 except ValueError as error:
                     raise ServeError(f"wrong response: {error}", file=self.url, status="INTERNAL") from None
-                if chunk is not None:
+                if chunk is not None and chunk.finish_reason == "cancelled":  # NVIDIA's model, of one that was stopped
+                    failure = ServeError("the server cancelled the request", file=self.url, status="CANCELLED")
+                elif chunk is not None:
                     yield chunk
         except grpc.aio.AioRpcError as error:
             raise error_of_status(error, url=self.url) from None

@@ -13,10 +13,13 @@ import grpc
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from puzzle_trtllm.chat import ChatTokenizer
+from puzzle_trtllm.commands.clients import generate_answer, stream_answer
+from puzzle_trtllm.demo.story import ABACUS
 from puzzle_trtllm.errors import ServeError
 from puzzle_trtllm.serve.client.errors import error_of_words
 from puzzle_trtllm.serve.client.request import GenerationRequest
-from puzzle_trtllm.serve.client.tensors import pack_strings
+from puzzle_trtllm.serve.client.tensors import pack_strings, unpack_string
 from puzzle_trtllm.serve.client.triton_client import TritonLlmClient
 from puzzle_trtllm.serve.triton.contract import INPUTS, OUTPUTS
 from tests.serve.scripted import HANG_S
@@ -28,7 +31,12 @@ class StockServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     def __init__(self, script) -> None:
         self.script = script
         self.metadata: dict[str, str] = {}
+<<<<<<< HEAD
         self.begun, self.cancelled = asyncio.Event(), asyncio.Event()
+=======
+        self.prompt = ""
+        self.cancelled = asyncio.Event()
+>>>>>>> nvmodel
         self.without: set[str] = set()
         self.decoupled = True
         self.instance_groups: list[dict] = []
@@ -46,7 +54,9 @@ class StockServer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def ModelStreamInfer(self, requests, context):
         self.metadata = dict(context.invocation_metadata())
-        async for _ in requests:
+        async for request in requests:
+            self.prompt = unpack_string(request.raw_input_contents[0])
+            assert "input_ids" not in {tensor.name for tensor in request.inputs}
             break
         self.begun.set()
         try:
@@ -221,11 +231,53 @@ def test_a_call_that_the_server_cuts_off_was_not_cancelled_by_anybody() -> None:
         ("Request for unknown model: 'tensorrt_llm' has no available versions", "UNAVAILABLE", "no available versions"),
         ("Stub process 'tensorrt_llm_0_0' is not healthy.", "UNAVAILABLE", "not healthy"),
         ("Error generating request: boom", "UNKNOWN", "boom"),
+        # The words of NVIDIA's model for a request with `stop`:
+        ("Request cancelled by client", "CANCELLED", "Request cancelled by client"),
+        ("A request id must be provided for request cancellation", "INVALID_ARGUMENT", "A request id must be"),
     ],
 )
 def test_words_stand_for_statuses(words: str, status: str, text: str) -> None:
     error = error_of_words(words, url="host:1")
     assert error.status == status and str(error).startswith("host:1: ") and text in str(error)
+
+
+def test_stop_is_answered_as_by_our_own_model() -> None:
+    async def scenario():
+        script = RuntimeError("Request cancelled by client")
+        async with stock_server(script) as (_, url), TritonLlmClient(url) as client:
+            return await client.stop("an id")
+
+    assert run(scenario()).endswith(": Request cancelled by client")
+
+
+def test_a_generation_that_somebody_stopped_is_no_answer() -> None:
+    """NVIDIA's model ends the stream of a request that was stopped with what it had, and this finish reason."""
+
+    async def scenario():
+        script = [StockServer.response("a", "None"), StockServer.response("ab", "cancelled")]
+        async with stock_server(*script) as (_, url), TritonLlmClient(url) as client:
+            await client.generate(GenerationRequest(prompt="x"))
+
+    with pytest.raises(ServeError, match="the server cancelled the request") as error:
+        run(scenario())
+    assert error.value.status == "CANCELLED"
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_generate_sends_a_chat_as_text_to_a_server_that_takes_no_ids(as_json: bool, capsys) -> None:
+    async def scenario():
+        chat = ChatTokenizer.from_folder(ABACUS)
+        request = GenerationRequest(input_ids=chat.encode("a prompt"))
+        async with stock_server("an ", "an answer") as (service, url):
+            client = TritonLlmClient(url)
+            if as_json:
+                assert (await generate_answer(client, request, "a prompt")).text == "an answer"
+            else:
+                await stream_answer(client, request, "a prompt", chat)
+        return service.prompt
+
+    assert run(scenario()) == "a prompt"
+    assert capsys.readouterr().out == ("" if as_json else "an answer\n")
 
 
 def test_a_server_that_ends_without_a_word_is_an_error() -> None:

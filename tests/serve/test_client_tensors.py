@@ -73,6 +73,7 @@ def test_every_field_reaches_its_tensor() -> None:
         "return_finish_reason": [True], "sampling_param_max_tokens": [7], "sampling_param_temperature": [0.5],
         "sampling_param_top_k": [3], "sampling_param_top_p": [0.25], "sampling_param_seed": [2**64 - 1],
         "sampling_param_stop": ["a", "bc"], "sampling_param_ignore_eos": [True], "sampling_param_min_tokens": [2],
+        "sampling_param_exclude_input_from_output": [True],
     }  # fmt: skip
 
 
@@ -91,7 +92,18 @@ def test_what_is_not_asked_for_is_left_to_the_server() -> None:
     assert found == {
         "text_input": [""], "input_ids": [1, 2], "streaming": [False], "stream_delta": [True],
         "return_output_ids": [True], "return_finish_reason": [True],
+        "sampling_param_exclude_input_from_output": [True],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_stock_server_is_told_not_to_repeat_the_prompt(streaming: bool, knows: bool) -> None:
+    """Unasked, NVIDIA's model puts it before an answer that does not stream."""
+    name = "sampling_param_exclude_input_from_output"
+    builder = RequestBuilder("tensorrt_llm", [each for each in STOCK if knows or each != name])
+    found = decoded(builder.build(GenerationRequest(prompt="a", streaming=streaming)))
+    assert found.get(name) == ([True] if knows else None)
 
 
 def test_a_stock_server_gets_no_extras() -> None:
