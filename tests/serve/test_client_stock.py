@@ -31,12 +31,8 @@ class StockServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     def __init__(self, script) -> None:
         self.script = script
         self.metadata: dict[str, str] = {}
-<<<<<<< HEAD
-        self.begun, self.cancelled = asyncio.Event(), asyncio.Event()
-=======
         self.prompt = ""
-        self.cancelled = asyncio.Event()
->>>>>>> nvmodel
+        self.begun, self.cancelled = asyncio.Event(), asyncio.Event()
         self.without: set[str] = set()
         self.decoupled = True
         self.instance_groups: list[dict] = []
