@@ -318,7 +318,7 @@ def test_a_client_that_goes_away_cancels_the_generation(front, begun, stream):
     """Before the first token or after it, streamed or not."""
     front.target.steps = [*(front.target.steps[:12] if begun else []), 60.0, [7]]
     client = front.client.with_options(timeout=0.5)
-    with pytest.raises(openai.APITimeoutError):
+    with pytest.raises(Exception, match="timed out"):  # openai 2 lets httpx's own error out of a stream that has begun
         for _ in ask(SimpleNamespace(client=client), stream=stream):
             pass
     wait_until(lambda: front.target.cancelled == 1, what="cancelled", timeout_s=5)
