@@ -8,6 +8,7 @@ brings it.
 from __future__ import annotations
 
 import errno
+import importlib.util
 import re
 import sys
 import traceback
@@ -134,11 +135,19 @@ def explain(error: Exception) -> str | None:
         return " ".join(line.strip() for line in str(error).splitlines())
     if isinstance(error, ModuleNotFoundError) and error.name:
         extra = EXTRA_OF_PACKAGE.get(error.name.partition(".")[0])
-        return extra and f"the package {error.name} is not installed: pip install 'puzzle-trtllm[{extra}]'"
+        return extra and f"the package {error.name} is not installed: {_how_to_install(extra)}"
     nowhere = isinstance(error, FileNotFoundError) and not error.filename  # no temporary folder, or no working folder
     if isinstance(error, OSError) and (nowhere or error.errno in _MACHINE_ERRORS):
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return None
+
+
+def _how_to_install(extra: str) -> str:
+    """Beside TensorRT-LLM these two extras would replace packages of its own."""
+    if extra in ("serve", "calibrate") and importlib.util.find_spec("tensorrt_llm") is not None:
+        there = "as docs/deploy.md says" if extra == "serve" else "in an environment without TensorRT-LLM"
+        return f"install it {there} (the extra {extra} would replace packages of TensorRT-LLM's)"
+    return f"pip install 'puzzle-trtllm[{extra}]'"
 
 
 def repeat_options(args: Sequence[str]) -> Iterator[str]:

@@ -200,7 +200,7 @@ class TestRotaryFrequencies:
             **changes,
         }
         theirs, scaling = ROPE_INIT_FUNCTIONS["yarn"](
-            GptOssConfig(rope_scaling=block, rope_theta=150000.0, head_dim=64), device="cpu"
+            GptOssConfig(rope_scaling=block, rope_theta=block["rope_theta"], head_dim=64), device="cpu"
         )
         config = toy_config(toy_architecture([(4, None)]))
         del config["rope_scaling"], config["rope_theta"]

@@ -54,6 +54,24 @@ def test_how_errors_end(error: BaseException, code: int, line: str, monkeypatch:
         assert result.exception is error  # its traceback is what a bug report needs
 
 
+@pytest.mark.parametrize(
+    ("package", "advice"),
+    [
+        ("tritonclient", "install it as docs/deploy.md says"),
+        ("datasets", "install it in an environment without TensorRT-LLM"),
+        ("transformers", "pip install 'puzzle-trtllm[reference]'"),
+    ],
+)
+def test_beside_tensorrt_llm_no_extra_is_advised_that_replaces_its_packages(
+    package: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tensorrt_llm.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    line = front.explain(ModuleNotFoundError("no", name=package)) or ""
+    assert line.startswith(f"the package {package} is not installed: {advice}")
+    assert ("puzzle-trtllm[" in line) is (package == "transformers")
+
+
 def test_every_extra_that_is_named_exists() -> None:
     extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")[1]
     for extra in set(front.EXTRA_OF_PACKAGE.values()):

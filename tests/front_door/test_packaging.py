@@ -11,11 +11,32 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import puzzle_trtllm
 from tests.front_door.cli import ROOT
 
 PACKAGE = ROOT / "puzzle_trtllm"
+
+# TensorRT-LLM's requirements.txt (commit 000867d9, and a 1.3 release candidate of spring 2026), what pip made of it,
+# and torch as tensorrtllm_backend's Dockerfile takes it from NVIDIA's PyTorch image.
+ALIKE = {
+    "transformers": "4.57.3",
+    "datasets": "3.1.0",
+    "fastapi": "0.121.3",
+    "huggingface-hub": "0.36.2",
+    "tokenizers": "0.22.2",
+    "nvidia-modelopt": "0.37.0",
+    "PyYAML": "6.0.3",
+    "jinja2": "3.1.6",
+}
+IN_NVIDIAS_IMAGES = {
+    "1.2": ALIKE | {"torch": "2.9.0a0+145a3a7bda.nv25.10", "numpy": "1.26.4", "pydantic": "2.12.5", "rich": "14.3.3",
+                    "uvicorn": "0.42.0", "protobuf": "7.34.1", "safetensors": "0.7.0", "pyarrow": "23.0.1"},
+    "1.3": ALIKE | {"torch": "2.11.0a0+eb65b36914.nv26.2", "numpy": "2.3.5", "pydantic": "2.13.4", "rich": "15.0.0",
+                    "uvicorn": "0.48.0", "protobuf": "7.35.0", "safetensors": "0.8.0rc0", "pyarrow": "24.0.0"},
+}  # fmt: skip
 STAGES = ("build", "calibration", "serve", "engine_configs")
 NOT_SHIPPED = ("__pycache__", ".pyc")
 
@@ -104,6 +125,21 @@ def test_metadata(wheel: Path) -> None:
         "=",
         "puzzle_trtllm.__main__:main",
     ]
+
+
+@pytest.mark.parametrize("line", IN_NVIDIAS_IMAGES)
+def test_what_tensorrt_llm_brings_fits_but_for_modelopt(wheel: Path, line: str) -> None:
+    """pip would replace what does not fit; `calibrate` goes into an environment of its own (docs/calibration.md)."""
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+    metadata = Parser().parsestr(archive.read(name).decode())
+    asked = [Requirement(text) for text in metadata.get_all("Requires-Dist") or []]
+    there = {canonicalize_name(name): version for name, version in IN_NVIDIAS_IMAGES[line].items()}
+    wheel_only = [one for one in asked if one.marker and "triton-wheel" in str(one.marker)]
+    compared = [one for one in asked if canonicalize_name(one.name) in there and one not in wheel_only]
+    assert {canonicalize_name(one.name) for one in compared} == set(there)
+    refused = {one.name for one in compared if not one.specifier.contains(there[canonicalize_name(one.name)], True)}
+    assert refused == {"nvidia-modelopt"}
 
 
 def test_the_core_installs_without_torch(wheel: Path) -> None:

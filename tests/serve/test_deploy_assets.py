@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -186,11 +187,30 @@ def test_compose_gives_no_rights_of_root():
     assert (service["cap_drop"], service["security_opt"]) == (["ALL"], ["no-new-privileges:true"])
 
 
+def pip_commands(text):
+    """The words of every `pip` command in the lines of a Dockerfile or of a guide."""
+    lines = text.replace("--no-cache-dir ", "").replace("\\\n   ", "").splitlines()
+    commands = [re.match(r"(?:RUN | && )?(pip .*?)(?: \\)?$", line) for line in lines]
+    return [shlex.split(command[1], comments=True) for command in commands if command]
+
+
 def test_the_image_installs_what_the_package_asks_for():
-    ranges = re.findall(r"'([^']+>=[^']+)'", (DEPLOY / "Dockerfile").read_text())
+    """The package, which brings what it always needs, and its extra `serve`."""
     pyproject = (ROOT / "pyproject.toml").read_text()
-    assert len(ranges) == 6
-    assert [one for one in ranges if f'"{one}"' not in pyproject] == []
+    asked = json.loads(re.search(r"^serve = (.*)$", pyproject, re.MULTILINE)[1])
+    installed = " ".join(word for line in pip_commands((DEPLOY / "Dockerfile").read_text()) for word in line)
+    assert "/opt/puzzle-trtllm" in installed and len(asked) == 4
+    assert [one for one in asked if one.replace("[grpc]", "") not in installed] == []
+
+
+def test_nothing_that_nvidias_image_holds_is_replaced():
+    """pip adds to what its list names, or installs one package alone; the guide does as the image does."""
+    listed, *installs = pip_commands((DEPLOY / "Dockerfile").read_text())
+    assert listed == ["pip", "list", "--format=freeze", ">", "/tmp/image.txt"]
+    pinned, alone = ["-c", "/tmp/image.txt"], ["--no-deps", "tritonclient>=2.52,<2.70"]
+    assert [line[2:4] for line in installs] == [pinned, alone]
+    guide = (ROOT / "docs" / "deploy.md").read_text().split("## 2. ")[0].replace("./puzzle-", "/opt/puzzle-")
+    assert pip_commands(guide) == [listed, *installs]
 
 
 def test_the_image_starts_what_build_writes():
