@@ -2,7 +2,8 @@
 //
 // Compiled on the machine that runs them (see compiler.py) and called through ctypes: plain C functions over pointers
 // that Python has checked. Vectors are GCC's 16-lane float type, which every target lowers to what it has; the hot
-// instructions of AVX-512 (bfloat16 dot product, 16-bit permutation, lanes of another width) have portable twins below.
+// instructions of AVX-512 (bfloat16 dot product, 16-bit permutation, lanes of another width) have portable twins below,
+// and the float32 products, which GCC 12 lowers badly to narrower vectors, twins of 8 lanes.
 //
 // Sums run in float32 in an order that depends on the row alone, never on what else is in the batch (MXFP4 experts in
 // bfloat16 have two orders, one for few rows and one for many).
@@ -16,7 +17,7 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -33,6 +34,7 @@ typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(64)));
 typedef uint16_t Halves16 __attribute__((vector_size(32)));
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+typedef float Floats8 __attribute__((vector_size(32), may_alias));
 struct BFloat16 { uint16_t bits; };
 struct E4M3 { uint8_t bits; };
 
@@ -46,6 +48,8 @@ template <class To, class From> inline To bits(const From& value) {
   static_assert(sizeof(To) == sizeof(From));
   return load<To>(&value);
 }
+inline Floats8& half_of(Floats& v, int64_t half) { return reinterpret_cast<Floats8*>(&v)[half]; }
+inline const Floats8& half_of(const Floats& v, int64_t half) { return reinterpret_cast<const Floats8*>(&v)[half]; }
 inline Floats fill(float value) { return Floats{} + value; }
 inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
@@ -372,6 +376,21 @@ inline Words decode_pairs(Words codes) {
 #if defined(__AVX512BW__)
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(E2M1_BFLOAT16));
   return Words(_mm512_permutexvar_epi16(__m512i(codes), _mm512_broadcast_i64x4(half)));
+#elif defined(__AVX2__)
+  // A byte at a time: the codes select the low byte of each half word, and one byte further up the high one.
+  const __m256i high = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40, -0x80, -0x41,
+                                                                 -0x41, -0x41, -0x40, -0x40, -0x40, -0x40));
+  const __m256i low = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, -0x80, -0x40, 0, 0x40, -0x80, -0x40, 0, 0, -0x80, -0x40,
+                                                                0, 0x40, -0x80, -0x40));
+  Words value;
+  for (int half = 0; half < 2; ++half) {
+    __m256i own;
+    std::memcpy(&own, reinterpret_cast<const char*>(&codes) + half * sizeof(own), sizeof(own));
+    own = _mm256_and_si256(own, _mm256_set1_epi16(15));
+    own = _mm256_or_si256(_mm256_shuffle_epi8(low, own), _mm256_shuffle_epi8(high, _mm256_slli_epi16(own, 8)));
+    std::memcpy(reinterpret_cast<char*>(&value) + half * sizeof(own), &own, sizeof(own));
+  }
+  return value;
 #else
   Words value;
   for (int i = 0; i < LANES; ++i)
@@ -389,6 +408,13 @@ inline Floats decode_singles(Words codes) {
   return value;
 #endif
 }
+#if defined(__AVX2__)
+// Eight of them: the low 3 bits choose the size, the fourth is the sign.
+inline Floats8 decode_singles(__m256i codes) {
+  const __m256 size = _mm256_permutevar8x32_ps(_mm256_loadu_ps(E2M1_FLOAT), codes);
+  return _mm256_or_ps(size, _mm256_and_ps(_mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)), _mm256_set1_ps(-0.0f)));
+}
+#endif
 inline Floats decode_scales(const uint8_t* from) {  // E8M0: 2^(byte - 127)
   return bits<Floats>(widen(load<Bytes16>(from)) << 23);
 }
@@ -398,6 +424,7 @@ constexpr int MAX_TOKENS = 8;  // tokens that go through a pair of tiles at a ti
 
 // Each of the following: sums[r][n] = tile r of the pair times x[n], over `columns`.
 
+#if defined(__AVX512F__)
 template <int N> void multiply(Floats (&sums)[2][N], const float* pair, const uint8_t*, const float* const* x, int64_t columns) {
   for (int64_t k = 0; k < columns; ++k) {
     const Floats first = load<Floats>(pair + k * LANES), second = load<Floats>(pair + (columns + k) * LANES);
@@ -408,6 +435,25 @@ template <int N> void multiply(Floats (&sums)[2][N], const float* pair, const ui
     }
   }
 }
+#else
+// Half a tile at a time: sums of 16 lanes for 8 tokens would not fit into the registers, and GCC 12 keeps what it has to
+// split in memory.
+template <int N> void multiply(Floats (&sums)[2][N], const float* pair, const uint8_t*, const float* const* x, int64_t columns) {
+  for (int part = 0; part < 4; ++part) {
+    const float* weights = pair + part / 2 * columns * LANES + part % 2 * (LANES / 2);
+    Floats8 own[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) own[n] = half_of(sums[part / 2][n], part % 2);
+    for (int64_t k = 0; k < columns; ++k) {
+      const Floats8 column = load<Floats8>(weights + k * LANES);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) own[n] += column * x[n][k];
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) half_of(sums[part / 2][n], part % 2) = own[n];
+  }
+}
+#endif
 
 template <int N> void multiply(Floats (&sums)[2][N], const BFloat16* pair, const uint8_t*, const BFloat16* const* x, int64_t columns) {
   for (int64_t k = 0; k < columns; k += 2) {
@@ -444,6 +490,28 @@ template <int N> void multiply(Floats (&sums)[2][N], const uint8_t* pair, const 
   }
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <int N> void multiply(Floats (&sums)[2][N], const uint8_t* pair, const uint8_t* scales, const float* const* x, int64_t columns) {
+  for (int part = 0; part < 4; ++part) {
+    const int64_t tile = part / 2, half = part % 2;
+    for (int64_t k = 0; k < columns; k += MX_BLOCK) {
+      Floats8 own[N] = {};
+      for (int c = 0; c < MX_BLOCK; c += 8) {
+        const __m256i codes = load<__m256i>(pair + (tile * columns + k + c) * (LANES / 2) + half * sizeof(__m256i));
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+          const Floats8 weights = decode_singles(_mm256_srli_epi32(codes, 4 * (i / 2) + 16 * (i % 2)));
+#pragma GCC unroll 8
+          for (int n = 0; n < N; ++n) own[n] += weights * x[n][k + c + i];
+        }
+      }
+      const Floats scale = decode_scales(scales + (tile * columns + k) / MX_BLOCK * LANES);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) half_of(sums[tile][n], half) += own[n] * half_of(scale, half);
+    }
+  }
+}
+#else
 template <int N> void multiply(Floats (&sums)[2][N], const uint8_t* pair, const uint8_t* scales, const float* const* x, int64_t columns) {
   for (int tile = 0; tile < 2; ++tile) {
     for (int64_t k = 0; k < columns; k += MX_BLOCK) {
@@ -464,6 +532,7 @@ template <int N> void multiply(Floats (&sums)[2][N], const uint8_t* pair, const 
     }
   }
 }
+#endif
 
 template <int N, class W, class X, class Finish>
 void multiply_rows(const W* pair, const uint8_t* scales, const X* const* x, int64_t columns, Finish&& finish) {
