@@ -408,7 +408,7 @@ inline Floats decode_singles(Words codes) {
   return value;
 #endif
 }
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
 // Eight of them: the low 3 bits choose the size, the fourth is the sign.
 inline Floats8 decode_singles(__m256i codes) {
   const __m256 size = _mm256_permutevar8x32_ps(_mm256_loadu_ps(E2M1_FLOAT), codes);
