@@ -317,6 +317,7 @@ def test_without_avx512_the_portable_code_equals_the_torch_path(form, dtype):
     weights = random_experts(5, 64, 96, dtype, form)
     x = torch.randn(70, 64).to(dtype)
     shares, chosen = torch.randn(70, 5).softmax(-1).to(dtype).topk(2, dim=-1)
+    matrix, bias = torch.randn(72, 64).to(dtype), torch.randn(72).to(dtype)
     group, storage = paged_cache([1, 33, 150], 2, 32, 16, torch.float8_e4m3fn, 20)
     q, sinks = torch.randn(3, 8, 32).to(dtype), torch.randn(8)
     chunks = Chunks(lengths=torch.tensor([40, 3, 1]), longest=40)
@@ -324,6 +325,7 @@ def test_without_avx512_the_portable_code_equals_the_torch_path(form, dtype):
     oracle = TorchKernels(dequantize_experts=False)
     for run in (
         lambda kernels: kernels.prepare_experts(weights, limit=LIMIT)(x, shares, chosen),
+        lambda kernels: kernels.prepare_linear(matrix, bias)(x),
         lambda kernels: kernels.decode_attention(q, sinks, storage, group),
         lambda kernels: kernels.prefill_attention(
             *(chunk_q, chunk_kv, sinks, storage, replace(group, derived={}), replace(chunks, derived={}))

@@ -1,18 +1,19 @@
 // CPU kernels of the reference runtime: everything that a step does between two calls of Python.
 //
 // Compiled on the machine that runs them (see compiler.py) and called through ctypes: plain C functions over pointers
-// that Python has checked. Vectors are GCC's 16-lane float type, which every target lowers to what it has; the hot
-// instructions of AVX-512 (bfloat16 dot product, 16-bit permutation, lanes of another width) have portable twins below,
-// and the float32 products, which GCC 12 lowers badly to narrower vectors, twins of 8 lanes.
+// that Python has checked. Vectors are GCC's 16-lane float type, which every target lowers to what it has. What is hot
+// is written twice: for AVX-512, with its bfloat16 dot product where there is one, and for everybody else in vectors of
+// 8 lanes, because GCC 12 keeps those that it has to split in memory. There bfloat16 is widened before it is multiplied.
 //
-// Sums run in float32 in an order that depends on the row alone, never on what else is in the batch (MXFP4 experts in
-// bfloat16 have two orders, one for few rows and one for many).
+// Sums run in float32 in an order that depends on the row alone, never on what else is in the batch (with AVX-512, MXFP4
+// experts in bfloat16 have two orders, one for few rows and one for many).
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <omp.h>
 #include <type_traits>
 #include <utility>
@@ -35,8 +36,15 @@ typedef uint16_t Halves __attribute__((vector_size(64)));
 typedef uint16_t Halves16 __attribute__((vector_size(32)));
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 typedef float Floats8 __attribute__((vector_size(32), may_alias));
+typedef int32_t Ints8 __attribute__((vector_size(32)));
+typedef uint32_t Words8 __attribute__((vector_size(32)));
 struct BFloat16 { uint16_t bits; };
 struct E4M3 { uint8_t bits; };
+#if defined(__AVX512F__)
+template <class X> using Operand = X;  // what values of dtype X are multiplied as
+#else
+template <class X> using Operand = float;
+#endif
 
 template <class V> inline V load(const void* from) {
   V value;
@@ -98,6 +106,11 @@ template <class T> inline Floats rounded(Floats value) {
   if constexpr (std::is_same_v<T, float>) return value;
   else return bits<Floats>(round_bfloat16(value) & 0xFFFF0000u);
 }
+// A value of dtype T as the products read it.
+template <class T> inline void write_operand(Operand<T>* to, Floats value) {
+  if constexpr (std::is_same_v<T, Operand<T>>) write16(to, value);
+  else write16(to, rounded<T>(value));
+}
 inline float to_float(float value) { return value; }
 inline float to_float(BFloat16 value) { return bits<float>(uint32_t(value.bits) << 16); }
 inline float to_float(E4M3 value) {
@@ -143,6 +156,7 @@ inline float max_lane(Floats v) {
 }
 
 // Lane i of the result is the sum of the lanes of v[i].
+#if defined(__AVX512F__)
 inline Floats sum_each(Floats v[LANES]) {
   constexpr Ints LOW[4] = {{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30},
                            {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
@@ -158,6 +172,20 @@ inline Floats sum_each(Floats v[LANES]) {
   }
   return v[0];
 }
+#else
+inline Floats8 sum_each(Floats8 v[LANES / 2]) {
+  constexpr Ints8 LOW[3] = {{0, 8, 2, 10, 4, 12, 6, 14}, {0, 1, 8, 9, 4, 5, 12, 13}, {0, 1, 2, 3, 8, 9, 10, 11}};
+#pragma GCC unroll 3
+  for (int level = 0; level < 3; ++level) {
+#pragma GCC unroll 4
+    for (int i = 0; i < (4 >> level); ++i) {
+      const Floats8 a = v[2 * i], b = v[2 * i + 1];
+      v[i] = __builtin_shuffle(a, b, LOW[level]) + __builtin_shuffle(a, b, LOW[level] + (1 << level));
+    }
+  }
+  return v[0];
+}
+#endif
 
 // -- norm, rotary embedding, cache, router ---------------------------------------------------------------------------
 
@@ -264,7 +292,9 @@ template <class To, class From> void read_rows(To* to, int64_t stride, const voi
   if (stride == count) count *= std::exchange(rows, 1);  // one long row
   for (int64_t row = 0; row < rows; ++row, to += stride, from += count) {
     int64_t d = 0;
+#if defined(__AVX512F__)
     for (; d + LANES <= count; d += LANES) write16(to + d, read16(from + d));
+#endif
     for (; d < count; ++d) to[d] = from_float<To>(to_float(from[d]));
   }
 }
@@ -273,11 +303,59 @@ template <class To> ReadRows<To> reader_of(int dtype) {
   return dtype == BFLOAT16 ? read_rows<To, BFloat16> : dtype == E4M3FN ? read_rows<To, E4M3> : read_rows<To, float>;
 }
 
+// The products of a query and 16 keys, rows of `padded` values.
+__attribute__((always_inline)) inline Floats score_keys(const float* query, const float* keys, int64_t padded) {
+#if defined(__AVX512F__)
+  Floats products[LANES] = {};
+  for (int64_t d = 0; d < padded; d += LANES) {
+    const Floats own = load<Floats>(query + d);
+#pragma GCC unroll 16
+    for (int j = 0; j < LANES; ++j) products[j] += own * load<Floats>(keys + j * padded + d);
+  }
+  return sum_each(products);
+#else
+  Floats scores;
+  for (int64_t half = 0; half < 2; ++half, keys += LANES / 2 * padded) {
+    Floats8 products[LANES / 2] = {};
+    for (int64_t d = 0; d < padded; d += LANES / 2) {
+      const Floats8 own = load<Floats8>(query + d);
+#pragma GCC unroll 8
+      for (int j = 0; j < LANES / 2; ++j) products[j] += own * load<Floats8>(keys + j * padded + d);
+    }
+    half_of(scores, half) = sum_each(products);
+  }
+  return scores;
+#endif
+}
+
+// sums = sums * keep + weights times `count` values, rows of `padded`.
+inline void add_values(float* sums, float keep, const float* values, Floats weights, int64_t count, int64_t padded) {
+#if defined(__AVX512F__)
+  for (int64_t d = 0; d < padded; d += LANES) {
+    Floats total = load<Floats>(sums + d) * keep;
+    for (int64_t j = 0; j < count; ++j) total += load<Floats>(values + j * padded + d) * weights[j];
+    save(sums + d, total);
+  }
+#else
+  float own[LANES];
+  save(own, weights);
+  for (int64_t d = 0; d < padded; d += LANES) {
+    Floats8 first = load<Floats8>(sums + d) * keep, second = load<Floats8>(sums + d + LANES / 2) * keep;
+    for (int64_t j = 0; j < count; ++j) {
+      first += load<Floats8>(values + j * padded + d) * own[j];
+      second += load<Floats8>(values + j * padded + d + LANES / 2) * own[j];
+    }
+    save(sums + d, first);
+    save(sums + d + LANES / 2, second);
+  }
+#endif
+}
+
 // The query heads of one KV head of one sequence: softmax is kept up to date tile by tile (at most 16 keys of a block).
 template <class Q>
 void attend_group(const Q* q, const float* sinks, Q* out, int64_t s, int64_t kv_head, int64_t group, const Cache& c,
                   float* scratch) {
-  const int64_t dim = c.head_dim, padded = (dim + LANES - 1) / LANES * LANES, chunks = padded / LANES;
+  const int64_t dim = c.head_dim, padded = (dim + LANES - 1) / LANES * LANES;
   float* queries = scratch;                 // [group, padded]
   float* sums = queries + group * padded;   // [group, padded]
   float* keys = sums + group * padded;      // [16, padded]
@@ -305,25 +383,14 @@ void attend_group(const Q* q, const float* sinks, Q* out, int64_t s, int64_t kv_
     read(keys, padded, pool_k + at, count, dim);
     read(values, padded, pool_v + at, count, dim);
     for (int64_t g = 0; g < group; ++g) {
-      Floats products[LANES] = {};
-      for (int64_t d = 0; d < padded; d += LANES) {
-        const Floats own = load<Floats>(queries + g * padded + d);
-#pragma GCC unroll 16
-        for (int j = 0; j < LANES; ++j) products[j] += own * load<Floats>(keys + j * padded + d);
-      }
-      Floats scores = sum_each(products);
+      Floats scores = score_keys(queries + g * padded, keys, padded);
       for (int j = int(count); j < LANES; ++j) scores[j] = -std::numeric_limits<float>::infinity();
       const float highest = std::max(top[g], max_lane(scores));
       const float keep = highest == top[g] ? 1.0f : std::exp(top[g] - highest);
       const Floats weights = exponential(scores - highest);
       top[g] = highest;
       save(share + g * LANES, load<Floats>(share + g * LANES) * keep + weights);
-      for (int64_t i = 0; i < chunks; ++i) {
-        float* place = sums + g * padded + i * LANES;
-        Floats total = load<Floats>(place) * keep;
-        for (int64_t j = 0; j < count; ++j) total += load<Floats>(values + j * padded + i * LANES) * weights[j];
-        save(place, total);
-      }
+      add_values(sums + g * padded, keep, values, weights, count, padded);
     }
     key += count;
   }
@@ -356,41 +423,37 @@ void attend_all(const void* q, const float* sinks, void* out, int64_t sequences,
 // A weight matrix lies in tiles of 16 rows (outputs), inside a tile column by column, so that one load gives 16 rows and
 // no sum runs across lanes. Tiles come in pairs: gate and up of the same 16 hidden values, or 32 outputs of `down`.
 
-#if defined(__AVX512BF16__)
-inline Floats dot_pairs(Floats sum, Words weights, uint32_t x) {
-  return Floats(_mm512_dpbf16_ps(__m512(sum), (__m512bh)(weights), (__m512bh)(_mm512_set1_epi32(int(x)))));
+inline Floats decode_scales(const uint8_t* from) {  // E8M0: 2^(byte - 127)
+  return bits<Floats>(widen(load<Bytes16>(from)) << 23);
 }
-#else
-inline Floats dot_pairs(Floats sum, Words weights, uint32_t x) {
-  sum += bits<Floats>(weights << 16) * bits<float>(x << 16);
-  return sum + bits<Floats>(weights & 0xFFFF0000u) * bits<float>(x & 0xFFFF0000u);
-}
-#endif
 
 constexpr uint16_t E2M1_BFLOAT16[16] = {0,      0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0,
                                         0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0};
 constexpr float E2M1_FLOAT[16] = {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0f, -0.5, -1, -1.5, -2, -3, -4, -6};
+constexpr int64_t EXPAND_ROWS = 24;  // rows from which MXFP4 tiles are expanded once instead of for every 8 rows
+constexpr int MAX_TOKENS = 8;  // tokens that go through a pair of tiles at a time
+
+// Each `multiply`: sums[r][n] += tile r of the pair times x[n], over `columns`.
+//
+// MXFP4: 64 bytes hold 8 columns of a tile. Half word (row, p) has columns p, p + 2, p + 4, p + 6 in its four nibbles,
+// so that one shift brings a pair of columns of all rows into the low bits that the permutations look at.
+
+#if defined(__AVX512F__)
+
+inline Floats dot_pairs(Floats sum, Words weights, uint32_t x) {
+#if defined(__AVX512BF16__)
+  return Floats(_mm512_dpbf16_ps(__m512(sum), (__m512bh)(weights), (__m512bh)(_mm512_set1_epi32(int(x)))));
+#else
+  sum += bits<Floats>(weights << 16) * bits<float>(x << 16);
+  return sum + bits<Floats>(weights & 0xFFFF0000u) * bits<float>(x & 0xFFFF0000u);
+#endif
+}
 
 // The E2M1 codes in the low 4 bits of each half word (the bits above are ignored), as bfloat16.
 inline Words decode_pairs(Words codes) {
 #if defined(__AVX512BW__)
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(E2M1_BFLOAT16));
   return Words(_mm512_permutexvar_epi16(__m512i(codes), _mm512_broadcast_i64x4(half)));
-#elif defined(__AVX2__)
-  // A byte at a time: the codes select the low byte of each half word, and one byte further up the high one.
-  const __m256i high = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40, -0x80, -0x41,
-                                                                 -0x41, -0x41, -0x40, -0x40, -0x40, -0x40));
-  const __m256i low = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, -0x80, -0x40, 0, 0x40, -0x80, -0x40, 0, 0, -0x80, -0x40,
-                                                                0, 0x40, -0x80, -0x40));
-  Words value;
-  for (int half = 0; half < 2; ++half) {
-    __m256i own;
-    std::memcpy(&own, reinterpret_cast<const char*>(&codes) + half * sizeof(own), sizeof(own));
-    own = _mm256_and_si256(own, _mm256_set1_epi16(15));
-    own = _mm256_or_si256(_mm256_shuffle_epi8(low, own), _mm256_shuffle_epi8(high, _mm256_slli_epi16(own, 8)));
-    std::memcpy(reinterpret_cast<char*>(&value) + half * sizeof(own), &own, sizeof(own));
-  }
-  return value;
 #else
   Words value;
   for (int i = 0; i < LANES; ++i)
@@ -400,31 +463,9 @@ inline Words decode_pairs(Words codes) {
 }
 // The same for the low 4 bits of each word, as float32.
 inline Floats decode_singles(Words codes) {
-#if defined(__AVX512F__)
   return Floats(_mm512_permutexvar_ps(__m512i(codes), _mm512_loadu_ps(E2M1_FLOAT)));
-#else
-  Floats value;
-  for (int i = 0; i < LANES; ++i) value[i] = E2M1_FLOAT[codes[i] & 15];
-  return value;
-#endif
-}
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// Eight of them: the low 3 bits choose the size, the fourth is the sign.
-inline Floats8 decode_singles(__m256i codes) {
-  const __m256 size = _mm256_permutevar8x32_ps(_mm256_loadu_ps(E2M1_FLOAT), codes);
-  return _mm256_or_ps(size, _mm256_and_ps(_mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)), _mm256_set1_ps(-0.0f)));
-}
-#endif
-inline Floats decode_scales(const uint8_t* from) {  // E8M0: 2^(byte - 127)
-  return bits<Floats>(widen(load<Bytes16>(from)) << 23);
 }
 
-constexpr int64_t EXPAND_ROWS = 24;  // rows from which MXFP4 tiles are expanded once instead of for every 8 rows
-constexpr int MAX_TOKENS = 8;  // tokens that go through a pair of tiles at a time
-
-// Each of the following: sums[r][n] = tile r of the pair times x[n], over `columns`.
-
-#if defined(__AVX512F__)
 template <int N> void multiply(Floats (&sums)[2][N], const float* pair, const uint8_t*, const float* const* x, int64_t columns) {
   for (int64_t k = 0; k < columns; ++k) {
     const Floats first = load<Floats>(pair + k * LANES), second = load<Floats>(pair + (columns + k) * LANES);
@@ -435,25 +476,6 @@ template <int N> void multiply(Floats (&sums)[2][N], const float* pair, const ui
     }
   }
 }
-#else
-// Half a tile at a time: sums of 16 lanes for 8 tokens would not fit into the registers, and GCC 12 keeps what it has to
-// split in memory.
-template <int N> void multiply(Floats (&sums)[2][N], const float* pair, const uint8_t*, const float* const* x, int64_t columns) {
-  for (int part = 0; part < 4; ++part) {
-    const float* weights = pair + part / 2 * columns * LANES + part % 2 * (LANES / 2);
-    Floats8 own[N];
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) own[n] = half_of(sums[part / 2][n], part % 2);
-    for (int64_t k = 0; k < columns; ++k) {
-      const Floats8 column = load<Floats8>(weights + k * LANES);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) own[n] += column * x[n][k];
-    }
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) half_of(sums[part / 2][n], part % 2) = own[n];
-  }
-}
-#endif
 
 template <int N> void multiply(Floats (&sums)[2][N], const BFloat16* pair, const uint8_t*, const BFloat16* const* x, int64_t columns) {
   for (int64_t k = 0; k < columns; k += 2) {
@@ -467,8 +489,6 @@ template <int N> void multiply(Floats (&sums)[2][N], const BFloat16* pair, const
   }
 }
 
-// MXFP4: 64 bytes hold 8 columns of a tile. Half word (row, p) has columns p, p + 2, p + 4, p + 6 in its four nibbles,
-// so that one shift brings a pair of columns of all rows into the low bits that the permutations look at.
 template <int N> void multiply(Floats (&sums)[2][N], const uint8_t* pair, const uint8_t* scales, const BFloat16* const* x, int64_t columns) {
   for (int tile = 0; tile < 2; ++tile) {
     for (int64_t k = 0; k < columns; k += MX_BLOCK) {
@@ -490,28 +510,6 @@ template <int N> void multiply(Floats (&sums)[2][N], const uint8_t* pair, const 
   }
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-template <int N> void multiply(Floats (&sums)[2][N], const uint8_t* pair, const uint8_t* scales, const float* const* x, int64_t columns) {
-  for (int part = 0; part < 4; ++part) {
-    const int64_t tile = part / 2, half = part % 2;
-    for (int64_t k = 0; k < columns; k += MX_BLOCK) {
-      Floats8 own[N] = {};
-      for (int c = 0; c < MX_BLOCK; c += 8) {
-        const __m256i codes = load<__m256i>(pair + (tile * columns + k + c) * (LANES / 2) + half * sizeof(__m256i));
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-          const Floats8 weights = decode_singles(_mm256_srli_epi32(codes, 4 * (i / 2) + 16 * (i % 2)));
-#pragma GCC unroll 8
-          for (int n = 0; n < N; ++n) own[n] += weights * x[n][k + c + i];
-        }
-      }
-      const Floats scale = decode_scales(scales + (tile * columns + k) / MX_BLOCK * LANES);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) half_of(sums[tile][n], half) += own[n] * half_of(scale, half);
-    }
-  }
-}
-#else
 template <int N> void multiply(Floats (&sums)[2][N], const uint8_t* pair, const uint8_t* scales, const float* const* x, int64_t columns) {
   for (int tile = 0; tile < 2; ++tile) {
     for (int64_t k = 0; k < columns; k += MX_BLOCK) {
@@ -532,6 +530,79 @@ template <int N> void multiply(Floats (&sums)[2][N], const uint8_t* pair, const 
     }
   }
 }
+
+#else
+
+// Half a tile at a time: sums of 16 lanes for 8 tokens would not fit into the registers. `run(own, tile, half)` makes the
+// sums of 8 rows.
+template <int N, class Run> inline void multiply_halves(Floats (&sums)[2][N], Run&& run) {
+  for (int64_t part = 0; part < 4; ++part) {
+    Floats8 own[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) own[n] = half_of(sums[part / 2][n], part % 2);
+    run(own, part / 2, part % 2);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) half_of(sums[part / 2][n], part % 2) = own[n];
+  }
+}
+
+template <int N> void multiply(Floats (&sums)[2][N], const float* pair, const uint8_t*, const float* const* x, int64_t columns) {
+  multiply_halves<N>(sums, [&](Floats8 (&own)[N], int64_t tile, int64_t half) {
+    const float* weights = pair + tile * columns * LANES + half * (LANES / 2);
+    for (int64_t k = 0; k < columns; ++k) {
+      const Floats8 column = load<Floats8>(weights + k * LANES);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) own[n] += column * x[n][k];
+    }
+  });
+}
+
+template <int N> void multiply(Floats (&sums)[2][N], const BFloat16* pair, const uint8_t*, const float* const* x, int64_t columns) {
+  multiply_halves<N>(sums, [&](Floats8 (&own)[N], int64_t tile, int64_t half) {
+    const BFloat16* weights = pair + tile * columns * LANES + half * LANES;  // two columns of 8 rows
+    for (int64_t k = 0; k < columns; k += 2) {
+      const Words8 both = load<Words8>(weights + k * LANES);
+      const Floats8 even = bits<Floats8>(both << 16), odd = bits<Floats8>(both & 0xFFFF0000u);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) own[n] += even * x[n][k];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) own[n] += odd * x[n][k + 1];
+    }
+  });
+}
+
+// Eight E2M1 codes in the low 4 bits of each word (the bits above are ignored), as float32.
+inline Floats8 decode_singles(Words8 codes) {
+#if defined(__AVX2__)  // the low 3 bits choose the size, the fourth is the sign
+  const Floats8 size = Floats8(_mm256_permutevar8x32_ps(_mm256_loadu_ps(E2M1_FLOAT), __m256i(codes)));
+  return bits<Floats8>(bits<Words8>(size) | ((codes << 28) & 0x80000000u));
+#else
+  Floats8 value;
+  for (int i = 0; i < LANES / 2; ++i) value[i] = E2M1_FLOAT[codes[i] & 15];
+  return value;
+#endif
+}
+
+template <int N> void multiply(Floats (&sums)[2][N], const uint8_t* pair, const uint8_t* scales, const float* const* x, int64_t columns) {
+  multiply_halves<N>(sums, [&](Floats8 (&own)[N], int64_t tile, int64_t half) {
+    for (int64_t k = 0; k < columns; k += MX_BLOCK) {
+      Floats8 block[N] = {};
+      for (int c = 0; c < MX_BLOCK; c += 8) {
+        const Words8 codes = load<Words8>(pair + (tile * columns + k + c) * (LANES / 2) + half * sizeof(Words8));
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+          const Floats8 weights = decode_singles(codes >> (4 * (i / 2) + 16 * (i % 2)));
+#pragma GCC unroll 8
+          for (int n = 0; n < N; ++n) block[n] += weights * x[n][k + c + i];
+        }
+      }
+      const Floats scale = decode_scales(scales + (tile * columns + k) / MX_BLOCK * LANES);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) own[n] += block[n] * half_of(scale, half);
+    }
+  });
+}
+
 #endif
 
 template <int N, class W, class X, class Finish>
@@ -563,19 +634,38 @@ void for_rows(int64_t rows, const W* pair, const uint8_t* scales, int64_t column
   }
 }
 
+// Values as the products read them: where they are, or widened.
+template <class X> struct Operands {
+  const Operand<X>* values;
+
+  Operands(const void* from, int64_t count) {
+    if constexpr (std::is_same_v<X, Operand<X>>) {
+      values = static_cast<const X*>(from);
+    } else {
+      room.reset(new Operand<X>[count]);
+      read_rows<Operand<X>, X>(room.get(), count, from, 1, count);
+      values = room.get();
+    }
+  }
+
+ private:
+  std::unique_ptr<Operand<X>[]> room;
+};
+
 // Any number of rows times a matrix of whole pairs of tiles, of whose outputs the first `outputs` exist.
 template <class X>
 void multiply_all(const void* weights, const float* bias, const void* x_, int64_t rows, int64_t inputs, int64_t outputs,
                   void* out_, int threads) {
   const int64_t pairs = (outputs + 2 * LANES - 1) / (2 * LANES);
-  const X* x = static_cast<const X*>(x_);
+  const Operands<X> x(x_, rows * inputs);
   X* out = static_cast<X*>(out_);
 #pragma omp parallel for num_threads(threads) if (rows * inputs * outputs > PARALLEL_WORK)
   for (int64_t two = 0; two < pairs; ++two) {
     const int64_t at = two * 2 * LANES, width = std::min(outputs - at, int64_t(2 * LANES));
     const Floats first = load<Floats>(bias + at), second = load<Floats>(bias + at + LANES);
-    for_rows<X, X>(
-        rows, static_cast<const X*>(weights) + at * inputs, nullptr, inputs, [&](int64_t n) { return x + n * inputs; },
+    for_rows<X, Operand<X>>(
+        rows, static_cast<const X*>(weights) + at * inputs, nullptr, inputs,
+        [&](int64_t n) { return x.values + n * inputs; },
         [&](int64_t n, Floats a, Floats b) {
           X* to = out + n * outputs + at;
           if (width == 2 * LANES) {
@@ -668,11 +758,11 @@ template <class Q> struct KeyTiles {
 // Queries [from, to) of a chunk, and of them the heads that share one KV head.
 template <class Q>
 void attend_chunk(const Prefill& p, const Chunk& chunk, int64_t kv_head, int64_t group, int64_t from,
-                  int64_t to, const Q* q, const float* sinks, Q* out) {
+                  int64_t to, const Operand<Q>* q, const float* sinks, Q* out) {
   const Cache& c = p.cache;
   const int64_t dim = c.head_dim, rows = (to - from) * group, heads = c.kv_heads * group;
-  KeyTiles<Q> tiles(c);
-  Q weights[MAX_TOKENS * KEYS] = {};
+  KeyTiles<Operand<Q>> tiles(c);
+  Operand<Q> weights[MAX_TOKENS * KEYS] = {};
   std::vector<float> sums(rows * tiles.width), share(rows * LANES), top(rows);
   const auto at = [&](int64_t row) {  // in q and out
     return ((chunk.row + from + row / group) * heads + kv_head * group + row % group) * dim;
@@ -691,7 +781,7 @@ void attend_chunk(const Prefill& p, const Chunk& chunk, int64_t kv_head, int64_t
     for (int64_t row = 0; row < rows; row += MAX_TOKENS) {
       const int count = int(std::min(int64_t(MAX_TOKENS), rows - row));
       if (tile > position(row + count - 1) || tile + KEYS <= first_key(row)) continue;
-      const Q* x[MAX_TOKENS];
+      const Operand<Q>* x[MAX_TOKENS];
       for (int n = 0; n < MAX_TOKENS; ++n) x[n] = q + at(row + std::min(n, count - 1));
       Floats scores[2][MAX_TOKENS] = {};
       multiply<MAX_TOKENS>(scores, tiles.keys.data(), nullptr, x, dim);
@@ -733,8 +823,10 @@ template <class Q>
 void attend_chunks(const void* q, const void* own, int64_t own_stride, const float* sinks, void* out,
                    const int64_t* lengths, int64_t count, int64_t heads, const Cache& c, int threads) {
   Prefill prefill{c, static_cast<const char*>(own), own_stride * c.head_bytes() / c.head_dim, {}};
-  for (int64_t i = 0, row = 0; i < count; row += lengths[i++])
-    prefill.chunks.push_back({lengths[i], c.position[i], row, c.first[i], c.table + i * c.table_width});
+  int64_t rows = 0;
+  for (int64_t i = 0; i < count; rows += lengths[i++])
+    prefill.chunks.push_back({lengths[i], c.position[i], rows, c.first[i], c.table + i * c.table_width});
+  const Operands<Q> queries(q, rows * heads * c.head_dim);
   const int64_t group = heads / c.kv_heads, step = std::max(int64_t(1), TILE_ROWS / group);
   struct Item { const Chunk* chunk; int64_t from; };
   std::vector<Item> items;
@@ -748,7 +840,7 @@ void attend_chunks(const void* q, const void* own, int64_t own_stride, const flo
   for (int64_t i = int64_t(items.size()) * c.kv_heads - 1; i >= 0; --i) {  // the longest ones first
     const Item& item = items[i / c.kv_heads];
     attend_chunk<Q>(prefill, *item.chunk, i % c.kv_heads, group, item.from,
-                    std::min(item.from + step, item.chunk->length), static_cast<const Q*>(q), sinks, static_cast<Q*>(out));
+                    std::min(item.from + step, item.chunk->length), queries.values, sinks, static_cast<Q*>(out));
   }
 }
 
@@ -791,6 +883,7 @@ inline Floats swiglu(Floats gate, Floats up, float limit) {
   return (up + 1.0f) * gate / (1.0f + exponential(gate * -1.702f));
 }
 
+#if defined(__AVX512F__)
 // A pair of MXFP4 tiles as the plain kernels read them; exact.
 inline void expand_pair(const uint8_t* pair, const uint8_t* scales, int64_t columns, BFloat16* to) {
   for (int64_t k = 0; k < 2 * columns; k += MX_BLOCK) {
@@ -805,9 +898,12 @@ inline void expand_pair(const uint8_t* pair, const uint8_t* scales, int64_t colu
   }
 }
 
+#endif
+
 template <class W, class X, class Row, class Finish>
 void for_expert_rows(int64_t rows, const W* pair, const uint8_t* scales, int64_t columns, std::vector<X>& room, Row&& row,
                      Finish&& finish) {
+#if defined(__AVX512F__)
   if constexpr (std::is_same_v<W, uint8_t> && std::is_same_v<X, BFloat16>) {
     if (rows > EXPAND_ROWS) {
       room.resize(2 * LANES * columns);
@@ -815,6 +911,7 @@ void for_expert_rows(int64_t rows, const W* pair, const uint8_t* scales, int64_t
       return for_rows<X, X>(rows, room.data(), nullptr, columns, row, finish);
     }
   }
+#endif
   for_rows<W, X>(rows, pair, scales, columns, row, finish);
 }
 
@@ -824,9 +921,10 @@ template <class W> constexpr int64_t elements(int64_t values) {  // of W that ho
 
 template <class W, class X>
 void mix(const Experts& e, const void* x_, const void* shares, const int64_t* chosen, int64_t tokens, int64_t top,
-         void* out_, void* hidden_, float* sums, int threads) {
-  const X* x = static_cast<const X*>(x_);
-  X* hidden = static_cast<X*>(hidden_);  // [tokens * top, e.hidden]
+         void* out_, float* sums, int threads) {
+  const Operands<X> x(x_, tokens * e.inputs);
+  const std::unique_ptr<Operand<X>[]> room_of_hidden(new Operand<X>[tokens * top * e.hidden]);
+  Operand<X>* hidden = room_of_hidden.get();  // [tokens * top, e.hidden]
   const Routing routing(static_cast<const X*>(shares), chosen, tokens, top, e.count);
   const int64_t hidden_tiles = e.hidden / LANES, pairs = e.outputs / (2 * LANES);
 #pragma omp parallel num_threads(threads) if (tokens * top * 3 * e.inputs * e.hidden > PARALLEL_WORK)
@@ -834,7 +932,7 @@ void mix(const Experts& e, const void* x_, const void* shares, const int64_t* ch
     // Every thread has its own rows of each matrix, which it reads from end to end.
     const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
     const int64_t scale_columns = e.inputs / MX_BLOCK;
-    std::vector<X> room;
+    std::vector<Operand<X>> room;
     for (int64_t i = 0; i < e.count; ++i) {
       const int64_t from = routing.start[i], rows = routing.start[i + 1] - from;
       if (rows == 0) continue;
@@ -843,11 +941,12 @@ void mix(const Experts& e, const void* x_, const void* shares, const int64_t* ch
         const W* pair = static_cast<const W*>(e.gate_up) + elements<W>(at * 2 * LANES * e.inputs);
         const Floats gate_bias = load<Floats>(e.gate_up_bias + at * 2 * LANES);
         const Floats up_bias = load<Floats>(e.gate_up_bias + at * 2 * LANES + LANES);
-        for_expert_rows<W, X>(
+        for_expert_rows<W, Operand<X>>(
             rows, pair, e.gate_up_scales + at * 2 * LANES * scale_columns, e.inputs, room,
-            [&](int64_t n) { return x + routing.token[from + n] * e.inputs; },
+            [&](int64_t n) { return x.values + routing.token[from + n] * e.inputs; },
             [&](int64_t n, Floats gate, Floats up) {
-              write16(hidden + (from + n) * e.hidden + tile * LANES, swiglu(gate + gate_bias, up + up_bias, e.limit));
+              write_operand<X>(hidden + (from + n) * e.hidden + tile * LANES,
+                               swiglu(gate + gate_bias, up + up_bias, e.limit));
             });
       }
     }
@@ -861,7 +960,7 @@ void mix(const Experts& e, const void* x_, const void* shares, const int64_t* ch
       for (int64_t two = first; two < last; ++two) {
         const int64_t at = (i * pairs + two) * 2 * LANES;
         const Floats bias[2] = {load<Floats>(e.down_bias + at), load<Floats>(e.down_bias + at + LANES)};
-        for_expert_rows<W, X>(
+        for_expert_rows<W, Operand<X>>(
             rows, static_cast<const W*>(e.down) + elements<W>(at * e.hidden), e.down_scales + at * (e.hidden / MX_BLOCK),
             e.hidden, room, [&](int64_t n) { return hidden + (from + n) * e.hidden; },
             [&](int64_t n, Floats a, Floats b) {
@@ -942,10 +1041,10 @@ void prefill_attention(int q_dtype, int kv_dtype, const void* q, const void* own
 void expert_mixture(int weights, int x_dtype, const void* gate_up, const uint8_t* gate_up_scales, const void* down,
                     const uint8_t* down_scales, const float* gate_up_bias, const float* down_bias, int64_t count,
                     int64_t inputs, int64_t hidden, int64_t outputs, float limit, const void* x, const void* shares,
-                    const int64_t* chosen, int64_t tokens, int64_t top, void* out, void* hidden_values, float* sums, int threads) {
+                    const int64_t* chosen, int64_t tokens, int64_t top, void* out, float* sums, int threads) {
   const Experts e{gate_up, gate_up_scales, down, down_scales, gate_up_bias, down_bias, count, inputs, hidden, outputs, limit};
   const auto run = [&](auto mixture) {
-    mixture(e, x, shares, chosen, tokens, top, out, hidden_values, sums, threads);
+    mixture(e, x, shares, chosen, tokens, top, out, sums, threads);
   };
   if (weights == MXFP4) {
     if (x_dtype == BFLOAT16) run(mix<uint8_t, BFloat16>);

@@ -41,7 +41,7 @@ _SIGNATURES = {
     "route": "ipnnnpp",
     "decode_attention": "iipppnnpnnnnpnppni",
     "prefill_attention": "iippnpppnnpnnnnpnppni",
-    "expert_mixture": "iippppppnnnnfpppnnpppi",
+    "expert_mixture": "iippppppnnnnfpppnnppi",
 }
 
 
@@ -213,7 +213,6 @@ class NativeExperts:
         top = chosen.shape[1]
         hidden, outputs = self.gate_up_bias.shape[1] * LANES, self.down_bias.shape[1] * 2 * LANES
         out = torch.empty_like(x)
-        hidden_values = x.new_empty(tokens * top, hidden)
         sums = x.new_empty(tokens, outputs, dtype=torch.float32)
         self.run(
             _DTYPES[self.gate_up.weights.dtype],
@@ -235,7 +234,6 @@ class NativeExperts:
             tokens,
             top,
             out.data_ptr(),
-            hidden_values.data_ptr(),
             sums.data_ptr(),
             torch.get_num_threads(),
         )
