@@ -41,9 +41,20 @@ typedef uint32_t Words8 __attribute__((vector_size(32)));
 struct BFloat16 { uint16_t bits; };
 struct E4M3 { uint8_t bits; };
 #if defined(__AVX512F__)
+typedef Floats Part;  // what one register holds
+typedef Ints PartInts;
 template <class X> using Operand = X;  // what values of dtype X are multiplied as
 #else
+typedef Floats8 Part;
+typedef Ints8 PartInts;
 template <class X> using Operand = float;
+#endif
+constexpr int PART = sizeof(Part) / sizeof(float);
+constexpr PartInts LANE =
+#if defined(__AVX512F__)
+    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#else
+    {0, 1, 2, 3, 4, 5, 6, 7};
 #endif
 
 template <class V> inline V load(const void* from) {
@@ -56,11 +67,11 @@ template <class To, class From> inline To bits(const From& value) {
   static_assert(sizeof(To) == sizeof(From));
   return load<To>(&value);
 }
-inline Floats8& half_of(Floats& v, int64_t half) { return reinterpret_cast<Floats8*>(&v)[half]; }
-inline const Floats8& half_of(const Floats& v, int64_t half) { return reinterpret_cast<const Floats8*>(&v)[half]; }
-inline Floats fill(float value) { return Floats{} + value; }
-inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+inline Part& part_of(Floats& v, int64_t part) { return reinterpret_cast<Part*>(&v)[part]; }
+inline const Part& part_of(const Floats& v, int64_t part) { return reinterpret_cast<const Part*>(&v)[part]; }
+template <class V = Part> inline V fill(float value) { return V{} + value; }
+template <class V> inline V smaller(V a, V b) { return a < b ? a : b; }
+template <class V> inline V larger(V a, V b) { return a > b ? a : b; }
 
 // Lanes of another width. In one step between bytes and words GCC 12 takes the lanes apart.
 #if defined(__AVX512F__)
@@ -96,7 +107,7 @@ inline void write16(BFloat16* to, Floats value) {
 }
 inline void write16(E4M3* to, Floats value) {  // to nearest, ties to even; saturates at +-448
   const Words sign = bits<Words>(value) >> 31 << 7;
-  const Floats size = smaller(bits<Floats>(bits<Words>(value) & 0x7FFFFFFF), fill(448.0f));
+  const Floats size = smaller(bits<Floats>(bits<Words>(value) & 0x7FFFFFFF), fill<Floats>(448.0f));
   const Words word = bits<Words>(size), normal = ((word + 0x7FFFF + ((word >> 20) & 1)) >> 20) - (120 << 3);
   const Words subnormal = bits<Words>(size * 512.0f + 12582912.0f) - 0x4B400000;
   save(to, to_bytes(sign | (size < 0x1p-6f ? subnormal : normal)));
@@ -107,6 +118,11 @@ template <class T> inline Floats rounded(Floats value) {
   else return bits<Floats>(round_bfloat16(value) & 0xFFFF0000u);
 }
 // A value of dtype T as the products read it.
+#if defined(__AVX512F__)
+template <class To> inline void write_part(To* to, Part value) { write16(to, value); }
+#else
+inline void write_part(float* to, Part value) { save(to, value); }
+#endif
 template <class T> inline void write_operand(Operand<T>* to, Floats value) {
   if constexpr (std::is_same_v<T, Operand<T>>) write16(to, value);
   else write16(to, rounded<T>(value));
@@ -126,21 +142,21 @@ template <class T> inline T from_float(float value) {
 }
 
 // e^x for x <= 0 or moderate: Cephes' expf, relative error below 2e-7, 0 far below.
-inline Floats exponential(Floats x) {
-  const Floats clipped = larger(smaller(x, fill(88.0f)), fill(-87.5f));
-  const Floats shifted = clipped * 1.44269504f + 12582912.0f;  // the integer part lands in the low mantissa bits
-  const Floats whole = shifted - 12582912.0f;
-  const Floats r = clipped - whole * 0.693359375f + whole * 2.12194440e-4f;
-  Floats p = fill(1.9875691500e-4f);
+inline Part exponential(Part x) {
+  const Part clipped = larger(smaller(x, fill(88.0f)), fill(-87.5f));
+  const Part shifted = clipped * 1.44269504f + 12582912.0f;  // the integer part lands in the low mantissa bits
+  const Part whole = shifted - 12582912.0f;
+  const Part r = clipped - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Part p = fill(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const Ints exponent = (bits<Ints>(shifted) - 0x4B400000) << 23;
-  const Floats value = bits<Floats>(bits<Ints>(p) + exponent);
-  return x < -87.0f ? Floats{} : value;
+  const PartInts exponent = (bits<PartInts>(shifted) - 0x4B400000) << 23;
+  const Part value = bits<Part>(bits<PartInts>(p) + exponent);
+  return x < -87.0f ? Part{} : value;
 }
 
 inline float sum_lanes(Floats v) {
@@ -148,10 +164,9 @@ inline float sum_lanes(Floats v) {
   for (int i = 0; i < LANES; ++i) total += v[i];
   return total;
 }
-inline float max_lane(Floats v) {
-  constexpr Ints PARTNER = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+inline float max_lane(Part v) {
 #pragma GCC unroll 4
-  for (int distance = 8; distance > 0; distance /= 2) v = larger(v, __builtin_shuffle(v, PARTNER ^ distance));
+  for (int distance = PART / 2; distance > 0; distance /= 2) v = larger(v, __builtin_shuffle(v, LANE ^ distance));
   return v[0];
 }
 
@@ -322,7 +337,7 @@ __attribute__((always_inline)) inline Floats score_keys(const float* query, cons
 #pragma GCC unroll 8
       for (int j = 0; j < LANES / 2; ++j) products[j] += own * load<Floats8>(keys + j * padded + d);
     }
-    half_of(scores, half) = sum_each(products);
+    part_of(scores, half) = sum_each(products);
   }
   return scores;
 #endif
@@ -385,11 +400,17 @@ void attend_group(const Q* q, const float* sinks, Q* out, int64_t s, int64_t kv_
     for (int64_t g = 0; g < group; ++g) {
       Floats scores = score_keys(queries + g * padded, keys, padded);
       for (int j = int(count); j < LANES; ++j) scores[j] = -std::numeric_limits<float>::infinity();
-      const float highest = std::max(top[g], max_lane(scores));
+      Part best = part_of(scores, 0);
+      for (int i = 1; i < LANES / PART; ++i) best = larger(best, part_of(scores, i));
+      const float highest = std::max(top[g], max_lane(best));
       const float keep = highest == top[g] ? 1.0f : std::exp(top[g] - highest);
-      const Floats weights = exponential(scores - highest);
+      Floats weights;
+      for (int i = 0; i < LANES / PART; ++i) {
+        float* total = share + g * LANES + i * PART;
+        part_of(weights, i) = exponential(part_of(scores, i) - highest);
+        save(total, load<Part>(total) * keep + part_of(weights, i));
+      }
       top[g] = highest;
-      save(share + g * LANES, load<Floats>(share + g * LANES) * keep + weights);
       add_values(sums + g * padded, keep, values, weights, count, padded);
     }
     key += count;
@@ -422,10 +443,6 @@ void attend_all(const void* q, const float* sinks, void* out, int64_t sequences,
 //
 // A weight matrix lies in tiles of 16 rows (outputs), inside a tile column by column, so that one load gives 16 rows and
 // no sum runs across lanes. Tiles come in pairs: gate and up of the same 16 hidden values, or 32 outputs of `down`.
-
-inline Floats decode_scales(const uint8_t* from) {  // E8M0: 2^(byte - 127)
-  return bits<Floats>(widen(load<Bytes16>(from)) << 23);
-}
 
 constexpr uint16_t E2M1_BFLOAT16[16] = {0,      0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0,
                                         0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0};
@@ -489,6 +506,10 @@ template <int N> void multiply(Floats (&sums)[2][N], const BFloat16* pair, const
   }
 }
 
+inline Floats decode_scales(const uint8_t* from) {  // E8M0: 2^(byte - 127)
+  return bits<Floats>(widen(load<Bytes16>(from)) << 23);
+}
+
 template <int N> void multiply(Floats (&sums)[2][N], const uint8_t* pair, const uint8_t* scales, const BFloat16* const* x, int64_t columns) {
   for (int tile = 0; tile < 2; ++tile) {
     for (int64_t k = 0; k < columns; k += MX_BLOCK) {
@@ -539,10 +560,10 @@ template <int N, class Run> inline void multiply_halves(Floats (&sums)[2][N], Ru
   for (int64_t part = 0; part < 4; ++part) {
     Floats8 own[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) own[n] = half_of(sums[part / 2][n], part % 2);
+    for (int n = 0; n < N; ++n) own[n] = part_of(sums[part / 2][n], part % 2);
     run(own, part / 2, part % 2);
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) half_of(sums[part / 2][n], part % 2) = own[n];
+    for (int n = 0; n < N; ++n) part_of(sums[part / 2][n], part % 2) = own[n];
   }
 }
 
@@ -583,6 +604,16 @@ inline Floats8 decode_singles(Words8 codes) {
 #endif
 }
 
+inline Floats8 decode_scales(const uint8_t* from) {  // E8M0: 2^(byte - 127)
+#if defined(__AVX2__)
+  return bits<Floats8>(Words8(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))) << 23);
+#else
+  Words8 words;
+  for (int i = 0; i < LANES / 2; ++i) words[i] = from[i];
+  return bits<Floats8>(words << 23);
+#endif
+}
+
 template <int N> void multiply(Floats (&sums)[2][N], const uint8_t* pair, const uint8_t* scales, const float* const* x, int64_t columns) {
   multiply_halves<N>(sums, [&](Floats8 (&own)[N], int64_t tile, int64_t half) {
     for (int64_t k = 0; k < columns; k += MX_BLOCK) {
@@ -596,9 +627,9 @@ template <int N> void multiply(Floats (&sums)[2][N], const uint8_t* pair, const 
           for (int n = 0; n < N; ++n) block[n] += weights * x[n][k + c + i];
         }
       }
-      const Floats scale = decode_scales(scales + (tile * columns + k) / MX_BLOCK * LANES);
+      const Floats8 scale = decode_scales(scales + (tile * columns + k) / MX_BLOCK * LANES + half * (LANES / 2));
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) own[n] += block[n] * half_of(scale, half);
+      for (int n = 0; n < N; ++n) own[n] += block[n] * scale;
     }
   });
 }
@@ -788,19 +819,26 @@ void attend_chunk(const Prefill& p, const Chunk& chunk, int64_t kv_head, int64_t
       float keep[MAX_TOKENS];
       for (int n = 0; n < MAX_TOKENS; ++n) x[n] = weights + n * KEYS;
       for (int n = 0; n < count; ++n) {
-        constexpr Ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         const int32_t begin = int32_t(first_key(row + n) - tile), end = int32_t(position(row + n) - tile);
-        Floats own[2];
-        for (int i = 0; i < 2; ++i) {
-          const Ints key = LANE + i * LANES, visible = (key >= begin) & (key <= end);
-          own[i] = visible ? scores[i][n] * scale : fill(-std::numeric_limits<float>::infinity());
+        constexpr int PARTS = LANES / PART;
+        Part own[2 * PARTS], best = fill(-std::numeric_limits<float>::infinity());
+        for (int i = 0; i < 2 * PARTS; ++i) {
+          const PartInts key = LANE + i * PART, visible = (key >= begin) & (key <= end);
+          const Part score = part_of(scores[i / PARTS][n], i % PARTS) * scale;
+          own[i] = visible ? score : fill(-std::numeric_limits<float>::infinity());
+          best = larger(best, own[i]);
         }
-        const float before = top[row + n], highest = std::max(before, max_lane(larger(own[0], own[1])));
+        const float before = top[row + n], highest = std::max(before, max_lane(best));
         keep[n] = highest == before ? 1.0f : std::exp(before - highest);
         top[row + n] = highest;
-        for (int i = 0; i < 2; ++i) write16(weights + n * KEYS + i * LANES, own[i] = exponential(own[i] - highest));
         float* total = share.data() + (row + n) * LANES;
-        save(total, load<Floats>(total) * keep[n] + own[0] + own[1]);
+        Part sum = load<Part>(total) * keep[n];
+        for (int i = 0; i < 2 * PARTS; ++i) {
+          own[i] = exponential(own[i] - highest);
+          sum += own[i];
+          write_part(weights + n * KEYS + i * PART, own[i]);
+        }
+        save(total, sum);
       }
       for (int64_t d = 0; d < tiles.width; d += KEYS) {
         Floats added[2][MAX_TOKENS] = {};
@@ -877,10 +915,14 @@ struct Routing {
   }
 };
 
-inline Floats swiglu(Floats gate, Floats up, float limit) {
-  gate = smaller(gate, fill(limit));
-  up = larger(smaller(up, fill(limit)), fill(-limit));
-  return (up + 1.0f) * gate / (1.0f + exponential(gate * -1.702f));
+inline Floats swiglu(Floats gates, Floats ups, float limit) {
+  Floats result;
+  for (int i = 0; i < LANES / PART; ++i) {
+    const Part gate = smaller(part_of(gates, i), fill(limit));
+    const Part up = larger(smaller(part_of(ups, i), fill(limit)), fill(-limit));
+    part_of(result, i) = (up + 1.0f) * gate / (1.0f + exponential(gate * -1.702f));
+  }
+  return result;
 }
 
 #if defined(__AVX512F__)
