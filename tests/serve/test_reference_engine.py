@@ -25,7 +25,7 @@ from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
 from puzzle_trtllm.serve.runtimes.reference.engine_process import run
 from puzzle_trtllm.serve.runtimes.reference.messages import Abort, DecodingRule, Submit, TokenUpdate
 from puzzle_trtllm.serve.runtimes.reference.sampling import choose_tokens, uniform
-from puzzle_trtllm.serve.runtimes.reference.scheduler import Sequence
+from puzzle_trtllm.serve.runtimes.reference.scheduler import Scheduler, Sequence
 from tests.serve.scripted import HANG_S
 from tests.toys import toy_architecture
 
@@ -61,7 +61,8 @@ def make_engine(
     )
     cache = PagedKvCache(layout, torch.device("cpu"))
     model = RandomModel(max_num_tokens)
-    return ReferenceEngine(model, cache, max_batch_size=max_batch_size, max_num_tokens=max_num_tokens)  # type: ignore[arg-type]
+    scheduler = Scheduler(cache, max_batch_size=max_batch_size, max_num_tokens=max_num_tokens)
+    return ReferenceEngine(model, scheduler)  # type: ignore[arg-type]
 
 
 def submit(engine: ReferenceEngine, request_id: int, prompt: int | list[int], **rule: object) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from puzzle_trtllm.models.reference.decode_graphs import DecodeGraphs
-from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.rank_group import ALONE, Ranks
 from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
@@ -34,20 +33,18 @@ class ReferenceEngine:
     def __init__(
         self,
         model: ReferenceModel | DecodeGraphs,
-        cache: PagedKvCache,
+        scheduler: Scheduler,
         *,
-        max_batch_size: int,
-        max_num_tokens: int,
         ranks: Ranks = ALONE,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
-        self.cache = cache
+        self.scheduler = scheduler
+        self.cache = scheduler.cache
         self.ranks = ranks
         """Those that compute every step along with this one."""
         self.facts = facts or {}
         """What was chosen when it was loaded: device, dtypes, blocks of each pool, bytes held."""
-        self.scheduler = Scheduler(cache, max_batch_size=max_batch_size, max_num_tokens=max_num_tokens)
         self._num_steps = 0
 
     @property

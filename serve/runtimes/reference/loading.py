@@ -28,6 +28,7 @@ from puzzle_trtllm.models.reference.rank_group import ALONE, Ranks
 from puzzle_trtllm.models.reference.weights import load_weights
 from puzzle_trtllm.serve.runtimes.reference.arguments import EngineArguments
 from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
+from puzzle_trtllm.serve.runtimes.reference.scheduler import Scheduler
 from puzzle_trtllm.sharding import Shard, count_shard_bytes
 
 MAX_DEQUANTIZED_BYTES = 1 << 30
@@ -82,14 +83,8 @@ def load_engine(arguments: EngineArguments, ranks: Ranks = ALONE) -> ReferenceEn
         "kv_cache_bytes": layout.num_bytes,
     }
     _log.info("engine ready: %s", ", ".join(f"{key}={value}" for key, value in facts.items()))
-    return ReferenceEngine(
-        recorded or model,
-        cache,
-        max_batch_size=arguments.max_batch_size,
-        max_num_tokens=arguments.max_num_tokens,
-        ranks=ranks,
-        facts={**facts, "ranks": ranks.collect(facts)},
-    )
+    scheduler = Scheduler(cache, max_batch_size=arguments.max_batch_size, max_num_tokens=arguments.max_num_tokens)
+    return ReferenceEngine(recorded or model, scheduler, ranks=ranks, facts={**facts, "ranks": ranks.collect(facts)})
 
 
 def _choose_device(ranks: Ranks) -> torch.device:
