@@ -57,7 +57,7 @@ def run_recorded(compute):
 def test_replayed_steps_equal_the_models(architecture):
     plain, plain_cache = model_and_cache(architecture)
     model, cache = model_and_cache(architecture)
-    graphs = DecodeGraphs(model, cache, batch_sizes=[1, 4], max_seq_len=LONGEST, record=run_recorded)
+    graphs = DecodeGraphs(model, cache, batch_sizes=[1, 4], record=run_recorded)
     replays = []
     for recorded in graphs._recorded:
         repeat = recorded._repeat

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from puzzle_trtllm.kv_layout import blocks_of_a_sequence
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, SequenceBlocks
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.step import SequenceStep, Step, plan_step
@@ -35,20 +34,13 @@ class DecodeGraphs:
     """Runs steps of a model over one cache, pure decode steps from recordings of up to the largest batch size."""
 
     def __init__(
-        self,
-        model: ReferenceModel,
-        cache: PagedKvCache,
-        *,
-        batch_sizes: Sequence[int],
-        max_seq_len: int,
-        record: Record,
+        self, model: ReferenceModel, cache: PagedKvCache, *, batch_sizes: Sequence[int], record: Record
     ) -> None:
         self._model = model
         self._cache = cache
         # The largest first: the memory of a recording is reused by the smaller ones.
-        self._recorded = [
-            _RecordedBatch(model, cache, size, max_seq_len, record) for size in sorted(set(batch_sizes), reverse=True)
-        ][::-1]
+        sizes = sorted(set(batch_sizes), reverse=True)
+        self._recorded = [_RecordedBatch(model, cache, size, record) for size in sizes][::-1]
 
     def forward(self, step: Step, cache: PagedKvCache) -> Tensor:
         """As `ReferenceModel.forward`, for the cache given before. The next replay overwrites these logits."""
@@ -62,9 +54,8 @@ class DecodeGraphs:
 
 
 class _RecordedBatch:
-    def __init__(self, model: ReferenceModel, cache: PagedKvCache, size: int, max_seq_len: int, record: Record) -> None:
-        block = cache.layout.tokens_per_block
-        longest = {w: SequenceBlocks(blocks=[0] * blocks_of_a_sequence(w, max_seq_len, block)) for w in cache.pools}
+    def __init__(self, model: ReferenceModel, cache: PagedKvCache, size: int, record: Record) -> None:
+        longest = {w: SequenceBlocks(blocks=[0] * count) for w, count in cache.demand(model.max_seq_len).items()}
         row = SequenceStep(tokens=[0], start=1, blocks=longest, wants_logits=True)
 
         def compute() -> Tensor:

@@ -62,7 +62,7 @@ def load_engine(arguments: EngineArguments, ranks: Ranks = ALONE) -> ReferenceEn
     graph_sizes = _graph_batch_sizes(arguments, architecture, kernels, ranks)
     recorded = None
     if graph_sizes:
-        recorded = DecodeGraphs(model, cache, batch_sizes=graph_sizes, max_seq_len=max_seq_len, record=cuda_recorder())
+        recorded = DecodeGraphs(model, cache, batch_sizes=graph_sizes, record=cuda_recorder())
     facts = {
         "rank": ranks.rank,
         "pid": os.getpid(),
