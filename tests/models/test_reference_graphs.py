@@ -16,9 +16,9 @@ from puzzle_trtllm.models.reference.kernels.torch_kernels import TorchKernels
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
-from puzzle_trtllm.models.reference.weights import load_weights
+from puzzle_trtllm.models.reference.weights import WeightLoader
 from puzzle_trtllm.parallelism import Parallelism
-from puzzle_trtllm.sharding import shards_of
+from puzzle_trtllm.sharding import Shard, shards_of
 from puzzle_trtllm.tensors import tensor_table
 
 CPU = torch.device("cpu")
@@ -32,7 +32,8 @@ def architecture(make_checkpoint) -> PuzzleArchitecture:
 
 def model_and_cache(architecture: PuzzleArchitecture) -> tuple[ReferenceModel, PagedKvCache]:
     kernels = TorchKernels(dequantize_experts=False)
-    weights = load_weights(DummyCheckpoint(architecture, CPU), dtype=torch.float32, device=CPU, kernels=kernels)
+    checkpoint, shard = DummyCheckpoint(architecture, CPU), Shard(architecture=architecture)
+    weights = WeightLoader(checkpoint=checkpoint, dtype=torch.float32, device=CPU, kernels=kernels, shard=shard).load()
     layout = plan_layout(
         architecture,
         tokens_per_block=8,

@@ -25,7 +25,7 @@ from puzzle_trtllm.models.reference.kernels.choice import choose_kernels, comput
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.rank_group import ALONE, Ranks
-from puzzle_trtllm.models.reference.weights import load_weights
+from puzzle_trtllm.models.reference.weights import WeightLoader
 from puzzle_trtllm.serve.runtimes.reference.arguments import EngineArguments
 from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
 from puzzle_trtllm.serve.runtimes.reference.scheduler import Scheduler
@@ -53,7 +53,7 @@ def load_engine(arguments: EngineArguments, ranks: Ranks = ALONE) -> ReferenceEn
     dummy = arguments.load_format == "dummy"
     checkpoint = DummyCheckpoint(architecture, device) if dummy else Checkpoint.open(Path(arguments.model))
     kernels = choose_kernels(arguments.kernels, device, dequantize_experts=dequantize)
-    weights = load_weights(checkpoint, dtype=dtype, device=device, kernels=kernels, shard=shard)
+    weights = WeightLoader(checkpoint=checkpoint, dtype=dtype, device=device, kernels=kernels, shard=shard).load()
     is_small = device.type == "cpu" and weights.num_bytes < SINGLE_THREAD_BYTES
     torch.set_num_threads(1 if is_small else max(1, torch.get_num_threads() // ranks.local_size))
     layout = _plan_cache(arguments, shard.local, device, ranks)
