@@ -37,8 +37,7 @@ class Sequence:
     num_reported: int = 0
     cumulative_logprob: float = 0.0
     occurrences: Counter[int] = field(default_factory=Counter)
-    """Of each token, for penalties; `num_counted` tokens are in it."""
-    num_counted: int = 0
+    """Of each token, for penalties; counted when they are asked for."""
     first_scheduled_ns: int = 0
     first_token_ns: int = 0
 
