@@ -19,8 +19,8 @@ from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, SequenceBlocks
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.step import SequenceStep, Step, plan_step
 
-Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
-"""Takes a computation on fixed buffers; gives what repeats it and returns the same output tensor."""
+Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
+"""Takes a computation on fixed buffers; gives what repeats it, and the tensor that every repetition overwrites."""
 
 
 def default_batch_sizes(max_batch_size: int) -> list[int]:
@@ -68,7 +68,7 @@ class _RecordedBatch:
         self.size = size
         self._step = plan_step([row] * size, cache)
         """The buffers. Recording computes on token 1 of block 0 of every pool, which nobody holds yet."""
-        self._repeat = record(compute)
+        self._repeat, self._logits = record(compute)
 
     def replay(self, step: Step) -> Tensor:
         """Logits float32 `[rows of the step, V]`."""
@@ -82,7 +82,8 @@ class _RecordedBatch:
             _fill(own.decode.blocks[:, : group.decode.blocks.shape[1]], group.decode.blocks)
             _fill(own.decode.first_keys, group.decode.first_keys)
             _fill(own.decode.positions, group.decode.positions)
-        return self._repeat()[: len(step.token_ids)]
+        self._repeat()
+        return self._logits[: len(step.token_ids)]
 
 
 def _fill(buffer: Tensor, rows: Tensor) -> None:
@@ -96,7 +97,7 @@ def cuda_recorder() -> Record:
     """Records CUDA graphs that share one memory pool."""
     pool = torch.cuda.graph_pool_handle()
 
-    def record(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def record(compute: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         # Twice before recording, on a stream of its own: kernels are compiled and libraries take their workspaces.
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
@@ -107,11 +108,6 @@ def cuda_recorder() -> Record:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             output = compute()
-
-        def repeat() -> Tensor:
-            graph.replay()
-            return output
-
-        return repeat
+        return graph.replay, output
 
     return record
