@@ -8,7 +8,6 @@ input, or a batch too large for the memory, does not take the others along.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -30,21 +29,12 @@ class OutOfStepError(RuntimeError):
 class ReferenceEngine:
     """Runs requests to their end; see `puzzle_trtllm.serve.runtimes.reference.loading` for how one is made."""
 
-    def __init__(
-        self,
-        model: ReferenceModel | DecodeGraphs,
-        scheduler: Scheduler,
-        *,
-        ranks: Ranks = ALONE,
-        facts: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, model: ReferenceModel | DecodeGraphs, scheduler: Scheduler, ranks: Ranks = ALONE) -> None:
         self.model = model
         self.scheduler = scheduler
         self.cache = scheduler.cache
         self.ranks = ranks
         """Those that compute every step along with this one."""
-        self.facts = facts or {}
-        """What was chosen when it was loaded: device, dtypes, blocks of each pool, bytes held."""
         self._num_steps = 0
 
     @property

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,8 +43,11 @@ second thread would take the core that the server and its clients need."""
 _log = logging.getLogger(__name__)
 
 
-def load_engine(arguments: EngineArguments, ranks: Ranks = ALONE) -> ReferenceEngine:
-    """Load the serving copy, or this rank's part, and make an engine. Raises PuzzleError in one line."""
+def load_engine(arguments: EngineArguments, ranks: Ranks = ALONE) -> tuple[ReferenceEngine, dict[str, Any]]:
+    """Load the serving copy, or this rank's part, and make an engine. Raises PuzzleError in one line.
+
+    Gives with it the facts that were chosen: device, dtypes, blocks of each pool, bytes held, and each rank's.
+    """
     architecture = PuzzleArchitecture.from_path(arguments.model)
     shard = Shard(architecture=architecture, parallelism=arguments.parallelism, rank=ranks.rank)
     device = _choose_device(ranks)
@@ -84,7 +88,7 @@ def load_engine(arguments: EngineArguments, ranks: Ranks = ALONE) -> ReferenceEn
     }
     _log.info("engine ready: %s", ", ".join(f"{key}={value}" for key, value in facts.items()))
     scheduler = Scheduler(cache, max_batch_size=arguments.max_batch_size, max_num_tokens=arguments.max_num_tokens)
-    return ReferenceEngine(recorded or model, scheduler, ranks=ranks, facts={**facts, "ranks": ranks.collect(facts)})
+    return ReferenceEngine(recorded or model, scheduler, ranks), {**facts, "ranks": ranks.collect(facts)}
 
 
 def _choose_device(ranks: Ranks) -> torch.device:
