@@ -31,9 +31,8 @@ PROMPT_TOKENS, STEPS = 128, 60
 def make_engine(model: Path, dtype: str, kv_dtype: str) -> ReferenceEngine:
     """An engine with room for everything."""
     kv = KvCacheConfig(dtype=kv_dtype, tokens_per_block=16)
-    return load_engine(
-        EngineArguments(model=str(model), dtype=dtype, max_seq_len=320, max_batch_size=64, kv_cache_config=kv)
-    )
+    arguments = EngineArguments(model=str(model), dtype=dtype, max_seq_len=320, max_batch_size=64, kv_cache_config=kv)
+    return load_engine(arguments)[0]
 
 
 def cpu_ms_per_step(engine: ReferenceEngine, batch: int) -> float:

@@ -93,7 +93,7 @@ class Exam:
 
 def accuracy(folder: Path, exam: Exam) -> dict[str, float]:
     """Share of problems answered right, by effort."""
-    engine = load_engine(
+    engine, _ = load_engine(
         EngineArguments(
             model=str(folder), dtype="float32", max_seq_len=320, max_batch_size=128, kv_cache_config=KvCacheConfig()
         )

@@ -108,7 +108,7 @@ def load(folder: Path, options: argparse.Namespace) -> ReferenceEngine:
         if budget <= 0:
             raise SystemExit(f"--memory-gb {options.memory_gb}: the weights alone take more")
     length = max(options.context, options.chunk) + STEPS + 8
-    return load_engine(
+    engine, _ = load_engine(
         EngineArguments(
             model=str(folder),
             load_format="dummy",
@@ -122,6 +122,7 @@ def load(folder: Path, options: argparse.Namespace) -> ReferenceEngine:
             ),
         )
     )
+    return engine
 
 
 def decode_seconds(engine: ReferenceEngine, batch: int, context: int) -> float:

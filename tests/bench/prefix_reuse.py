@@ -18,6 +18,7 @@ import torch
 from puzzle_trtllm.kv_layout import KvLayout
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
+from puzzle_trtllm.serve.runtimes.reference.scheduler import Scheduler
 from tests.serve.test_reference_engine import RandomModel, family_prompt, submit
 from tests.toys import toy_architecture
 
@@ -35,7 +36,7 @@ def hit_rate(room: int, num_requests: int) -> float:
         dtype=torch.bfloat16,
     )
     cache = PagedKvCache(layout, torch.device("cpu"))
-    engine = ReferenceEngine(RandomModel(64), cache, max_batch_size=16, max_num_tokens=64)  # type: ignore[arg-type]
+    engine = ReferenceEngine(RandomModel(64), Scheduler(cache, max_batch_size=16, max_num_tokens=64))  # type: ignore[arg-type]
     rng, num_open = random.Random(0), 0
     for request_id in range(num_requests):
         submit(engine, request_id, family_prompt(rng, rng.randint(1, 60)), max_tokens=rng.randint(1, 12))

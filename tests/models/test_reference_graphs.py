@@ -16,9 +16,9 @@ from puzzle_trtllm.models.reference.kernels.torch_kernels import TorchKernels
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
-from puzzle_trtllm.models.reference.weights import load_weights
+from puzzle_trtllm.models.reference.weights import WeightLoader
 from puzzle_trtllm.parallelism import Parallelism
-from puzzle_trtllm.sharding import shards_of
+from puzzle_trtllm.sharding import Shard, shards_of
 from puzzle_trtllm.tensors import tensor_table
 
 CPU = torch.device("cpu")
@@ -32,7 +32,8 @@ def architecture(make_checkpoint) -> PuzzleArchitecture:
 
 def model_and_cache(architecture: PuzzleArchitecture) -> tuple[ReferenceModel, PagedKvCache]:
     kernels = TorchKernels(dequantize_experts=False)
-    weights = load_weights(DummyCheckpoint(architecture, CPU), dtype=torch.float32, device=CPU, kernels=kernels)
+    checkpoint, shard = DummyCheckpoint(architecture, CPU), Shard(architecture=architecture)
+    weights = WeightLoader(checkpoint=checkpoint, dtype=torch.float32, device=CPU, kernels=kernels, shard=shard).load()
     layout = plan_layout(
         architecture,
         tokens_per_block=8,
@@ -47,17 +48,13 @@ def model_and_cache(architecture: PuzzleArchitecture) -> tuple[ReferenceModel, P
 def run_recorded(compute):
     """Compute at once, as a recorder does; then again at every replay, into the tensor that was given out first."""
     output = compute().clone()
-
-    def repeat() -> torch.Tensor:
-        return output.copy_(compute())
-
-    return repeat
+    return lambda: output.copy_(compute()), output
 
 
 def test_replayed_steps_equal_the_models(architecture):
     plain, plain_cache = model_and_cache(architecture)
     model, cache = model_and_cache(architecture)
-    graphs = DecodeGraphs(model, cache, batch_sizes=[1, 4], max_seq_len=LONGEST, record=run_recorded)
+    graphs = DecodeGraphs(model, cache, batch_sizes=[1, 4], record=run_recorded)
     replays = []
     for recorded in graphs._recorded:
         repeat = recorded._repeat

@@ -147,21 +147,21 @@ def test_a_sequence_holds_the_blocks_of_what_it_can_still_see_and_no_more(window
 def test_admission_counts_what_sequences_may_still_claim():
     cache = make_cache(budget=120_000, tokens=100)
     admitted = []
-    while cache.can_admit(100):
-        admitted.append(cache.admit(100))
+    while len(admitted) < 64 and (blocks := cache.admit(100)) is not None:
+        admitted.append(blocks)
     assert 1 <= len(admitted) < 64
     assert cache.num_free == cache.num_blocks, "admission alone claims nothing"
     cache.release(admitted.pop(), 100)
-    assert cache.can_admit(100)
+    assert cache.admit(100) is not None, "being refused claims nothing either"
+    assert cache.admit(100) is None
 
 
 @pytest.mark.parametrize("window", [24, None])
 def test_not_even_one_token_is_admitted_beside_sequences_that_may_claim_every_block(window):
     cache = make_cache([(4, window)], tokens=100, sequences=2)
     for _ in range(2):
-        assert cache.can_admit(100)
-        cache.admit(100)
-    assert not cache.can_admit(1)
+        assert cache.admit(100) is not None
+    assert cache.admit(1) is None
 
 
 def test_a_step_puts_decoding_sequences_before_prompt_chunks():

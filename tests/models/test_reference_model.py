@@ -17,7 +17,8 @@ from puzzle_trtllm.models.reference.kernels.compiler import COMPILERS
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
-from puzzle_trtllm.models.reference.weights import load_weights
+from puzzle_trtllm.models.reference.weights import WeightLoader
+from puzzle_trtllm.sharding import Shard
 
 CPU = torch.device("cpu")
 HOMOGENEOUS = [(6, 24), (6, None), (6, 24), (6, None)]
@@ -53,7 +54,9 @@ class Driver:
         kernels: str = "torch",
     ) -> None:
         chosen = choose_kernels(kernels, CPU, dequantize_experts=dequantize)
-        weights = load_weights(Checkpoint.open(folder), dtype=dtype, device=CPU, kernels=chosen)
+        checkpoint = Checkpoint.open(folder)
+        shard = Shard(architecture=checkpoint.architecture)
+        weights = WeightLoader(checkpoint=checkpoint, dtype=dtype, device=CPU, kernels=chosen, shard=shard).load()
         self.model = ReferenceModel(weights, chosen, max_seq_len=512)
         layout = plan_layout(
             weights.architecture,

@@ -27,18 +27,17 @@ class Writer:
         self.cache = cache
 
     def run(self, tokens: list[int], *, chunks: int = 1000, admitted: int = 200):
-        """Admit, compute in chunks, and return (reused tokens, blocks); the sequence stays open."""
+        """Admit, compute in chunks, and return (reused tokens, blocks or None when it does not fit); it stays open."""
         keys = self.cache.keys(tokens)
-        prefix = self.cache.find_prefix(keys, len(tokens))
-        blocks = self.cache.admit(admitted, prefix)
-        start = prefix.num_tokens
-        while start < len(tokens):
+        start = reused = self.cache.find_prefix(keys, len(tokens))
+        blocks = self.cache.admit(admitted, keys, reused)
+        while blocks is not None and start < len(tokens):
             end = min(start + chunks, len(tokens))
             step = SequenceStep(tokens=tokens[start:end], start=start, blocks=blocks, wants_logits=False)
             plan_step([step], self.cache)
             self.cache.commit(blocks, keys, tokens, start, end)
             start = end
-        return prefix.num_tokens, blocks
+        return reused, blocks
 
 
 def expected_reuse(tokens: list[int], other: list[int]) -> int:
@@ -79,11 +78,11 @@ def test_a_window_that_is_no_longer_there_shortens_the_reuse():
     writer.run(tokens)
     table = cache.pools[24].table
     keys = cache.keys(tokens)
-    assert cache.find_prefix(keys, 100).num_tokens == 96
+    assert cache.find_prefix(keys, 100) == 96
     # At 96 the window of 24 reaches back to token 73, block 9; at 88 to block 8, and so on.
-    assert cache.find_prefix(keys, 100).blocks[24].first_block == first_visible_block(24, 96, SIZE) == 9
+    assert cache.admit(200, keys, 96)[24].first_block == first_visible_block(24, 96, SIZE) == 9
     del table._block_of[keys[9]]
-    assert cache.find_prefix(keys, 100).num_tokens == 72
+    assert cache.find_prefix(keys, 100) == 72
 
 
 def test_one_token_at_least_is_computed():
@@ -117,11 +116,11 @@ def test_the_longest_prefix_is_found_whatever_blocks_are_gone(data):
         return all(known[w].issuperset(view) for w, view in zip(cache.pools, views, strict=True))
 
     longest = next(count for count in range(23, -1, -1) if is_reusable(count))  # one token is left to compute
-    prefix = cache.find_prefix(keys, len(tokens))
-    assert prefix.num_tokens == longest * SIZE
-    for window, own in prefix.blocks.items():
+    reused = cache.find_prefix(keys, len(tokens))
+    assert reused == longest * SIZE
+    for window, own in cache.admit(200, keys, reused).items():
         pool = cache.pools[window]
-        first = first_visible_block(window, prefix.num_tokens, SIZE)
+        first = first_visible_block(window, reused, SIZE)
         assert own.blocks == pool.table.find(keys[first:longest]) and own.first_block == first
 
 
@@ -178,8 +177,8 @@ def test_shared_blocks_make_room_for_more_sequences_where_attention_is_full():
     tokens = tokens_of(160, seed=7)
     cache = make_cache([(4, None)], budget=1 << 30, tokens=200, sequences=8)
     writer, opened = Writer(cache), []
-    while len(opened) < 100 and cache.can_admit(200, cache.find_prefix(cache.keys([*tokens, 1]), 161)):
-        opened.append(writer.run([*tokens, len(opened) + 1])[1])
+    while (blocks := writer.run([*tokens, len(opened) + 1])[1]) is not None:
+        opened.append(blocks)
     assert len(opened) == 1 + (8 * 25 - 25) // 5
     assert cache.num_free == 200 - 20 - len(opened)
     for blocks in opened:
@@ -189,7 +188,7 @@ def test_shared_blocks_make_room_for_more_sequences_where_attention_is_full():
     rng = random.Random(0)
     for blocks in rng.sample(opened, len(opened)):
         cache.release(blocks, 200)
-    assert cache.num_free == cache.num_blocks == 200 and cache.pools[None].num_unreserved == 200
+    assert cache.num_free == cache.num_blocks == 200 and cache.pools[None].num_reserved == 0
 
 
 class PrefixDriver(Driver):
@@ -201,10 +200,9 @@ class PrefixDriver(Driver):
 
     def add(self, tokens: list[int]) -> int:
         keys = self.cache.keys(tokens)
-        prefix = self.cache.find_prefix(keys, len(tokens))
+        self.reused = self.cache.find_prefix(keys, len(tokens))
         self.tokens.append(list(tokens))
-        self.blocks.append(self.cache.admit(512, prefix))
-        self.reused = prefix.num_tokens
+        self.blocks.append(self.cache.admit(512, keys, self.reused))
         return len(self.tokens) - 1
 
     def step(self, *parts: tuple[int, int, int]) -> torch.Tensor:

@@ -19,7 +19,7 @@ from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.rank_group import ALONE, Ranks
 from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
-from puzzle_trtllm.models.reference.weights import load_weights
+from puzzle_trtllm.models.reference.weights import WeightLoader
 from puzzle_trtllm.parallelism import Parallelism
 from puzzle_trtllm.sharding import Shard, count_shard_bytes, shards_of
 from puzzle_trtllm.tensors import count_weight_bytes, tensor_table
@@ -77,7 +77,7 @@ def logits_of_chunks(
     together = ThreadRanks(sizes.tensor)
 
     def run(shard: Shard) -> list[torch.Tensor]:
-        weights = load_weights(checkpoint, dtype=dtype, device=CPU, kernels=kernels, shard=shard)
+        weights = WeightLoader(checkpoint=checkpoint, dtype=dtype, device=CPU, kernels=kernels, shard=shard).load()
         ranks = together.of(shard.rank) if sizes.tensor > 1 else ALONE
         model = ReferenceModel(weights, kernels, max_seq_len=512, ranks=ranks)
         layout = plan_layout(
@@ -227,7 +227,8 @@ def test_a_rank_reads_and_holds_its_part_alone(make_checkpoint):
     whole, replicated = count_weight_bytes(a), 2 * a.vocab_size * a.hidden_size
     kernels = TorchKernels(dequantize_experts=False)
     for shard in shards_of(a, sizes):
-        weights = load_weights(checkpoint, dtype=torch.bfloat16, device=CPU, kernels=kernels, shard=shard)
+        loader = WeightLoader(checkpoint=checkpoint, dtype=torch.bfloat16, device=CPU, kernels=kernels, shard=shard)
+        weights = loader.load()
         # Norms and sinks are held in float32, twice their size on disk; they, the routers and two biases are whole.
         assert weights.num_bytes == pytest.approx(count_shard_bytes(shard), rel=0.02)
         assert count_shard_bytes(shard) < replicated + (whole - replicated) / 8 * 1.25

@@ -48,7 +48,7 @@ class Trace:
 
 def make_engine(folder: Path, dtype: str = "float32", **arguments: object) -> ReferenceEngine:
     given = {"max_seq_len": 256, "max_batch_size": 8, "kv_cache_config": {"tokens_per_block": 8}, **arguments}
-    return load_engine(read_arguments(folder, {"dtype": dtype, **given})[0])
+    return load_engine(read_arguments(folder, {"dtype": dtype, **given})[0])[0]
 
 
 def run(engine: ReferenceEngine, prompts: list[list[int]], monkeypatch, *, max_tokens: int = 40) -> list[Trace]:

@@ -325,7 +325,7 @@ def test_a_step_that_fails_fails_its_requests_and_keeps_the_engine(child):
     from puzzle_trtllm.serve.runtimes.reference.loading import load_engine
     from puzzle_trtllm.serve.runtimes.reference.messages import DecodingRule, Submit
 
-    engine = load_engine(read_arguments(child, ARGS)[0])
+    engine, _ = load_engine(read_arguments(child, ARGS)[0])
     forward = engine.model.forward
     engine.submit(Submit(request_id=1, prompt_token_ids=prompt(1), rule=DecodingRule(max_tokens=5), arrival_ns=0))
     engine.step()

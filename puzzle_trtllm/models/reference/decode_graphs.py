@@ -15,13 +15,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from puzzle_trtllm.kv_layout import blocks_of_a_sequence
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, SequenceBlocks
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.step import SequenceStep, Step, plan_step
 
-Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
-"""Takes a computation on fixed buffers; gives what repeats it and returns the same output tensor."""
+Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
+"""Takes a computation on fixed buffers; gives what repeats it, and the tensor that every repetition overwrites."""
 
 
 def default_batch_sizes(max_batch_size: int) -> list[int]:
@@ -35,20 +34,13 @@ class DecodeGraphs:
     """Runs steps of a model over one cache, pure decode steps from recordings of up to the largest batch size."""
 
     def __init__(
-        self,
-        model: ReferenceModel,
-        cache: PagedKvCache,
-        *,
-        batch_sizes: Sequence[int],
-        max_seq_len: int,
-        record: Record,
+        self, model: ReferenceModel, cache: PagedKvCache, *, batch_sizes: Sequence[int], record: Record
     ) -> None:
         self._model = model
         self._cache = cache
         # The largest first: the memory of a recording is reused by the smaller ones.
-        self._recorded = [
-            _RecordedBatch(model, cache, size, max_seq_len, record) for size in sorted(set(batch_sizes), reverse=True)
-        ][::-1]
+        sizes = sorted(set(batch_sizes), reverse=True)
+        self._recorded = [_RecordedBatch(model, cache, size, record) for size in sizes][::-1]
 
     def forward(self, step: Step, cache: PagedKvCache) -> Tensor:
         """As `ReferenceModel.forward`, for the cache given before. The next replay overwrites these logits."""
@@ -62,9 +54,8 @@ class DecodeGraphs:
 
 
 class _RecordedBatch:
-    def __init__(self, model: ReferenceModel, cache: PagedKvCache, size: int, max_seq_len: int, record: Record) -> None:
-        block = cache.layout.tokens_per_block
-        longest = {w: SequenceBlocks(blocks=[0] * blocks_of_a_sequence(w, max_seq_len, block)) for w in cache.pools}
+    def __init__(self, model: ReferenceModel, cache: PagedKvCache, size: int, record: Record) -> None:
+        longest = {w: SequenceBlocks(blocks=[0] * count) for w, count in cache.demand(model.max_seq_len).items()}
         row = SequenceStep(tokens=[0], start=1, blocks=longest, wants_logits=True)
 
         def compute() -> Tensor:
@@ -77,7 +68,7 @@ class _RecordedBatch:
         self.size = size
         self._step = plan_step([row] * size, cache)
         """The buffers. Recording computes on token 1 of block 0 of every pool, which nobody holds yet."""
-        self._repeat = record(compute)
+        self._repeat, self._logits = record(compute)
 
     def replay(self, step: Step) -> Tensor:
         """Logits float32 `[rows of the step, V]`."""
@@ -91,7 +82,8 @@ class _RecordedBatch:
             _fill(own.decode.blocks[:, : group.decode.blocks.shape[1]], group.decode.blocks)
             _fill(own.decode.first_keys, group.decode.first_keys)
             _fill(own.decode.positions, group.decode.positions)
-        return self._repeat()[: len(step.token_ids)]
+        self._repeat()
+        return self._logits[: len(step.token_ids)]
 
 
 def _fill(buffer: Tensor, rows: Tensor) -> None:
@@ -105,7 +97,7 @@ def cuda_recorder() -> Record:
     """Records CUDA graphs that share one memory pool."""
     pool = torch.cuda.graph_pool_handle()
 
-    def record(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def record(compute: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         # Twice before recording, on a stream of its own: kernels are compiled and libraries take their workspaces.
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
@@ -116,11 +108,6 @@ def cuda_recorder() -> Record:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             output = compute()
-
-        def repeat() -> Tensor:
-            graph.replay()
-            return output
-
-        return repeat
+        return graph.replay, output
 
     return record

@@ -23,7 +23,7 @@ _SCALE_BYTES = (SCALE_BIAS - 9, SCALE_BIAS - 6)
 
 @dataclass(frozen=True)
 class DummyCheckpoint:
-    """Answers for a checkpoint as `load_weights` asks it."""
+    """Answers for a checkpoint as `WeightLoader` asks it."""
 
     architecture: PuzzleArchitecture
     device: torch.device

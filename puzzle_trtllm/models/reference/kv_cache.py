@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -40,20 +41,8 @@ class SequenceBlocks:
     """Blocks taken since, for K and V of its own."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prefix:
-    """The beginning of a prompt whose K and V are in the cache."""
-
-    num_tokens: int = 0
-    blocks: dict[int | None, SequenceBlocks] = field(default_factory=dict)
-    """By window; nobody's yet."""
-
-
-NO_PREFIX = Prefix()
-
-
-def _shared(first_block: int, blocks: list[int]) -> SequenceBlocks:
-    return SequenceBlocks(first_block=first_block, blocks=blocks, num_shared=len(blocks))
+BlocksByWindow: TypeAlias = dict[int | None, SequenceBlocks]
+"""One sequence's blocks in every group."""
 
 
 class WindowPool:
@@ -73,19 +62,16 @@ class WindowPool:
         self.num_reserved = 0
         """Blocks that admitted sequences may claim, those they have claimed included."""
 
-    @property
-    def num_unreserved(self) -> int:
-        """Blocks that no admitted sequence can claim.
+    def has_room(self, count: int, shared: Sequence[int]) -> bool:
+        """Whether a sequence that claims up to `count` blocks, of which it finds `shared` here, can be admitted.
 
         Sharing saves blocks only without a window: there a sequence keeps what it shares to its end. With one it drops
         shared blocks, which frees nothing, and takes new ones.
         """
-        return self.num_blocks - self.num_reserved + (self.table.num_shares if self.window is None else 0)
-
-    def has_room(self, count: int, prefix: Sequence[int] = ()) -> bool:
-        """Whether a sequence that claims up to `count` blocks, among them those of `prefix`, can be admitted."""
-        saved = sum(self.table.is_in_use(block) for block in prefix) if self.window is None else 0
-        return count - saved <= self.num_unreserved
+        claims = self.num_reserved + count
+        if self.window is None:
+            claims -= self.table.num_shares + sum(map(self.table.is_in_use, shared))
+        return claims <= self.num_blocks
 
     def count_missing(self, sequence: SequenceBlocks, start: int, end: int) -> int:
         """Blocks that `sequence` has to take to hold tokens `start..end`."""
@@ -153,8 +139,8 @@ class PagedKvCache:
             extend_keys(keys, tokens, len(tokens), self.layout.tokens_per_block)
         return keys
 
-    def find_prefix(self, keys: Sequence[bytes], num_tokens: int) -> Prefix:
-        """The longest reusable beginning of a prompt of `num_tokens`. One token at least is left to compute."""
+    def find_prefix(self, keys: Sequence[bytes], num_tokens: int) -> int:
+        """Tokens of the longest reusable beginning of a prompt of `num_tokens`. One at least is left to compute."""
         size = self.layout.tokens_per_block
         count = min(len(keys), (num_tokens - 1) // size)
         if None in self.pools:
@@ -163,10 +149,9 @@ class PagedKvCache:
             firsts = {window: first_visible_block(window, count * size, size) for window in self.pools}
             end = min(pool.table.longest_end(keys, firsts[window], count) for window, pool in self.pools.items())
             if end == count:
-                blocks = {window: pool.table.find(keys[firsts[window] : count]) for window, pool in self.pools.items()}
-                return Prefix(num_tokens=count * size, blocks={w: _shared(firsts[w], own) for w, own in blocks.items()})
+                break
             count = end
-        return NO_PREFIX
+        return count * size
 
     def count_reuse(self, num_prompt_tokens: int, num_reused: int) -> tuple[int, int]:
         """(reused, missed): a prompt's blocks that need not be computed, and that must be, of all groups.
@@ -177,21 +162,26 @@ class PagedKvCache:
         reused = num_reused // size * len(self.pools)
         return reused, math.ceil(num_prompt_tokens / size) * len(self.pools) - reused
 
-    def can_admit(self, num_tokens: int, prefix: Prefix = NO_PREFIX) -> bool:
-        own = {window: found.blocks for window, found in prefix.blocks.items()}
-        return all(self.pools[w].has_room(need, own.get(w, ())) for w, need in self.demand(num_tokens).items())
+    def admit(self, num_tokens: int, keys: Sequence[bytes] = (), num_reused: int = 0) -> BlocksByWindow | None:
+        """Reserve for a sequence that may grow to `num_tokens`; None when it does not fit.
 
-    def admit(self, num_tokens: int, prefix: Prefix = NO_PREFIX) -> dict[int | None, SequenceBlocks]:
-        """Reserve for a sequence that may grow to `num_tokens`; give its block lists, which hold the prefix."""
-        for window, need in self.demand(num_tokens).items():
-            self.pools[window].num_reserved += need
-        for window, found in prefix.blocks.items():
-            self.pools[window].table.share(found.blocks)
-        return {window: prefix.blocks.get(window) or SequenceBlocks() for window in self.pools}
+        Gives its block lists, which hold what `find_prefix` found under its keys: its first `num_reused` tokens, as far
+        as the next one sees them.
+        """
+        size, needs = self.layout.tokens_per_block, self.demand(num_tokens)
+        blocks: BlocksByWindow = {}
+        for window, pool in self.pools.items():
+            first = first_visible_block(window, num_reused, size)
+            shared = pool.table.find(keys[first : num_reused // size])
+            blocks[window] = SequenceBlocks(first_block=first, blocks=shared, num_shared=len(shared))
+        if not all(pool.has_room(needs[window], blocks[window].blocks) for window, pool in self.pools.items()):
+            return None
+        for window, pool in self.pools.items():
+            pool.num_reserved += needs[window]
+            pool.table.share(blocks[window].blocks)
+        return blocks
 
-    def commit(
-        self, blocks: dict[int | None, SequenceBlocks], keys: list[bytes], tokens: Sequence[int], start: int, end: int
-    ) -> None:
+    def commit(self, blocks: BlocksByWindow, keys: list[bytes], tokens: Sequence[int], start: int, end: int) -> None:
         """After a step that wrote K and V of `tokens[start:end]`: blocks that are full now can be found, under their
         keys (appended to `keys`), and what a window group wrote for others alone is given back."""
         size = self.layout.tokens_per_block
@@ -206,7 +196,7 @@ class PagedKvCache:
             if window is not None:
                 pool.drop_before(own, max(0, end - window))
 
-    def release(self, blocks: dict[int | None, SequenceBlocks], num_tokens: int) -> None:
+    def release(self, blocks: BlocksByWindow, num_tokens: int) -> None:
         """Give back all blocks and the reservation of a sequence admitted with `num_tokens`."""
         for window, need in self.demand(num_tokens).items():
             self.pools[window].release(blocks[window])

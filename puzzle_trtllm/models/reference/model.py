@@ -29,6 +29,7 @@ class ReferenceModel:
         self.kernels = kernels
         self.ranks = ranks
         self.architecture = weights.architecture
+        self.max_seq_len = max_seq_len
         rope, head_dim = self.architecture.rope, self.architecture.head_dim
         frequencies = torch.from_numpy(rope.inverse_frequencies(head_dim))
         angles = torch.arange(max_seq_len, dtype=torch.float32)[:, None] * frequencies[None, :]

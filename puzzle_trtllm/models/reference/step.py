@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from puzzle_trtllm.models.reference.kernels.reads import Chunks, GroupReads
-from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, SequenceBlocks, WindowPool
+from puzzle_trtllm.models.reference.kv_cache import BlocksByWindow, PagedKvCache, WindowPool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class SequenceStep:
 
     tokens: Sequence[int]
     start: int
-    blocks: dict[int | None, SequenceBlocks]
+    blocks: BlocksByWindow
     wants_logits: bool
     """True when the last of `tokens` is the last known one, so that the next can be sampled."""
 

@@ -59,66 +59,60 @@ class ModelWeights:
         return sum(t.numel() * t.element_size() for t in _tensors_of(self))
 
 
-def load_weights(
-    checkpoint: Checkpoint | DummyCheckpoint,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    kernels: Kernels,
-    shard: Shard | None = None,
-) -> ModelWeights:
-    """Load a checkpoint, or one rank's `shard` of it. Raises CheckpointError for a missing or misshapen tensor."""
-    checkpoint.validate()
-    architecture = checkpoint.architecture
-    shard = shard or Shard(architecture=architecture)
-    loader = _Loader(checkpoint=checkpoint, dtype=dtype, device=device, kernels=kernels, shard=shard)
-    embedding = loader.tensor("model.embed_tokens.weight")
-    tied = architecture.tie_word_embeddings
-    return ModelWeights(
-        architecture=shard.local,
-        embedding=embedding,
-        layers=tuple(loader.layer(index, block) for index, block in enumerate(architecture.blocks)),
-        final_norm=loader.tensor("model.norm.weight").float(),
-        head=kernels.prepare_linear(embedding[shard.vocabulary] if tied else loader.tensor("lm_head.weight"), None),
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
-class _Loader:
+class WeightLoader:
+    """Reads a checkpoint, or of several ranks the part of one."""
+
     checkpoint: Checkpoint | DummyCheckpoint
     dtype: torch.dtype
     device: torch.device
     kernels: Kernels
     shard: Shard
 
-    def tensor(self, name: str) -> Tensor:
+    def load(self) -> ModelWeights:
+        """What this rank holds of the model. Raises CheckpointError for a missing or misshapen tensor."""
+        self.checkpoint.validate()
+        architecture = self.shard.architecture
+        embedding = self._tensor("model.embed_tokens.weight")
+        tied = architecture.tie_word_embeddings
+        return ModelWeights(
+            architecture=self.shard.local,
+            embedding=embedding,
+            layers=tuple(self._layer(index, block) for index, block in enumerate(architecture.blocks)),
+            final_norm=self._tensor("model.norm.weight").float(),
+            head=self.kernels.prepare_linear(
+                embedding[self.shard.vocabulary] if tied else self._tensor("lm_head.weight"), None
+            ),
+        )
+
+    def _tensor(self, name: str) -> Tensor:
         return self._stored(name).to(device=self.device, dtype=self.dtype)
 
-    def added_bias(self, name: str) -> Tensor:
+    def _added_bias(self, name: str) -> Tensor:
         """A bias behind a sum over ranks: zeros where another rank adds it."""
-        bias = self.tensor(name)
+        bias = self._tensor(name)
         return bias if self.shard.adds_bias(name) else torch.zeros_like(bias)
 
-    def layer(self, index: int, block: BlockConfig) -> LayerWeights:
+    def _layer(self, index: int, block: BlockConfig) -> LayerWeights:
         prefix = f"model.layers.{index}"
         attention = f"{prefix}.self_attn"
         has_bias = self.checkpoint.architecture.attention_bias
         projections = [f"{attention}.{name}_proj" for name in "qkv"]
         return LayerWeights(
             block=block,
-            input_norm=self.tensor(f"{prefix}.input_layernorm.weight").float(),
+            input_norm=self._tensor(f"{prefix}.input_layernorm.weight").float(),
             qkv=self.kernels.prepare_linear(
-                torch.cat([self.tensor(f"{name}.weight") for name in projections]),
-                torch.cat([self.tensor(f"{name}.bias") for name in projections]) if has_bias else None,
+                torch.cat([self._tensor(f"{name}.weight") for name in projections]),
+                torch.cat([self._tensor(f"{name}.bias") for name in projections]) if has_bias else None,
             ),
             out=self.kernels.prepare_linear(
-                self.tensor(f"{attention}.o_proj.weight"),
-                self.added_bias(f"{attention}.o_proj.bias") if has_bias else None,
+                self._tensor(f"{attention}.o_proj.weight"),
+                self._added_bias(f"{attention}.o_proj.bias") if has_bias else None,
             ),
-            sinks=self.tensor(f"{attention}.sinks").float(),
-            post_norm=self.tensor(f"{prefix}.post_attention_layernorm.weight").float(),
+            sinks=self._tensor(f"{attention}.sinks").float(),
+            post_norm=self._tensor(f"{prefix}.post_attention_layernorm.weight").float(),
             router=self.kernels.prepare_linear(
-                self.tensor(f"{prefix}.mlp.router.weight"), self.tensor(f"{prefix}.mlp.router.bias")
+                self._tensor(f"{prefix}.mlp.router.weight"), self._tensor(f"{prefix}.mlp.router.bias")
             ),
             experts=self.kernels.prepare_experts(
                 self._experts(f"{prefix}.mlp.experts"), limit=self.checkpoint.architecture.swiglu_limit
@@ -129,16 +123,16 @@ class _Loader:
     def _experts(self, prefix: str) -> ExpertWeights:
         return ExpertWeights(
             gate_up=self._matrix(f"{prefix}.gate_up_proj", interleaved=True),
-            gate_up_bias=_separate(self.tensor(f"{prefix}.gate_up_proj_bias")),
+            gate_up_bias=_separate(self._tensor(f"{prefix}.gate_up_proj_bias")),
             down=self._matrix(f"{prefix}.down_proj", interleaved=False),
-            down_bias=self.added_bias(f"{prefix}.down_proj_bias"),
+            down_bias=self._added_bias(f"{prefix}.down_proj_bias"),
         )
 
     def _matrix(self, name: str, *, interleaved: bool) -> Tensor | Mxfp4Matrix:
         """`[E, rows, cols]`, rows being outputs; BF16 experts are stored the other way round."""
         arrange = _separate if interleaved else (lambda tensor: tensor)
         if self.checkpoint.architecture.experts_format == "bf16":
-            return arrange(self.tensor(name).transpose(1, 2)).contiguous()
+            return arrange(self._tensor(name).transpose(1, 2)).contiguous()
         return Mxfp4Matrix(
             blocks=arrange(self._stored(f"{name}_blocks")).to(self.device),
             scales=arrange(self._stored(f"{name}_scales")).to(self.device),

@@ -8,13 +8,11 @@ input, or a batch too large for the memory, does not take the others along.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from puzzle_trtllm.models.reference.decode_graphs import DecodeGraphs
-from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.rank_group import ALONE, Ranks
 from puzzle_trtllm.models.reference.step import SequenceStep, plan_step
@@ -31,23 +29,12 @@ class OutOfStepError(RuntimeError):
 class ReferenceEngine:
     """Runs requests to their end; see `puzzle_trtllm.serve.runtimes.reference.loading` for how one is made."""
 
-    def __init__(
-        self,
-        model: ReferenceModel | DecodeGraphs,
-        cache: PagedKvCache,
-        *,
-        max_batch_size: int,
-        max_num_tokens: int,
-        ranks: Ranks = ALONE,
-        facts: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, model: ReferenceModel | DecodeGraphs, scheduler: Scheduler, ranks: Ranks = ALONE) -> None:
         self.model = model
-        self.cache = cache
+        self.scheduler = scheduler
+        self.cache = scheduler.cache
         self.ranks = ranks
         """Those that compute every step along with this one."""
-        self.facts = facts or {}
-        """What was chosen when it was loaded: device, dtypes, blocks of each pool, bytes held."""
-        self.scheduler = Scheduler(cache, max_batch_size=max_batch_size, max_num_tokens=max_num_tokens)
         self._num_steps = 0
 
     @property

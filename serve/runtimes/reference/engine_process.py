@@ -77,7 +77,7 @@ def follow() -> None:
     """Load what the leader loads, then run the engine as it does, on the messages that it shares, until the end."""
     _keep_freed_memory()
     ranks = _join_ranks()
-    engine = load_engine(ranks.share(), ranks)
+    engine, _ = load_engine(ranks.share(), ranks)
     run(engine, receive=lambda _: ranks.share(), send=lambda _: None)
 
 
@@ -88,8 +88,8 @@ def _lead(front: Connection) -> None:
     size = arguments.parallelism.tensor
     ranks = _join_ranks(size) if size > 1 else ALONE
     ranks.share(arguments)
-    engine = load_engine(arguments, ranks)
-    _send(front, Ready(facts=engine.facts, stats=engine.stats))
+    engine, facts = load_engine(arguments, ranks)
+    _send(front, Ready(facts=facts, stats=engine.stats))
     run(engine, receive=lambda wait: ranks.share(_receive(front, wait)), send=lambda report: _send(front, report))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,9 +26,10 @@ from puzzle_trtllm.models.reference.kernels.choice import choose_kernels, comput
 from puzzle_trtllm.models.reference.kv_cache import PagedKvCache
 from puzzle_trtllm.models.reference.model import ReferenceModel
 from puzzle_trtllm.models.reference.rank_group import ALONE, Ranks
-from puzzle_trtllm.models.reference.weights import load_weights
+from puzzle_trtllm.models.reference.weights import WeightLoader
 from puzzle_trtllm.serve.runtimes.reference.arguments import EngineArguments
 from puzzle_trtllm.serve.runtimes.reference.engine import ReferenceEngine
+from puzzle_trtllm.serve.runtimes.reference.scheduler import Scheduler
 from puzzle_trtllm.sharding import Shard, count_shard_bytes
 
 MAX_DEQUANTIZED_BYTES = 1 << 30
@@ -41,8 +43,11 @@ second thread would take the core that the server and its clients need."""
 _log = logging.getLogger(__name__)
 
 
-def load_engine(arguments: EngineArguments, ranks: Ranks = ALONE) -> ReferenceEngine:
-    """Load the serving copy, or this rank's part, and make an engine. Raises PuzzleError in one line."""
+def load_engine(arguments: EngineArguments, ranks: Ranks = ALONE) -> tuple[ReferenceEngine, dict[str, Any]]:
+    """Load the serving copy, or this rank's part, and make an engine. Raises PuzzleError in one line.
+
+    Gives with it the facts that were chosen: device, dtypes, blocks of each pool, bytes held, and each rank's.
+    """
     architecture = PuzzleArchitecture.from_path(arguments.model)
     shard = Shard(architecture=architecture, parallelism=arguments.parallelism, rank=ranks.rank)
     device = _choose_device(ranks)
@@ -52,7 +57,7 @@ def load_engine(arguments: EngineArguments, ranks: Ranks = ALONE) -> ReferenceEn
     dummy = arguments.load_format == "dummy"
     checkpoint = DummyCheckpoint(architecture, device) if dummy else Checkpoint.open(Path(arguments.model))
     kernels = choose_kernels(arguments.kernels, device, dequantize_experts=dequantize)
-    weights = load_weights(checkpoint, dtype=dtype, device=device, kernels=kernels, shard=shard)
+    weights = WeightLoader(checkpoint=checkpoint, dtype=dtype, device=device, kernels=kernels, shard=shard).load()
     is_small = device.type == "cpu" and weights.num_bytes < SINGLE_THREAD_BYTES
     torch.set_num_threads(1 if is_small else max(1, torch.get_num_threads() // ranks.local_size))
     layout = _plan_cache(arguments, shard.local, device, ranks)
@@ -61,7 +66,7 @@ def load_engine(arguments: EngineArguments, ranks: Ranks = ALONE) -> ReferenceEn
     graph_sizes = _graph_batch_sizes(arguments, architecture, kernels, ranks)
     recorded = None
     if graph_sizes:
-        recorded = DecodeGraphs(model, cache, batch_sizes=graph_sizes, max_seq_len=max_seq_len, record=cuda_recorder())
+        recorded = DecodeGraphs(model, cache, batch_sizes=graph_sizes, record=cuda_recorder())
     facts = {
         "rank": ranks.rank,
         "pid": os.getpid(),
@@ -82,14 +87,8 @@ def load_engine(arguments: EngineArguments, ranks: Ranks = ALONE) -> ReferenceEn
         "kv_cache_bytes": layout.num_bytes,
     }
     _log.info("engine ready: %s", ", ".join(f"{key}={value}" for key, value in facts.items()))
-    return ReferenceEngine(
-        recorded or model,
-        cache,
-        max_batch_size=arguments.max_batch_size,
-        max_num_tokens=arguments.max_num_tokens,
-        ranks=ranks,
-        facts={**facts, "ranks": ranks.collect(facts)},
-    )
+    scheduler = Scheduler(cache, max_batch_size=arguments.max_batch_size, max_num_tokens=arguments.max_num_tokens)
+    return ReferenceEngine(recorded or model, scheduler, ranks), {**facts, "ranks": ranks.collect(facts)}
 
 
 def _choose_device(ranks: Ranks) -> torch.device:

@@ -42,9 +42,11 @@ class ReferenceRequestOutput:
         self.metrics: RequestPerfMetrics | None = None
         self._abort = abort
         self._params = sampling_params
-        self._detokenizer = (
-            _Detokenizer(tokenizer, sampling_params) if tokenizer and sampling_params.detokenize else None
-        )
+        self._stops = sampling_params.stop_strings
+        self._stream: TextStream | None = None
+        """Makes text of the tokens, without decoding them again from the start; None where none is wanted."""
+        if tokenizer and sampling_params.detokenize:
+            self._stream = TextStream(tokenizer, skip_special_tokens=sampling_params.skip_special_tokens)
         self._updates: deque[TokenUpdate | Exception] = deque()
         self._arrived = threading.Condition()
         """Held to queue updates and to apply them: one after the other, however many consume the request."""
@@ -140,42 +142,29 @@ class ReferenceRequestOutput:
         hides_stop = isinstance(update.stop_reason, int) and not self._params.include_stop_str_in_output
         new = update.token_ids[:-1] if hides_stop else update.token_ids
         output.cumulative_logprob = update.cumulative_logprob
-        if self._detokenizer is None:
+        if self._stream is None:
             output.token_ids.extend(new)
-        elif self._detokenizer.append(output, new):
+        elif self._extend_text(output, self._stream, new):
             self.abort()
             return
         if update.finish_reason is not None:
             output.finish_reason, output.stop_reason = update.finish_reason, update.stop_reason
-            if self._detokenizer is not None:
-                self._detokenizer.flush(output)
+            if self._stream is not None:  # bytes of a character which never came
+                output.text += self._stream.rest()
 
-
-class _Detokenizer:
-    """Text of a growing token list, without decoding it again from the start, and the search for stop strings."""
-
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self._params = params
-        self._stream = TextStream(tokenizer, skip_special_tokens=params.skip_special_tokens)
-        self._stops = params.stop_strings
-
-    def append(self, output: CompletionOutput, token_ids: list[int]) -> bool:
+    def _extend_text(self, output: CompletionOutput, stream: TextStream, token_ids: list[int]) -> bool:
         """Add tokens and their text; True if a stop string ended the output here."""
         if not self._stops:
             output.token_ids += token_ids
-            output.text += "".join(map(self._stream.feed, token_ids))
+            output.text += "".join(map(stream.feed, token_ids))
             return False
         for token in token_ids:
             output.token_ids.append(token)
-            piece = self._stream.feed(token)
+            piece = stream.feed(token)
             output.text += piece
             if piece and len(output.token_ids) >= (self._params.min_tokens or 0) and self._cut(output, len(piece)):
                 return True
         return False
-
-    def flush(self, output: CompletionOutput) -> None:
-        """Add text that waited for more bytes of a character which never came."""
-        output.text += self._stream.rest()
 
     def _cut(self, output: CompletionOutput, num_new: int) -> bool:
         """Cut the text at the earliest stop string that ends in the last `num_new` characters."""

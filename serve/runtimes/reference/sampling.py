@@ -81,8 +81,7 @@ def _nucleus(shares: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 def _apply_penalties(logits: Tensor, row: Sequence) -> None:
     """In place; prompt and output count alike, as in TensorRT-LLM."""
     rule = row.rule
-    row.occurrences.update(row.tokens[row.num_counted :])
-    row.num_counted = len(row.tokens)
+    row.occurrences.update(row.tokens[row.occurrences.total() :])
     ids = torch.tensor(list(row.occurrences), device=logits.device)
     counts = torch.tensor(list(row.occurrences.values()), device=logits.device)
     own = logits[ids]

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from puzzle_trtllm.models.reference.kv_cache import PagedKvCache, SequenceBlocks
+from puzzle_trtllm.models.reference.kv_cache import BlocksByWindow, PagedKvCache
 from puzzle_trtllm.serve.runtimes.reference.messages import DecodingRule
 
 
@@ -29,7 +29,7 @@ class Sequence:
     arrival_ns: int
     num_computed: int = 0
     """Tokens whose K and V are in the cache."""
-    blocks: dict[int | None, SequenceBlocks] = field(default_factory=dict)
+    blocks: BlocksByWindow = field(default_factory=dict)
     block_keys: list[bytes] = field(default_factory=list)
     """Under which others find its full blocks: those of the prompt, then those it filled itself."""
     num_reused: int = 0
@@ -37,8 +37,7 @@ class Sequence:
     num_reported: int = 0
     cumulative_logprob: float = 0.0
     occurrences: Counter[int] = field(default_factory=Counter)
-    """Of each token, for penalties; `num_counted` tokens are in it."""
-    num_counted: int = 0
+    """Of each token, for penalties; counted when they are asked for."""
     first_scheduled_ns: int = 0
     first_token_ns: int = 0
 
@@ -128,10 +127,11 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Have a waiting sequence run, from where the cache leaves it to begin; False when it does not fit."""
-        prefix = self.cache.find_prefix(sequence.block_keys, sequence.num_prompt_tokens)
-        if not self.cache.can_admit(sequence.max_tokens, prefix):
+        num_reused = self.cache.find_prefix(sequence.block_keys, sequence.num_prompt_tokens)
+        blocks = self.cache.admit(sequence.max_tokens, sequence.block_keys, num_reused)
+        if blocks is None:
             return False
-        sequence.blocks = self.cache.admit(sequence.max_tokens, prefix)
-        sequence.num_computed = sequence.num_reused = prefix.num_tokens
+        sequence.blocks = blocks
+        sequence.num_computed = sequence.num_reused = num_reused
         self.running[sequence.request_id] = self.waiting.pop(sequence.request_id)
         return True
