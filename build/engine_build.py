@@ -217,7 +217,7 @@ def _provenance(
 ) -> dict[str, Any]:
     return {
         "source": {"path": str(source.path.resolve()), "fingerprint": source.fingerprint()},
-        "engine_config": config.model_dump(mode="json"),
+        "engine_config": {**config.model_dump(mode="json"), "scenario": _findable(config.scenario)},
         "versions": {
             "puzzle_trtllm": puzzle_trtllm.__version__,
             "python": platform.python_version(),
@@ -227,6 +227,12 @@ def _provenance(
         "warnings": warnings,
         "notes": notes,
     }
+
+
+def _findable(scenario: str) -> str:
+    """A file as an absolute path: `bench --engine` reads it again, wherever it is called."""
+    path = Path(scenario)
+    return str(path.absolute()) if path.suffix in (".yaml", ".yml") and path.is_file() else scenario
 
 
 def _manifest(served: Checkpoint, config: EngineConfig, kv_fold: KvFold, provenance: dict[str, Any]) -> EngineManifest:

@@ -15,6 +15,7 @@ from puzzle_trtllm.commands.output import (
     facts_table,
     print_json,
     print_table,
+    quoted,
     show_bytes,
 )
 from puzzle_trtllm.errors import PuzzleError
@@ -155,7 +156,7 @@ def engine_table(engine: Engine) -> Table:
             else ("KV cache", manifest.kv_dtype),
             ("memory for both", limit),
             ("limits", ", ".join(limits)),
-            ("next", f"puzzle-trtllm serve {engine.path}"),
+            ("next", f"puzzle-trtllm serve {quoted(engine.path)}"),
         ],
     )
 
@@ -288,15 +289,15 @@ def serve_command(
 
 def next_steps(engine: Engine, url: str, *, tls: GrpcTls | None, has_secret: bool) -> list[tuple[str, str]]:
     """Commands for a server that is ready: one that tries it, and one that measures it under the engine's own load."""
-    scenario = engine.scenario or "NAME"
+    scenario = "NAME" if engine.scenario is None else quoted(engine.scenario)
     options = ""
     if tls is not None:
         options += " --ca-cert CA" if tls.root_cert is None else " --ca-cert CA --client-cert CERT --client-key KEY"
     if has_secret:
         options += " --secret FILE"
     return [
-        ("try", f"puzzle-trtllm generate PROMPT --url {url} --tokenizer {engine.model_path}{options}"),
-        ("measure", f"puzzle-trtllm bench --url {url} --engine {engine.path} --scenario {scenario}{options}"),
+        ("try", f"puzzle-trtllm generate PROMPT --url {url} --tokenizer {quoted(engine.model_path)}{options}"),
+        ("measure", f"puzzle-trtllm bench --url {url} --engine {quoted(engine.path)} --scenario {scenario}{options}"),
     ]
 
 
