@@ -85,7 +85,8 @@ def build_command(
     It holds the serving copy of the checkpoint, with its KV scales folded in, and the arguments to load it.
     """
     if only_explain:
-        _explain(checkpoint, config, target, as_json=as_json)
+        options: dict[str, Any] = {"fold": fold, "allow_unit_scale": allow_unit_scale, "target": target}
+        _explain(checkpoint, config, options, as_json=as_json)
         return
     if out is None:
         raise PuzzleError("missing", key="OUT", expected="the engine's folder; only --explain goes without")
@@ -107,11 +108,11 @@ def build_command(
         print_table(engine_table(engine))
 
 
-def _explain(checkpoint: str, config: str, target: Line | None, *, as_json: bool) -> None:
+def _explain(checkpoint: str, config: str, options: Mapping[str, Any], *, as_json: bool) -> None:
     from puzzle_trtllm.build.derived_values import to_nested
     from puzzle_trtllm.build.engine_build import explain
 
-    values = explain(checkpoint, config=config, target=target, quiet=False)
+    values = explain(checkpoint, config=config, **options, quiet=False)
     if as_json:
         print_json({"llm_args": to_nested(values), "reasons": {key: reason for key, _, reason in values}})
         return

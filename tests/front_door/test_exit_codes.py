@@ -169,6 +169,17 @@ def test_explain_needs_no_weights(parent: Path) -> None:
     assert "fp8" in value["reasons"]["kv_cache_config.dtype"]
 
 
+def test_explain_takes_a_fold_as_build_does(tmp_path: Path) -> None:
+    config = ROOT / "tests" / "data" / "gpt-oss-puzzle-88b.config.json"
+    explain = ("build", config, "--explain", "--config")
+    folded = invoke(*explain, "h100x1-long", "--fold", "none", "--allow-unit-scale")
+    assert folded.exit_code == 0 and "runs at unit scale" in folded.stderr
+    assert_user_error(invoke(*explain, "h100x1-long", "--fold", "none"), "h100x1-long: fold: ", "--allow-unit-scale")
+    bf16 = tmp_path / "bf16.yaml"
+    bf16.write_text("runtime: reference\n", encoding="utf-8")
+    assert_user_error(invoke(*explain, bf16, "--fold", "tensor"), "bf16.yaml: kv_dtype: --fold needs an FP8 KV cache")
+
+
 def test_explain_warns_as_build_does() -> None:
     config = ROOT / "tests" / "data" / "gpt-oss-puzzle-88b.config.json"
     result = invoke("build", config, "--config", "h100x1-long", "--explain")
