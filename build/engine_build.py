@@ -79,9 +79,8 @@ def build_engine(
     source = Checkpoint.open(checkpoint)
     source.validate()
     values = _derive(source.architecture, settings, label)
-    if fold in ("tensor", "channel") and settings.kv_dtype != "fp8":
-        raise ConfigError("--fold needs an FP8 KV cache", file=label, key="kv_dtype", found=settings.kv_dtype)
-    mode = _choose_fold(source, settings, fold or settings.fold, allow_unit_scale, label)
+    mode = _choose_fold(settings, fold, allow_unit_scale, label)
+    _check_scales(source, mode, label)
     folding = fold_scales(source, mode, quantized_q=settings.stores_q_in_fp8)
     warnings = [*folding.warnings, *_runtime_warnings(source.architecture, settings, mode, values)]
     for line in warnings:
@@ -110,20 +109,23 @@ def explain(
     config_json_or_checkpoint: str | Path,
     *,
     config: EngineConfig | str | Path,
+    fold: FoldName | None = None,
+    allow_unit_scale: bool = False,
     target: Line | None = None,
     quiet: bool = True,
 ) -> list[DerivedValue]:
     """Every LLM argument that `build_engine` would write: (dotted key, value, reason).
 
     Needs only an architecture: a config.json, a folder with one, or a hub id. `to_nested` turns the result into the
-    arguments themselves. Warnings and errors are those of building, as far as they show without weights.
+    arguments themselves. Options, warnings and errors are those of building, as far as they show without weights.
     """
     path = Path(config_json_or_checkpoint)
     path = path if path.is_file() else resolve_folder(config_json_or_checkpoint, weights=False)
     settings, label = _load_config(config, target)
     architecture = PuzzleArchitecture.from_path(path)
     values = _derive(architecture, settings, label)
-    for line in _runtime_warnings(architecture, settings, settings.fold, values):
+    mode = _choose_fold(settings, fold, allow_unit_scale, label)
+    for line in _runtime_warnings(architecture, settings, mode, values):
         warn(line, quiet=quiet)
     return values
 
@@ -165,15 +167,17 @@ def _write_gpu_host_files(
     write_launch_folder(folder, architecture, config, to_nested(values), scenario, plugin=plugin)
 
 
-def _choose_fold(
-    checkpoint: Checkpoint, config: EngineConfig, wanted: FoldName, allow_unit_scale: bool, label: str
-) -> FoldName:
-    """The fold that will be done. Raises ConfigError for FP8 KV that would silently run at unit scale."""
+def _choose_fold(config: EngineConfig, fold: FoldName | None, allow_unit_scale: bool, label: str) -> FoldName:
+    """The fold that will be done, if the checkpoint has scales.
+
+    Raises ConfigError for one that would do nothing, and for FP8 KV that would silently run at unit scale.
+    """
     if config.kv_dtype != "fp8":
+        if fold in ("tensor", "channel"):
+            raise ConfigError("--fold needs an FP8 KV cache", file=label, key="kv_dtype", found=config.kv_dtype)
         return "none"
-    if wanted == "none":
-        if allow_unit_scale:
-            return "none"
+    wanted = fold or config.fold
+    if wanted == "none" and not allow_unit_scale:
         raise ConfigError(
             "FP8 KV without a fold runs at unit scale",
             file=label,
@@ -181,13 +185,16 @@ def _choose_fold(
             found="none",
             expected="tensor or channel, or --allow-unit-scale if that is meant",
         )
-    if not checkpoint.kv_scales:
+    return wanted
+
+
+def _check_scales(checkpoint: Checkpoint, mode: FoldName, label: str) -> None:
+    if mode != "none" and not checkpoint.kv_scales:
         raise ConfigError(
             f"{label} wants an FP8 KV cache, and this checkpoint has no KV scales",
             file=checkpoint.path,
             expected="one from `calibrate kv`, or --fold none --allow-unit-scale",
         )
-    return wanted
 
 
 def _runtime_warnings(
@@ -217,7 +224,7 @@ def _provenance(
 ) -> dict[str, Any]:
     return {
         "source": {"path": str(source.path.resolve()), "fingerprint": source.fingerprint()},
-        "engine_config": config.model_dump(mode="json"),
+        "engine_config": {**config.model_dump(mode="json"), "scenario": _findable(config.scenario)},
         "versions": {
             "puzzle_trtllm": puzzle_trtllm.__version__,
             "python": platform.python_version(),
@@ -227,6 +234,12 @@ def _provenance(
         "warnings": warnings,
         "notes": notes,
     }
+
+
+def _findable(scenario: str) -> str:
+    """A file as an absolute path: `bench --engine` reads it again, wherever it is called."""
+    path = Path(scenario)
+    return str(path.absolute()) if path.suffix in (".yaml", ".yml") and path.is_file() else scenario
 
 
 def _manifest(served: Checkpoint, config: EngineConfig, kv_fold: KvFold, provenance: dict[str, Any]) -> EngineManifest:

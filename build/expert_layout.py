@@ -15,8 +15,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from puzzle_trtllm.architecture import PuzzleArchitecture
+from puzzle_trtllm.build.gpu_args import OTHER_BACKEND, moe_backend
 from puzzle_trtllm.build.serving_copy import serving_family
 from puzzle_trtllm.errors import ConfigError
+from puzzle_trtllm.families import GPT_OSS
 from puzzle_trtllm.gpus import Gpu
 from puzzle_trtllm.models.trtllm.upstream import Line
 from puzzle_trtllm.mxfp4 import BLOCK_SIZE
@@ -32,7 +34,8 @@ def check_expert_layout(a: PuzzleArchitecture, llm_args: Mapping[str, Any], *, g
     """Raise ConfigError for experts dealt out as the kernels or the plugin cannot have them."""
     sizes = Parallelism.from_llm_args(llm_args)
     moe, cut = llm_args.get("moe_config") or {}, sizes.moe_tensor
-    if cut > 1 and moe.get("backend") == "TRITON":
+    backend = _backend(a, moe, gpu)
+    if cut > 1 and backend == "TRITON":
         raise ConfigError(
             "TRITON deals experts out whole",
             file=file,
@@ -40,7 +43,7 @@ def check_expert_layout(a: PuzzleArchitecture, llm_args: Mapping[str, Any], *, g
             found=sizes.moe_expert,
             expected=f"{sizes.tensor}, or moe_config.backend CUTLASS to cut them (unverified)",
         )
-    if gpu.expert_math == "bf16" and moe.get("backend") == "CUTLASS" and _cuts_a_block(a, cut):
+    if gpu.expert_math == "bf16" and backend == "CUTLASS" and _cuts_a_block(a, cut):
         raise ConfigError(
             "CUTLASS below Blackwell gives a cut MXFP4 block the wrong scales",
             file=file,
@@ -56,6 +59,14 @@ def check_expert_layout(a: PuzzleArchitecture, llm_args: Mapping[str, Any], *, g
             found="set",
             expected="none",
         )
+
+
+def _backend(a: PuzzleArchitecture, moe_config: Mapping[str, Any], gpu: Gpu) -> object:
+    """The kernels, also where AUTO leaves TensorRT-LLM the choice: it knows its own gpt-oss alone (gpu_args.py)."""
+    if moe_config.get("backend") != "AUTO":
+        return moe_config.get("backend")
+    backend, _ = moe_backend(gpu) if serving_family(a) is GPT_OSS else OTHER_BACKEND
+    return backend
 
 
 def warn_of_cut(a: PuzzleArchitecture, llm_args: Mapping[str, Any]) -> list[str]:

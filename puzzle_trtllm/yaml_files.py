@@ -105,4 +105,5 @@ def first_problem(error: ValidationError, file: str | Path, kind: type[Error]) -
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"]) or None
     found = None if problem["type"] == "missing" else repr(problem["input"])
-    return kind(problem["msg"], file=file, key=key, found=found)
+    message = problem["msg"].removeprefix("Value error, ")  # pydantic's words before those of our own checks
+    return kind(message, file=file, key=key, found=found)

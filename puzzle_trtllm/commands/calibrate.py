@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from puzzle_trtllm.commands.dataset_options import takes_dataset, warn_if_bundled
-from puzzle_trtllm.commands.output import JsonOption, OverwriteOption, facts_table, print_json, print_table, show_bytes
+from puzzle_trtllm.commands.output import (
+    JsonOption,
+    OverwriteOption,
+    facts_table,
+    print_json,
+    print_table,
+    quoted,
+    show_bytes,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -94,7 +102,8 @@ def experts_command(
     if as_json:
         print_json(_experts_json(report))
     else:
-        print_table(importance_table(report))
+        derive = f"puzzle-trtllm derive PARENT CHILD --architecture child.json --importance {quoted(report.out)}"
+        print_table(importance_table(report), facts_table("scores", [("file", str(report.out)), ("next", derive)]))
 
 
 def _limit_kernel_cache() -> None:
@@ -135,8 +144,7 @@ def importance_table(report: ExpertCalibration) -> Table:
     from rich.table import Table
 
     title = f"{report.out}: {report.method}; {report.num_sequences:,} sequences, {report.num_tokens:,} tokens"
-    next_step = f"next: puzzle-trtllm derive PARENT CHILD --architecture child.json --importance {report.out}"
-    table = Table(title=title, title_justify="left", caption=next_step, caption_justify="left")
+    table = Table(title=title, title_justify="left")
     child = ("kept", "output error", "approx.") if report.layers[0].kept is not None else ()
     for column in ("layer", "experts", "busiest", "share", "idlest", "share", "unrouted", "first to go", *child):
         table.add_column(column, justify="right")
@@ -222,7 +230,7 @@ def kv_command(
     ]
     if report.held_out is None:
         facts.append(("quality", f"not measured: {report.held_out_missing}"))
-    facts.append(("next", f"puzzle-trtllm build {out} ENGINE --config NAME"))
+    facts.append(("next", f"puzzle-trtllm build {quoted(out)} ENGINE --config NAME"))
     print_table(scales_table(report), *held_out_tables(report), facts_table("calibrated", facts))
 
 

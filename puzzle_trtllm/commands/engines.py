@@ -15,6 +15,7 @@ from puzzle_trtllm.commands.output import (
     facts_table,
     print_json,
     print_table,
+    quoted,
     show_bytes,
 )
 from puzzle_trtllm.errors import PuzzleError
@@ -84,7 +85,8 @@ def build_command(
     It holds the serving copy of the checkpoint, with its KV scales folded in, and the arguments to load it.
     """
     if only_explain:
-        _explain(checkpoint, config, target, as_json=as_json)
+        options: dict[str, Any] = {"fold": fold, "allow_unit_scale": allow_unit_scale, "target": target}
+        _explain(checkpoint, config, options, as_json=as_json)
         return
     if out is None:
         raise PuzzleError("missing", key="OUT", expected="the engine's folder; only --explain goes without")
@@ -106,11 +108,11 @@ def build_command(
         print_table(engine_table(engine))
 
 
-def _explain(checkpoint: str, config: str, target: Line | None, *, as_json: bool) -> None:
+def _explain(checkpoint: str, config: str, options: Mapping[str, Any], *, as_json: bool) -> None:
     from puzzle_trtllm.build.derived_values import to_nested
     from puzzle_trtllm.build.engine_build import explain
 
-    values = explain(checkpoint, config=config, target=target, quiet=False)
+    values = explain(checkpoint, config=config, **options, quiet=False)
     if as_json:
         print_json({"llm_args": to_nested(values), "reasons": {key: reason for key, _, reason in values}})
         return
@@ -155,7 +157,7 @@ def engine_table(engine: Engine) -> Table:
             else ("KV cache", manifest.kv_dtype),
             ("memory for both", limit),
             ("limits", ", ".join(limits)),
-            ("next", f"puzzle-trtllm serve {engine.path}"),
+            ("next", f"puzzle-trtllm serve {quoted(engine.path)}"),
         ],
     )
 
@@ -288,15 +290,15 @@ def serve_command(
 
 def next_steps(engine: Engine, url: str, *, tls: GrpcTls | None, has_secret: bool) -> list[tuple[str, str]]:
     """Commands for a server that is ready: one that tries it, and one that measures it under the engine's own load."""
-    scenario = engine.scenario or "NAME"
+    scenario = "NAME" if engine.scenario is None else quoted(engine.scenario)
     options = ""
     if tls is not None:
         options += " --ca-cert CA" if tls.root_cert is None else " --ca-cert CA --client-cert CERT --client-key KEY"
     if has_secret:
         options += " --secret FILE"
     return [
-        ("try", f"puzzle-trtllm generate PROMPT --url {url} --tokenizer {engine.model_path}{options}"),
-        ("measure", f"puzzle-trtllm bench --url {url} --engine {engine.path} --scenario {scenario}{options}"),
+        ("try", f"puzzle-trtllm generate PROMPT --url {url} --tokenizer {quoted(engine.model_path)}{options}"),
+        ("measure", f"puzzle-trtllm bench --url {url} --engine {quoted(engine.path)} --scenario {scenario}{options}"),
     ]
 
 

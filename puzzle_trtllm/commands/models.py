@@ -13,6 +13,7 @@ from puzzle_trtllm.commands.output import (
     facts_table,
     print_json,
     print_table,
+    quoted,
     show_bytes,
     show_count,
 )
@@ -179,7 +180,8 @@ def derive_command(
         return
     saved = 1 - child.weight_bytes / parent_bytes
     summary = f"{show_bytes(child.weight_bytes)}, {saved:.1%} less than the parent's {show_bytes(parent_bytes)}"
-    facts = [("folder", str(out)), ("weights", summary), ("next", f"puzzle-trtllm calibrate kv {out} {out}-kv")]
+    calibrate = f"puzzle-trtllm calibrate kv {quoted(out)} {quoted(f'{out}-kv')}"
+    facts = [("folder", str(out)), ("weights", summary), ("next", calibrate)]
     print_table(layers_table(child), facts_table("child", facts))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -39,6 +41,11 @@ def facts_table(title: str, facts: Iterable[tuple[str, str]]) -> Table:
     for name, value in facts:
         table.add_row(name, value)
     return table
+
+
+def quoted(path: str | Path) -> str:
+    """A path as a command that is to be typed has it."""
+    return shlex.quote(str(path))
 
 
 def show_bytes(num_bytes: float) -> str:

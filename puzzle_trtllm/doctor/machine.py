@@ -278,7 +278,8 @@ def _experts_of_engine(engine: Engine) -> Iterator[Check]:
     row = TRITON_EXPERTS
     finding = check(row)
     problems = finding.problems
-    if finding.holds and not getattr(importlib.import_module(row.modules[0]), "IS_TRITON_KERNELS_AVAILABLE", True):
+    module = None if finding.module is None else importlib.import_module(finding.module)  # one of two places
+    if finding.holds and not getattr(module, "IS_TRITON_KERNELS_AVAILABLE", True):
         problems = ("the package triton_kernels cannot be imported",)
     yield Check(
         group="engine",

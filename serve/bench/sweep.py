@@ -52,7 +52,7 @@ class SweepResult(ResultFile):
     """As given; each point's own says its concurrency and number of requests."""
     seed: int
     engine: str | None
-    """The engine folder behind the server, as given: points of another engine are another sweep."""
+    """The engine folder behind the server, an absolute path: points of another engine are another sweep."""
     knee: int | None
     """The knee's concurrency; None when throughput was still rising at the largest one."""
     points: list[BenchResult]
@@ -120,7 +120,7 @@ def run_sweep(
     base = override_scenario(scenario)
     if not concurrencies or min(concurrencies) < 1:
         raise BenchError("nothing to sweep over", key="concurrencies", found=list(concurrencies), expected="1 or more")
-    engine_name = str(engine) if engine is not None else None
+    engine_name = _place(engine)
     wanted = [point_scenario(base, concurrency, num_requests) for concurrency in sorted(set(concurrencies))]
     sweep = SweepResult.of(base, seed, engine_name, *_earlier_points(out, url, base, seed, engine_name))
     for load in wanted:
@@ -169,18 +169,22 @@ def _earlier_points(
     if not earlier.points:
         return [], begun
     for key, found, expected in (
-        ("scenario", earlier.scenario, base),
+        *((f"scenario.{key}", getattr(earlier.scenario, key), getattr(base, key)) for key in Scenario.model_fields),
         ("seed", earlier.seed, seed),
-        ("engine", earlier.engine, engine),
+        ("engine", _place(earlier.engine), engine),
         *(("url", point.url, url) for point in earlier.points),
     ):
         if found != expected:
-            raise BenchError(
-                "holds another sweep; remove it or write elsewhere", file=out, key=key, found=found, expected=expected
-            )
+            message = "holds another sweep; remove it or write elsewhere"
+            raise BenchError(message, file=out, key=key, found=str(found), expected=str(expected))
     if engine is not None:
         _check_engine_of(earlier.points, EngineProvenance.of(Engine.open(engine)), out)
     return earlier.points, begun
+
+
+def _place(engine: str | Path | None) -> str | None:
+    """One folder has one name, however it is written."""
+    return None if engine is None else str(Path(engine).resolve())
 
 
 def _check_engine_of(points: Sequence[BenchResult], now: EngineProvenance, out: str | Path) -> None:

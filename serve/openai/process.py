@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 import time
@@ -59,15 +60,19 @@ class OpenAiFront:
         command += ["--host", self._host, "--port", str(self._port)]
         command += ["--model", self._model] if self._model else []
         command += ["--secret", str(self._secret_file.resolve())] if self._secret_file else []
-        with run_on(server.cores):
-            return GuardedProcess(
-                command,
-                environment=python_path({}),
-                log_file=self._log_file,
-                grace_s=_GRACE_S,
-                shm_prefix=f"puzzle_openai_{uuid.uuid4().hex[:12]}_",
-                scratch=scratch,
-            )
+        try:
+            with run_on(server.cores):
+                return GuardedProcess(
+                    command,
+                    environment=python_path({}),
+                    log_file=self._log_file,
+                    grace_s=_GRACE_S,
+                    shm_prefix=f"puzzle_openai_{uuid.uuid4().hex[:12]}_",
+                    scratch=scratch,
+                )
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
 
     def _wait_until_ready(self) -> None:
         began_s = time.monotonic()

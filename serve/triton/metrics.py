@@ -12,7 +12,7 @@ noticed, and that an engine which lives makes no steps any more (a deadlock, a G
     puzzle_kv_blocks_reused_total, puzzle_kv_blocks_missed_total
                                     prompt blocks found in the cache and not, if the runtime counts them
     puzzle_engine_steps_total       forward passes, if the runtime counts them: output tokens over steps is the batch
-    puzzle_seconds_without_step     how long open requests have waited for a step to end, if the runtime counts them
+    puzzle_seconds_without_step     how long the engine has ended no step of its requests, if the runtime counts them
     puzzle_prompt_tokens_total, puzzle_output_tokens_total, puzzle_responses_total
     puzzle_requests_total{end="ok"|"cancelled"|...}
 
@@ -215,7 +215,7 @@ class MetricsThread:
         now_s = time.monotonic()
         look_s, self._looked_s = min(now_s - self._looked_s, _LONGEST_LOOK_S), now_s
         progress = self._steps, self._session.totals.output_tokens
-        if progress != self._progress or self._steps is None or not any(self._session.queue_lengths()):
+        if progress != self._progress or self._steps is None or not self._session.engine_has_requests:
             self._progress, self._without_step_s = progress, 0.0
             return
         self._without_step_s += look_s

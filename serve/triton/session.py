@@ -55,6 +55,8 @@ class OpenRequest:
     reply: Reply
     result: Any = None
     """The runtime's RequestOutput, once submitted."""
+    is_read: bool = False
+    """Whether the prompt is such as the runtime takes it: a long text becomes tokens before."""
     task: asyncio.Task[None] | None = None
     num_tokens: int = 0
     query_failed: bool = False
@@ -146,6 +148,11 @@ class Session:
         running = min(len(requests), max(started, num_active))
         return len(requests) - running, running
 
+    @property
+    def engine_has_requests(self) -> bool:
+        """Whether any of the open ones is the engine's turn."""
+        return any(request.is_read for request in list(self._open.values()))
+
     def drain(self, seconds: float) -> None:
         """Refuse new requests and wait for the open ones; after `seconds` end those with UNAVAILABLE."""
         self._draining.set()
@@ -187,6 +194,7 @@ class Session:
         try:
             parameters = self._sampling_params(**call.sampling)
             prompt = await self._read_prompt(call.prompt)
+            request.is_read = True
             request.result = self._llm.generate_async(prompt, parameters, streaming=call.reply.streaming)
             async for output in request.result:
                 self._step(request, output)

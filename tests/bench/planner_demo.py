@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from puzzle_trtllm.build.planner.two_points import Measured, fit_step_cost
+from puzzle_trtllm.errors import PuzzleError
 
 
 def predict(report: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -36,5 +37,9 @@ def predict(report: dict[str, dict[str, float]]) -> dict[str, float]:
 
 if __name__ == "__main__":
     document = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    for name, value in predict(document).items():
+    try:
+        prediction = predict(document)
+    except PuzzleError as error:
+        sys.exit(f"{sys.argv[1]}: {error} (a busy machine?)")
+    for name, value in prediction.items():
         print(f"{name:20} {value:.3g}")

@@ -290,6 +290,13 @@ class TestCutExperts:
         with pytest.raises(ConfigError, match=r"wrong scales \(found 4, expected a divisor of the experts' 90 blocks"):
             arguments(MODELS[model], gpu=gpu, num_gpus=8, llm_args={"moe_config": {"backend": "CUTLASS"}, **ranks})
 
+    @pytest.mark.parametrize(("model", "match"), [("parent", "TRITON deals experts out whole"), ("child", "wrong")])
+    def test_what_auto_becomes_is_held_to_the_same(self, model, match):
+        ranks = {"moe_expert_parallel_size": 2, "moe_tensor_parallel_size": 4}
+        auto = {"num_gpus": 8, "target": "1.3", "llm_args": {"moe_config": {"backend": "AUTO"}, **ranks}}
+        with pytest.raises(ConfigError, match=match):
+            arguments(MODELS[model], **auto)
+
     def test_cut_by_what_expert_parallelism_leaves_over(self):
         whole = arguments(num_gpus=8)
         assert expert_cut(whole) == 1 and warn_of_cut(PuzzleArchitecture.from_path(CHILD), whole) == []

@@ -278,3 +278,11 @@ def test_bad_options_are_one_line_and_exit_code_2(folder, tmp_path, options, mes
     assert result.exit_code == 2
     assert message in result.stderr and result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_next_command_is_shown_in_one_piece(folder, tmp_path, monkeypatch):
+    """As wide as the table of experts it broke before the file's name."""
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["calibrate", "experts", str(folder), "scores of experts.safetensors"])
+    command = "puzzle-trtllm derive PARENT CHILD --architecture child.json --importance 'scores of experts.safetensors'"
+    assert result.exit_code == 0 and command in result.stdout

@@ -200,6 +200,17 @@ class TestEngine:
         assert experts.outcome == outcome and found in experts.found
         assert ("backend: CUTLASS" in experts.advice) is (not diagnosis.ready) is (outcome == "wrong")
 
+    @pytest.mark.parametrize(("available", "outcome"), [(True, "ok"), (False, "wrong")])
+    def test_the_kernels_of_its_experts_where_autumn_2026_moved_them(
+        self, engine, gpu_host, monkeypatch, available, outcome
+    ):
+        before, after = TRITON_EXPERTS.modules
+        module = sys.modules[before]
+        monkeypatch.setattr(module, "IS_TRITON_KERNELS_AVAILABLE", available, raising=False)
+        monkeypatch.delitem(sys.modules, before)
+        monkeypatch.setitem(sys.modules, after, module)
+        assert by_name(machine.diagnose(engine.path))["engine: experts"].outcome == outcome
+
     @pytest.mark.parametrize(
         ("installed", "target", "outcome"),
         [("1.2.1", "1.2", None), ("1.3.0", "1.2", "note"), ("1.2.1", "1.3", "wrong"), ("1.3.0", "late", "wrong")],

@@ -105,3 +105,11 @@ def test_what_a_line_does_not_have_is_refused_for_it_alone(arguments, lines):
             with pytest.raises(ConfigError, match=f"line {target}, only in {' and '.join(lines)}|wrong type"):
                 check_llm_args(arguments, target=target, file="x.yaml")
     check_known_types(arguments, file="x.yaml")
+
+
+def test_what_no_recorded_line_has_passes_in_an_engine_that_was_edited():
+    """A newer TensorRT-LLM may have added it, in a section as well; types of what is known are held to all the same."""
+    new = {"added": 1, "cuda_graph_config": {"mode": "decode"}, "kv_cache_config": {"added": 1, "dtype": "fp8"}}
+    check_known_types(new, file="x.yaml")
+    with pytest.raises(ConfigError, match=r"x\.yaml: kv_cache_config\.dtype: wrong type .*found 1"):
+        check_known_types({"kv_cache_config": {"added": 1, "dtype": 1}}, file="x.yaml")

@@ -79,7 +79,7 @@ def test_a_name_is_one_line_as_comments_of_shell_scripts_are(tmp_path):
     text = file.read_text()
     assert text.startswith("name: ")
     file.write_text('name: "x\\nrm -rf ~"\n' + text.partition("\n")[2])
-    with pytest.raises(ConfigError, match=r"name: .*one line of printable text"):
+    with pytest.raises(ConfigError, match=r"name: must be one line of printable text"):
         load_any_scenario(file)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import socket
 import stat
 import struct
@@ -19,6 +21,7 @@ from puzzle_trtllm.commands.clients import show_result
 from puzzle_trtllm.commands.engines import next_steps
 from puzzle_trtllm.engine import Engine
 from puzzle_trtllm.errors import PuzzleError
+from puzzle_trtllm.scenario import SCENARIO_FOLDER, load_scenario
 from puzzle_trtllm.serve.evaluate import runner
 from puzzle_trtllm.serve.evaluate.result import EvaluationResult
 from puzzle_trtllm.serve.triton.security import GrpcTls
@@ -166,6 +169,17 @@ def test_explain_needs_no_weights(parent: Path) -> None:
     assert "fp8" in value["reasons"]["kv_cache_config.dtype"]
 
 
+def test_explain_takes_a_fold_as_build_does(tmp_path: Path) -> None:
+    config = ROOT / "tests" / "data" / "gpt-oss-puzzle-88b.config.json"
+    explain = ("build", config, "--explain", "--config")
+    folded = invoke(*explain, "h100x1-long", "--fold", "none", "--allow-unit-scale")
+    assert folded.exit_code == 0 and "runs at unit scale" in folded.stderr
+    assert_user_error(invoke(*explain, "h100x1-long", "--fold", "none"), "h100x1-long: fold: ", "--allow-unit-scale")
+    bf16 = tmp_path / "bf16.yaml"
+    bf16.write_text("runtime: reference\n", encoding="utf-8")
+    assert_user_error(invoke(*explain, bf16, "--fold", "tensor"), "bf16.yaml: kv_dtype: --fold needs an FP8 KV cache")
+
+
 def test_explain_warns_as_build_does() -> None:
     config = ROOT / "tests" / "data" / "gpt-oss-puzzle-88b.config.json"
     result = invoke("build", config, "--config", "h100x1-long", "--explain")
@@ -197,6 +211,21 @@ def test_serve_shows_how_to_try_and_to_measure_the_engine(engine: Path) -> None:
     assert bench == f"puzzle-trtllm bench --url h:1 --engine {engine} --scenario cpu-demo"
     secured = next_steps(Engine.open(engine), "h:1", tls=GrpcTls(cert=Path("c"), key=Path("k")), has_secret=True)
     assert all(command.endswith(" --ca-cert CA --secret FILE") for _, command in secured)
+
+
+def test_what_is_shown_to_be_typed_can_be(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path with a space in quotes, and a scenario's file by a path that holds in every folder."""
+    folder = tmp_path / "a b"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    shutil.copy(SCENARIO_FOLDER / "cpu-short.yaml", "own.yaml")
+    assert invoke(*build_arguments(parent, folder, scenario="own.yaml")).exit_code == 0
+    monkeypatch.chdir("/")
+    engine = Engine.open(folder / "engine")
+    (_, generate), (_, bench) = next_steps(engine, "h:1", tls=None, has_secret=False)
+    assert shlex.split(generate)[-1] == f"{folder}/engine/model"
+    *_, measured, _, scenario = shlex.split(bench)
+    assert measured == f"{folder}/engine" and load_scenario(scenario) == load_scenario("cpu-short")
 
 
 @pytest.mark.parametrize(

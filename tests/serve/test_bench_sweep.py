@@ -191,11 +191,13 @@ def test_a_sweep_that_measured_nothing_yet_does_not_stand_in_the_way_of_another(
     [
         ({"seed": 1}, "seed"),
         ({"engine": "other"}, "engine"),
-        ({"scenario": TINY.model_copy(update={"name": "x"})}, "scenario"),
+        ({"scenario": TINY.model_copy(update={"name": "x"})}, r"scenario\.name"),
+        ({"scenario": TINY.model_copy(update={"max_tpot_ms": 5.0})}, r"scenario\.max_tpot_ms"),
         ({"url": "host:2"}, "url"),
     ],
 )
 def test_another_sweep_is_not_mixed_in(template, tmp_path, change, key):
+    """And what differs is named: of whole scenarios the line would show the beginnings, which are alike."""
     out = tmp_path / "sweep.json"
     options = {"url": "host:1", "scenario": TINY, "concurrencies": [1], "out": out, "bench": Server(template)}
     run_sweep(**options)
@@ -203,16 +205,17 @@ def test_another_sweep_is_not_mixed_in(template, tmp_path, change, key):
         run_sweep(**{**options, **change})
 
 
-def test_points_of_an_engine_that_was_changed_since_are_not_mixed_in(make_checkpoint, tmp_path):
+def test_points_of_an_engine_that_was_changed_since_are_not_mixed_in(make_checkpoint, tmp_path, monkeypatch):
     client, out = FakeClient(one_token_a_response), tmp_path / "sweep.json"
     engine = scripted_engine(tmp_path / "e", make_checkpoint([(4, None)]))
 
-    def sweep(*concurrencies):
-        options = {"scenario": TINY, "engine": engine.path, "out": out, "connect": client.connect, "quiet": True}
+    def sweep(*concurrencies, folder=engine.path):
+        options = {"scenario": TINY, "engine": folder, "out": out, "connect": client.connect, "quiet": True}
         return run_sweep("host:1", concurrencies=concurrencies, **options)
 
     sweep(1)
-    assert len(sweep(1, 2).points) == 2
+    monkeypatch.chdir(tmp_path)
+    assert len(sweep(1, 2, folder="e").points) == 2  # the same one
     (engine.path / "llm_args.yaml").write_text("stream_interval: 20")
     with pytest.raises(BenchError, match=r"sweep\.json: engine: holds points of another engine.*built otherwise"):
         sweep(1, 2, 4)

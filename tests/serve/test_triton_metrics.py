@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -12,8 +13,8 @@ import pytest
 from puzzle_trtllm.serve.runtimes.api import EngineDeadError
 from puzzle_trtllm.serve.triton import metrics as metrics_module
 from puzzle_trtllm.serve.triton.metrics import KvBlocks, MetricsThread, kv_blocks, num_active, num_steps
-from tests.serve.fake_session import begin, open_service
-from tests.serve.scripted import wait_until
+from tests.serve.fake_session import Sender, accept, begin, open_service
+from tests.serve.scripted import HANG_S, wait_until
 
 
 @pytest.fixture
@@ -164,6 +165,23 @@ def test_an_engine_without_requests_need_not_make_steps(service, look) -> None:
     result.push("a", None)
     wait_until(lambda: service.session.queue_lengths() == (0, 0), what="the end")
     assert look(4, 5) == 0 and service.session.death is None
+
+
+def test_an_engine_makes_no_steps_for_texts_that_are_not_yet_tokens(service, look) -> None:
+    """Long ones take turns; a minute each of ten that are all too long is nothing that the engine has heard of."""
+    read, begun = threading.Event(), threading.Event()
+
+    def encode(text: str) -> list[int]:
+        begun.set()
+        assert read.wait(HANG_S)
+        return [1]
+
+    service.llm.tokenizer = SimpleNamespace(encode=encode)
+    accept(service, Sender(), text="ab" * 10_000)
+    assert begun.wait(HANG_S) and [look(4, 5) for _ in range(4)] == [0] * 4
+    read.set()
+    wait_until(lambda: len(service.llm.results) == 1, what="submission")
+    assert look(4, 5) == 4 and service.session.death is None
 
 
 def test_a_runtime_that_counts_no_steps_is_not_accused(service, look) -> None:
