@@ -58,7 +58,7 @@ def expected(engine):
 
 @pytest.fixture(scope="module")
 def server(engine, expected):
-    with TritonServer(engine) as server:
+    with short_lived(TritonServer(engine)) as server:
         yield server
 
 
