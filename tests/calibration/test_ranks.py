@@ -179,6 +179,13 @@ def test_ranks_that_have_done_their_part_go_without_a_word(capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_rank_that_is_ended_as_it_answers_goes_at_once_too(tmp_path):
+    """It tidied up once more, for which it got 20 seconds."""
+    left = tmp_path / "tidied"
+    assert run_ranks(1, rank_functions.end_once_it_has_answered, {"tidied": str(left)}) == "done"
+    assert not left.exists()
+
+
 @pytest.mark.slow
 def test_a_rank_that_refuses_ends_all_with_its_line():
     """Not with the line of the rank that lost its partner."""
