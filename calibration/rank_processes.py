@@ -106,15 +106,17 @@ def _run_rank(
     end_with_parent()
     torch.set_num_threads(num_threads)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are here; by itself gloo asks what the host's name means
+    outcome: tuple[PuzzleError | None, Any]
     try:
         with joined_ranks(init_method, rank=rank, size=size) as ranks:
             result = function(ranks, **options)
             ranks.wait()
-        answer.send((None, result if rank == 0 else None))
+        outcome = (None, result if rank == 0 else None)
     except PuzzleError as error:
-        answer.send((_portable(error), None))
+        outcome = (_portable(error), None)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing to remove any more: go without a word
+    answer.send(outcome)  # whoever hears of it may end us at once
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -12,7 +12,7 @@ from puzzle_trtllm.commands.output import JsonOption, print_json
 
 def demo_command(
     out: Annotated[Path, typer.Option("--out", help="Folder for everything that the demo makes.")] = Path("runs/demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer problems and requests, for a first look.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer records, problems and requests: a look.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run the whole story on this machine.

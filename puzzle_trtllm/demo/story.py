@@ -40,6 +40,8 @@ ENGINE_CONFIG = "cpu-demo"
 FULL_PLAN = MeasurementPlan(rounds=3, num_requests=None, num_problems=128)
 QUICK_PLAN = MeasurementPlan(rounds=1, num_requests=32, num_problems=12)
 """Every step for real, too few samples to mean much: for tests."""
+FULL_RECORDS, QUICK_RECORDS = 512, 48
+"""Calibration records at most, in the full and in the quick demo; the file has 256."""
 
 
 def run_demo(out: str | Path = "runs/demo", *, quick: bool = False) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def run_demo(out: str | Path = "runs/demo", *, quick: bool = False) -> dict[str,
 
 def _tell(folder: Path, plan: MeasurementPlan, *, quick: bool) -> dict[str, Any]:
     story = _Story()
-    child, parent = _make_checkpoints(folder, story)
+    child, parent = _make_checkpoints(folder, story, max_samples=QUICK_RECORDS if quick else FULL_RECORDS)
     engines = _build_engines(folder, story, child=child, parent=parent)
     measurements = _measure(engines, plan, story, log_folder=folder / "logs")
     with story.chapter("report", "the child against its parent at BF16 and at FP8 KV cache"):
@@ -75,7 +77,7 @@ def _tell(folder: Path, plan: MeasurementPlan, *, quick: bool) -> dict[str, Any]
         )
 
 
-def _make_checkpoints(folder: Path, story: _Story) -> tuple[Path, Path]:
+def _make_checkpoints(folder: Path, story: _Story, *, max_samples: int) -> tuple[Path, Path]:
     """(calibrated child, calibrated parent)."""
     dataset = ABACUS / "calibration.jsonl"
     architecture = ABACUS / "child_architecture.json"
@@ -84,7 +86,7 @@ def _make_checkpoints(folder: Path, story: _Story) -> tuple[Path, Path]:
     with story.chapter("calibrate experts", "which experts of the parent its router really asks for"):
         from puzzle_trtllm.calibration.experts import calibrate_experts
 
-        calibrate_experts(ABACUS, importance, dataset=dataset, overwrite=True)
+        calibrate_experts(ABACUS, importance, dataset=dataset, max_samples=max_samples, overwrite=True)
     with story.chapter("derive", "keep those, byte for byte; narrow the windows"):
         from puzzle_trtllm.build.derive import derive
 
@@ -92,8 +94,8 @@ def _make_checkpoints(folder: Path, story: _Story) -> tuple[Path, Path]:
     with story.chapter("calibrate kv", "ModelOpt's FP8 KV cache ranges, for the child and for the parent"):
         from puzzle_trtllm.calibration.kv import calibrate_kv
 
-        calibrate_kv(child, child_kv, dataset=dataset, overwrite=True)
-        calibrate_kv(ABACUS, parent_kv, dataset=dataset, overwrite=True)
+        calibrate_kv(child, child_kv, dataset=dataset, max_samples=max_samples, overwrite=True)
+        calibrate_kv(ABACUS, parent_kv, dataset=dataset, max_samples=max_samples, overwrite=True)
     return child_kv, parent_kv
 
 

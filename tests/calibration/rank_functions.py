@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import time
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import psutil
 
@@ -38,6 +40,19 @@ def addresses(ranks: Ranks) -> set[str]:
 
 def be_slow_to_leave(ranks: Ranks) -> None:
     atexit.register(time.sleep, 60)
+
+
+def end_once_it_has_answered(ranks: Ranks, tidied: str) -> str:
+    """It is told to end at the first moment at which it can be, and would leave a file if it tidied up."""
+    send = Connection.send
+
+    def send_and_be_ended(self: Connection, answer: object) -> None:
+        send(self, answer)
+        signal.raise_signal(signal.SIGTERM)
+
+    Connection.send = send_and_be_ended
+    atexit.register(Path(tidied).touch)
+    return "done"
 
 
 def refuse(ranks: Ranks, place: str) -> None:

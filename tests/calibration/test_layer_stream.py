@@ -6,8 +6,6 @@ import gc
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from puzzle_trtllm.calibration.one_layer import embed, load_layer
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.errors import CalibrationError, PuzzleError
 from puzzle_trtllm.models.huggingface.loading import load_causal_lm
+from tests.calibration.fork_server import FORK_SERVER, stream_until_killed
 from tests.toys import write_overrides_by_layer
 
 CHILD = [(6, 5), (4, None), (3, 17), (4, 5)]
@@ -157,31 +156,25 @@ def test_one_layer_is_held_at_a_time(child, tmp_path, monkeypatch):
 
 # -- after a kill ------------------------------------------------------------------------------------------------------
 
-KILLED = """
-import os, signal, sys
-from puzzle_trtllm.calibration import kv, layer_stream
-
-original = layer_stream._read_all
-def read_all(file, batches, hidden_size, dtype):
-    for i, hidden in enumerate(original(file, batches, hidden_size, dtype)):
-        if [file.name, str(i)] == sys.argv[3:]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield hidden
-layer_stream._read_all = read_all
-kv.calibrate_kv(sys.argv[1], sys.argv[2], stream=True)
-"""
-"""Killed as it reads micro-batch `argv[4]` of the hidden states `argv[3]`."""
-
 STORES = ("bf16", "unit", "calibrated", "channel")
 
 
-def kill(child: Path, out: Path, file: str, batch: int) -> set[str]:
-    """What a killed process leaves."""
-    command = [sys.executable, "-c", KILLED, child, out, file, str(batch)]
-    done = subprocess.run(command, check=False, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+def kill(child: Path, out: Path, file: str, batch: int, *, stage: str = "kv") -> set[str]:
+    """What a process leaves that is killed as it reads this micro-batch."""
+    process = FORK_SERVER.Process(target=stream_until_killed, args=(stage, child, out, file, batch))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not out.exists()
     return {file.name for file in (out.parent / f".{out.name}.stream.partial-resumable").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def plain(child, tmp_path_factory) -> dict[str, bytes]:
+    """What nobody disturbs, with all layers in memory."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    calibrate_kv(child, out, stream=False)
+    return contents(out)
 
 
 @pytest.fixture(scope="module")
@@ -214,21 +207,19 @@ def visited(monkeypatch) -> list[int]:
     return layers
 
 
-def test_the_same_job_goes_on_where_it_was(child, killed, visited):
+def test_the_same_job_goes_on_where_it_was(child, plain, killed, visited):
     calibrate_kv(child, killed, stream=True)
     assert visited == [2, 3]
-    calibrate_kv(child, killed.with_name("plain"), stream=False)
-    assert contents(killed) == contents(killed.with_name("plain"))
-    assert sorted(file.name for file in killed.parent.iterdir()) == ["out", "plain"]
+    assert contents(killed) == plain
+    assert [file.name for file in killed.parent.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(("file", "resumed"), [("hidden-001-calibrated", [1, 2, 3]), ("hidden-004-bf16", [])])
-def test_killed_in_held_out_text_it_goes_on_too(child, tmp_path, visited, file, resumed):
+def test_killed_in_held_out_text_it_goes_on_too(child, plain, tmp_path, visited, file, resumed):
     kill(child, tmp_path / "out", file, 0)
     calibrate_kv(child, tmp_path / "out", stream=True)
     assert visited == resumed
-    calibrate_kv(child, tmp_path / "plain", stream=False)
-    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+    assert contents(tmp_path / "out") == plain
 
 
 @pytest.mark.parametrize("options", [{"exact": True}, {"held_out": 2}, {"quality": False}], ids=str)
@@ -251,10 +242,7 @@ def test_results_without_the_next_input_start_over(child, killed, visited):
 
 
 def test_expert_importance_goes_on_too(child, tmp_path, visited):
-    script = KILLED.replace("import kv,", "import experts,").replace("kv.calibrate_kv(", "experts.calibrate_experts(")
-    command = [sys.executable, "-c", script, child, tmp_path / "i.st", "hidden-002", "1"]
-    done = subprocess.run(command, check=False, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    kill(child, tmp_path / "i.st", "hidden-002", 1, stage="experts")
     assert [file.name for file in tmp_path.iterdir()] == [".i.st.stream.partial-resumable"]
     calibrate_experts(child, tmp_path / "i.st", stream=True)
     assert visited == [2, 3]

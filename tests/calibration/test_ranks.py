@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from puzzle_trtllm.calibration import rank_processes
 from puzzle_trtllm.calibration import ranks as ranks_module
 from puzzle_trtllm.calibration.kv import calibrate_kv
 from puzzle_trtllm.calibration.rank_processes import run_ranks
@@ -19,6 +20,7 @@ from puzzle_trtllm.calibration.ranks import ALONE, LostRankError, Ranks, joined_
 from puzzle_trtllm.checkpoint import Checkpoint
 from puzzle_trtllm.errors import CalibrationError, PuzzleError
 from tests.calibration import rank_functions
+from tests.calibration.fork_server import FORK_SERVER
 
 CHILD = [(6, 5), (4, None), (3, 17), (4, 5)]
 
@@ -66,8 +68,14 @@ def test_what_ranks_made_of_their_shares_comes_back_in_order():
     assert run_ranks(2, rank_functions.talk, {}) == [*(f"item {i}" for i in range(5)), "4"]
 
 
+@pytest.fixture
+def forked_ranks(monkeypatch) -> None:
+    """Ranks from the fork server, where not their start is tested but what they compute."""
+    monkeypatch.setattr(rank_processes.multiprocessing, "get_context", lambda _: FORK_SERVER)
+
+
 @pytest.mark.parametrize("size", [2, 3])
-def test_the_same_files_for_one_rank_and_several(folder, alone, tmp_path, size):
+def test_the_same_files_for_one_rank_and_several(forked_ranks, folder, alone, tmp_path, size):
     """Scales, maxima, report and page; with the layers all in memory for 2 ranks, one by one for 3."""
     calibrate_kv(folder, tmp_path / "out", ranks=size, stream=size == 3)
     assert contents(tmp_path / "out") == alone
@@ -169,6 +177,13 @@ def test_ranks_of_one_machine_talk_over_its_loopback_whatever_its_name_means():
 def test_ranks_that_have_done_their_part_go_without_a_word(capfd):
     run_ranks(2, rank_functions.be_slow_to_leave, {})
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_rank_that_is_ended_as_it_answers_goes_at_once_too(tmp_path):
+    """It tidied up once more, for which it got 20 seconds."""
+    left = tmp_path / "tidied"
+    assert run_ranks(1, rank_functions.end_once_it_has_answered, {"tidied": str(left)}) == "done"
+    assert not left.exists()
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 from typer.main import get_command
@@ -18,6 +19,13 @@ HEAVY = ("torch", "transformers", "modelopt", "numpy", "tokenizers", "huggingfac
 """pydantic is not among them: typer itself imports it for some kinds of options."""
 CALIBRATE = (("calibrate", "experts"), ("calibrate", "kv"))
 COMMANDS = [*((name,) for name in ORDER if name != "calibrate"), *CALIBRATE]
+
+
+@cache
+def shown(command: tuple[str, ...]) -> tuple[int, str]:
+    """Exit code and help of a command; it takes a while to draw, and several tests read it."""
+    result = invoke(*command, "--help")
+    return result.exit_code, result.stdout
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("inspect", "--help"), ("calibrate", "kv", "--help")])
@@ -39,9 +47,9 @@ def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_shows_an_example_of_itself(command: tuple[str, ...]) -> None:
-    result = invoke(*command, "--help")
-    assert result.exit_code == 0
-    assert f"Example: puzzle-trtllm {' '.join(command)}" in " ".join(result.stdout.split())
+    code, text = shown(command)
+    assert code == 0
+    assert f"Example: puzzle-trtllm {' '.join(command)}" in " ".join(text.split())
 
 
 def test_commands_are_listed_in_the_order_in_which_a_child_is_made() -> None:
@@ -57,7 +65,8 @@ def test_a_stranger_is_told_where_to_begin() -> None:
 def test_help_has_its_short_name_everywhere() -> None:
     for command in ((), ("calibrate",), *COMMANDS):
         result = invoke(*command, "-h")
-        assert (result.exit_code, result.stdout) == (0, invoke(*command, "--help").stdout)
+        assert result.exit_code == 0
+        assert shown(command) == (0, result.stdout)
 
 
 def test_arguments_are_named_in_capitals_as_in_the_examples() -> None:
@@ -69,7 +78,7 @@ def test_arguments_are_named_in_capitals_as_in_the_examples() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_speaks_no_python(command: tuple[str, ...]) -> None:
-    assert "list[" not in invoke(*command, "--help").stdout
+    assert "list[" not in shown(command)[1]
 
 
 def test_the_flags_are_frozen() -> None:

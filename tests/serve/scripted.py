@@ -6,7 +6,8 @@ import asyncio
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,17 @@ def scripted_engine(folder: Path, checkpoint: Path, **llm_args: Any) -> Engine:
     (folder / "engine.json").write_text(json.dumps(manifest))
     (folder / "llm_args.yaml").write_text(yaml.safe_dump(llm_args))
     return Engine.open(folder)
+
+
+@contextmanager
+def short_lived(server: TritonServer) -> Iterator[TritonServer]:
+    """Started, and killed at the end. Triton takes three seconds to stop in order, which is tested where a stop is
+    what is tested (test_triton_lifecycle.py)."""
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop(grace_s=0)
 
 
 def wait_until(holds: Callable[[], bool], *, what: str, timeout_s: float = HANG_S) -> None:

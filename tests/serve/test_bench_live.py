@@ -20,7 +20,7 @@ from puzzle_trtllm.serve.client.triton_client import TritonLlmClient, generate
 from puzzle_trtllm.serve.evaluate.runner import evaluate
 from puzzle_trtllm.serve.report import load_measurements, make_report
 from puzzle_trtllm.serve.triton.launch import TritonServer
-from tests.serve.scripted import SCRIPTED, metrics_of, scripted_engine, wait_until
+from tests.serve.scripted import SCRIPTED, metrics_of, scripted_engine, short_lived, wait_until
 
 SCENARIO = Scenario(name="toy", input_tokens=16, output_tokens=24, concurrency=4, num_requests=10, warmup_requests=2)
 
@@ -35,8 +35,8 @@ def engine(make_checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(engine):
-    with TritonServer(engine) as running:
-        yield running
+    with short_lived(TritonServer(engine)) as server:
+        yield server
 
 
 def counters(server):
@@ -165,7 +165,7 @@ def test_a_server_that_is_overloaded_is_told(make_checkpoint, tmp_path):
     # fast the machine is at the moment.
     engine = scripted_engine(tmp_path / "engine", make_checkpoint([(4, None)]), step_ms=10, max_batch_size=4)
     load = SCENARIO.model_copy(update={"output_tokens": 20})
-    with TritonServer(engine, **SCRIPTED) as server:
+    with short_lived(TritonServer(engine, **SCRIPTED)) as server:
         alone = run_bench(server.grpc_url, scenario=load, tokenizer_folder=engine.model_path, quiet=True)
         result, _ = held(
             run_open_loop,

@@ -13,7 +13,7 @@ from collections import defaultdict
 import pytest
 
 from puzzle_trtllm.process_states import StoppedProcesses, is_alive
-from puzzle_trtllm.serve.runtimes.reference import LLM, EngineDeadError, SamplingParams
+from puzzle_trtllm.serve.runtimes.reference import LLM, EngineDeadError, SamplingParams, processes
 from tests.serve.scripted import HANG_S, wait_until
 
 ARGS = {"dtype": "float32", "max_seq_len": 16_384, "max_batch_size": 8, "kv_cache_config": {"tokens_per_block": 8}}
@@ -77,7 +77,8 @@ def test_an_engine_that_cannot_even_be_killed_does_not_hold_up_the_end(child, mo
 
 @pytest.fixture
 def looks(monkeypatch) -> defaultdict[int, list[int]]:
-    """By process, what each look at it found: how many in a row have found it stopped."""
+    """By process, what each look at it found: how many in a row have found it stopped. Ten looks a second."""
+    monkeypatch.setattr(processes, "_LOOK_SECONDS", 0.1)
     looks: defaultdict[int, list[int]] = defaultdict(list)
     look = StoppedProcesses.given_up
 
@@ -90,6 +91,11 @@ def looks(monkeypatch) -> defaultdict[int, list[int]]:
     return looks
 
 
+def test_a_stopped_engine_is_given_some_seconds():
+    """Constants, since the tests look more often."""
+    assert (processes._LOOK_SECONDS, processes._MAX_LOOKS) == (1.0, 8)
+
+
 def test_an_engine_that_is_stopped_for_long_is_given_up(child, looks):
     with LLM(child, **ARGS) as llm:
         request = llm.generate_async(PROMPT, ENDLESS)
@@ -97,12 +103,13 @@ def test_an_engine_that_is_stopped_for_long_is_given_up(child, looks):
         os.kill(llm.engine_pid, signal.SIGSTOP)
         with pytest.raises(EngineDeadError, match=rf"process {llm.engine_pid}\) was stopped and does not go on"):
             request.result(timeout=HANG_S)
-        assert looks[llm.engine_pid][-8:] == [*range(1, 9)] and time.monotonic() - stopped > 6
+        assert looks[llm.engine_pid][-8:] == [*range(1, 9)] and time.monotonic() - stopped > 0.6
         assert not llm._check_health()
         wait_until(lambda: not is_alive(llm.engine_pid), what="its end")
 
 
-def test_an_engine_that_is_stopped_for_a_moment_goes_on(child, looks):
+def test_an_engine_that_is_stopped_for_a_moment_goes_on(child, looks, monkeypatch):
+    monkeypatch.setattr(processes, "_MAX_LOOKS", 80)  # for as long as usual: this process may stand still, too
     with LLM(child, **ARGS) as llm:
         request = llm.generate_async(PROMPT, LONG)
         for _ in range(2):

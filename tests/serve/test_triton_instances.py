@@ -23,7 +23,7 @@ from puzzle_trtllm.serve.triton.probe import values_of
 from puzzle_trtllm.serve.triton.repository import write_repository
 from puzzle_trtllm.serve.triton.server import TritonServer, watch
 from puzzle_trtllm.serve.triton.settings import ModelSettings, TritonConfig
-from tests.serve.scripted import SCRIPTED, metrics_of, scripted_engine, wait_until
+from tests.serve.scripted import SCRIPTED, metrics_of, scripted_engine, short_lived, wait_until
 
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "TRTLLM_VISIBLE_DEVICES")
 
@@ -173,7 +173,7 @@ async def ask_many(url: str, num_requests: int, *, instances: int) -> set[str]:
 
 
 def test_two_instances_serve_side_by_side_and_the_watch_notices_the_death_of_either(engine) -> None:
-    with TritonServer(engine, gpu_device_ids="6;4", **SCRIPTED) as server:
+    with short_lived(TritonServer(engine, gpu_device_ids="6;4", **SCRIPTED)) as server:
         engines = {
             environment_of(child)["CUDA_VISIBLE_DEVICES"]: child
             for stub in server.stub_pids()

@@ -33,7 +33,7 @@ from puzzle_trtllm.serve.triton.install import find_triton
 from puzzle_trtllm.serve.triton.launch import python_path
 from puzzle_trtllm.serve.triton.log import find_reason
 from puzzle_trtllm.serve.triton.server import TritonServer, serve_engine
-from tests.serve.scripted import HANG_S, SCRIPTED, metric, scripted_engine, wait_until
+from tests.serve.scripted import HANG_S, SCRIPTED, metric, scripted_engine, short_lived, wait_until
 from tests.serve.serving import Serving
 
 LONG_DRAIN_S = 600.0
@@ -207,7 +207,7 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6
 )
 def test_a_server_listens_on_names_and_on_ipv6(engine, host: str) -> None:
     """Triton's HTTP front knows no names, and each of its fronts writes IPv6 in a way of its own."""
-    with TritonServer(engine, host=host, startup_timeout_s=HANG_S, **SCRIPTED) as server:
+    with short_lived(TritonServer(engine, host=host, startup_timeout_s=HANG_S, **SCRIPTED)) as server:
         assert generate("hello", url=server.grpc_url, max_tokens=5).text == "hello"
         wait_until(lambda: metric(server, "puzzle_engine_up") == 1, what="its metrics")
 

@@ -26,7 +26,7 @@ from puzzle_trtllm.serve.runtimes import create_llm
 from puzzle_trtllm.serve.runtimes.api import SamplingParams
 from puzzle_trtllm.serve.triton.contract import EXTRA_INPUTS
 from puzzle_trtllm.serve.triton.server import TritonServer
-from tests.serve.scripted import HANG_S, metric, settle, wait_until
+from tests.serve.scripted import HANG_S, metric, settle, short_lived, wait_until
 
 HTTP2_WINDOW = 1024
 """Bytes of a stream that may be under way unread, as its reader may ask for (RFC 9113)."""
@@ -58,7 +58,7 @@ def expected(engine):
 
 @pytest.fixture(scope="module")
 def server(engine, expected):
-    with TritonServer(engine) as server:
+    with short_lived(TritonServer(engine)) as server:
         yield server
 
 
@@ -208,7 +208,7 @@ def test_at_last_the_engine_is_killed_and_the_stub_answers_for_it(server) -> Non
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a server needs a core beside the engine's")
 def test_the_engine_has_its_cores_alone_and_the_server_the_others(engine, expected) -> None:
     *others, last = sorted(os.sched_getaffinity(0))
-    with TritonServer(engine, engine_cores=[last]) as server:
+    with short_lived(TritonServer(engine, engine_cores=[last])) as server:
         (stub,) = server.stub_pids()
         (process,) = children_of(stub)
         assert [os.sched_getaffinity(pid) for pid in (server.pid, stub, process)] == [{*others}, {*others}, {last}]

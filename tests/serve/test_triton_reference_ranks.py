@@ -18,7 +18,7 @@ from puzzle_trtllm.serve.client.triton_client import TritonLlmClient, generate
 from puzzle_trtllm.serve.runtimes import create_llm
 from puzzle_trtllm.serve.runtimes.api import SamplingParams
 from puzzle_trtllm.serve.triton.server import TritonServer
-from tests.serve.scripted import HANG_S, wait_until
+from tests.serve.scripted import HANG_S, short_lived, wait_until
 
 PROMPTS = ["12+34=", "the quick brown fox", "x" * 50]
 
@@ -36,7 +36,7 @@ def test_two_ranks_behind_triton_serve_what_one_generates_until_one_is_killed(en
     params = SamplingParams(max_tokens=24, ignore_eos=True)
     with create_llm(engine, tensor_parallel_size=1, moe_expert_parallel_size=1) as llm:
         expected = [request.outputs[0].token_ids for request in llm.generate(PROMPTS, params)]
-    with TritonServer(engine) as server:
+    with short_lived(TritonServer(engine)) as server:
         found = [generate(text, url=server.grpc_url, max_tokens=24, ignore_eos=True).token_ids for text in PROMPTS]
         assert found == expected
         (stub,) = server.stub_pids()

@@ -29,7 +29,7 @@ from puzzle_trtllm.serve.triton.security import (
 from puzzle_trtllm.serve.triton.server import TritonServer
 from tests.front_door.cli import invoke
 from tests.serve.certificates import Authority
-from tests.serve.scripted import HANG_S, SCRIPTED, scripted_engine, wait_until
+from tests.serve.scripted import HANG_S, SCRIPTED, scripted_engine, short_lived, wait_until
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="certificates are made by openssl")
 
@@ -53,7 +53,8 @@ def stranger(tmp_path_factory) -> Authority:
 @pytest.fixture(scope="module")
 def mutual(engine, authority: Authority) -> Iterator[TritonServer]:
     cert, key, root_cert = (Path(os.path.relpath(file)) for file in (*authority.sign("server"), authority.cert))
-    with TritonServer(engine, tls=GrpcTls(cert=cert, key=key, root_cert=root_cert), **SCRIPTED) as server:
+    tls = GrpcTls(cert=cert, key=key, root_cert=root_cert)
+    with short_lived(TritonServer(engine, tls=tls, **SCRIPTED)) as server:
         yield server
 
 
@@ -93,7 +94,7 @@ def test_mutual_tls_refuses_everybody_else(mutual: TritonServer, authority: Auth
 
 def test_under_plain_tls_only_the_server_shows_a_certificate(engine, authority: Authority, stranger: Authority) -> None:
     cert, key = authority.sign("plain")
-    with TritonServer(engine, host="0.0.0.0", tls=GrpcTls(cert=cert, key=key), **SCRIPTED) as server:
+    with short_lived(TritonServer(engine, host="0.0.0.0", tls=GrpcTls(cert=cert, key=key), **SCRIPTED)) as server:
         url, ours = server.grpc_url, ClientTls(ca_cert=authority.cert)
         assert generate("hello", url=url, tls=ours, max_tokens=5).text == "hello"
         assert refusal(url, None).status == "UNAVAILABLE"
@@ -149,35 +150,39 @@ def test_what_is_closed_is_what_no_secret_opens() -> None:
     assert closed_to_all(None).secret != closed_to_all(None).secret
 
 
-def test_no_secret_is_listed_with_the_processes_of_a_server_that_is_ready(engine) -> None:
-    restriction = Restriction(protocols=("statistics",), secret=SECRET)
-    with TritonServer(engine, restriction=restriction, **SCRIPTED) as server:
-        guard = int(Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()[1])
-        for pid in (server.pid, guard):
-            arguments = Path(f"/proc/{pid}/cmdline").read_text()
-            assert re.findall(r"puzzle-secret=([^\0]*)", arguments) == ["*" * len(SECRET)] * 2 + ["*" * 64] * 2
-        assert SECRET not in server.log_file.read_text()
-
-
-def test_the_repository_api_is_open_only_to_callers_with_the_secret(engine) -> None:
+@pytest.fixture(scope="module")
+def restricted(engine) -> Iterator[TritonServer]:
+    """Its model-repository API is for those with the secret."""
     restriction = Restriction(protocols=("model-repository",), secret=SECRET)
+    with short_lived(TritonServer(engine, restriction=restriction, **SCRIPTED)) as server:
+        yield server
+
+
+def test_no_secret_is_listed_with_the_processes_of_a_server_that_is_ready(restricted: TritonServer) -> None:
+    guard = int(Path(f"/proc/{restricted.pid}/stat").read_text().rpartition(")")[2].split()[1])
+    for pid in (restricted.pid, guard):
+        arguments = Path(f"/proc/{pid}/cmdline").read_text()
+        assert re.findall(r"puzzle-secret=([^\0]*)", arguments) == ["*" * len(SECRET)] * 2 + ["*" * 64] * 2
+    assert SECRET not in restricted.log_file.read_text()
+
+
+def test_the_repository_api_is_open_only_to_callers_with_the_secret(restricted: TritonServer) -> None:
     grpc_header = "triton-grpc-protocol-puzzle-secret"
-    with TritonServer(engine, restriction=restriction, **SCRIPTED) as server:
-        assert http_index(server, {"puzzle-secret": SECRET}) == 200
-        assert http_index(server, {"puzzle-secret": "0123456789abcdef-wrong"}) == 403
-        assert http_index(server, {}) == 403
-        assert grpc_index(server, {grpc_header: SECRET}) == ["tensorrt_llm"]
-        for headers in ({}, {grpc_header: "0123456789abcdef-wrong"}, {"puzzle-secret": SECRET}):
-            with pytest.raises(InferenceServerException, match="restricted"):
-                grpc_index(server, headers)
-        assert generate("hello", url=server.grpc_url, max_tokens=5).text == "hello"  # the rest stays open
+    assert http_index(restricted, {"puzzle-secret": SECRET}) == 200
+    assert http_index(restricted, {"puzzle-secret": "0123456789abcdef-wrong"}) == 403
+    assert http_index(restricted, {}) == 403
+    assert grpc_index(restricted, {grpc_header: SECRET}) == ["tensorrt_llm"]
+    for headers in ({}, {grpc_header: "0123456789abcdef-wrong"}, {"puzzle-secret": SECRET}):
+        with pytest.raises(InferenceServerException, match="restricted"):
+            grpc_index(restricted, headers)
+    assert generate("hello", url=restricted.grpc_url, max_tokens=5).text == "hello"  # the rest stays open
 
 
 def test_restricted_inference_opens_to_our_client_with_the_secret(engine, tmp_path: Path) -> None:
     restriction = Restriction(protocols=("inference", "model-config"), secret=SECRET)
     file = tmp_path / "secret"
     file.write_text(SECRET + "\n")
-    with TritonServer(engine, restriction=restriction, **SCRIPTED) as server:
+    with short_lived(TritonServer(engine, restriction=restriction, **SCRIPTED)) as server:
         arguments = ("generate", "hello", "--max-tokens", "5", "--url", server.grpc_url)
         assert invoke(*arguments, "--secret", str(file)).stdout == "hello\n"
         refused = invoke(*arguments)

@@ -23,7 +23,7 @@ from puzzle_trtllm.serve.client.request import GenerationRequest
 from puzzle_trtllm.serve.client.triton_client import TritonLlmClient, generate
 from puzzle_trtllm.serve.triton.contract import INPUTS, OUTPUTS
 from puzzle_trtllm.serve.triton.server import TritonServer
-from tests.serve.scripted import HANG_S, SCRIPTED, metric, scripted_engine, settle, wait_until
+from tests.serve.scripted import HANG_S, SCRIPTED, metric, scripted_engine, settle, short_lived, wait_until
 
 MAX_OPEN = 8
 MAX_SEQ_LEN = 5000
@@ -35,7 +35,7 @@ def server(make_checkpoint, tmp_path_factory):
         tmp_path_factory.mktemp("scripted") / "engine", make_checkpoint([(4, None), (2, 16)]),
         step_ms=5, max_batch_size=MAX_OPEN, max_seq_len=MAX_SEQ_LEN,
     )  # fmt: skip
-    with TritonServer(engine, max_open_requests=MAX_OPEN, **SCRIPTED) as server:
+    with short_lived(TritonServer(engine, max_open_requests=MAX_OPEN, **SCRIPTED)) as server:
         yield server
 
 

@@ -310,6 +310,7 @@ def test_a_process_that_is_stopped_for_good_ends_the_watch(watched, which: str) 
     """It holds all requests, and no connection of it breaks."""
     pid = watched.pid if which == "tritonserver" else watched.stub.pid
     os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED)  # or the first look asks one that does not answer, for four seconds
     assert watch(watched) == f"{which} (pid {pid}) was stopped and does not go on"
     wait_until(lambda: not is_alive(pid), what="its end, so that nobody waits for its requests")
 
