@@ -28,8 +28,8 @@ SOURCE = Path(__file__).with_name("native.cpp")
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-w")
 TIMEOUT_SECONDS = 900.0
-"""For a compiler that hangs. One that works takes 10 s of a core with AVX-512 and 18 s without, and several times that
-where others want the cores too."""
+"""For a compiler that hangs. One that works takes 10 s of a core, and several times that where others want the cores
+too."""
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 

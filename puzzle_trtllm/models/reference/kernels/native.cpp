@@ -43,19 +43,15 @@ struct E4M3 { uint8_t bits; };
 #if defined(__AVX512F__)
 typedef Floats Part;  // what one register holds
 typedef Ints PartInts;
+constexpr PartInts LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 template <class X> using Operand = X;  // what values of dtype X are multiplied as
 #else
 typedef Floats8 Part;
 typedef Ints8 PartInts;
+constexpr PartInts LANE = {0, 1, 2, 3, 4, 5, 6, 7};
 template <class X> using Operand = float;
 #endif
 constexpr int PART = sizeof(Part) / sizeof(float);
-constexpr PartInts LANE =
-#if defined(__AVX512F__)
-    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#else
-    {0, 1, 2, 3, 4, 5, 6, 7};
-#endif
 
 template <class V> inline V load(const void* from) {
   V value;
@@ -117,12 +113,12 @@ template <class T> inline Floats rounded(Floats value) {
   if constexpr (std::is_same_v<T, float>) return value;
   else return bits<Floats>(round_bfloat16(value) & 0xFFFF0000u);
 }
-// A value of dtype T as the products read it.
 #if defined(__AVX512F__)
 template <class To> inline void write_part(To* to, Part value) { write16(to, value); }
 #else
 inline void write_part(float* to, Part value) { save(to, value); }
 #endif
+// Values of dtype T as the products read them.
 template <class T> inline void write_operand(Operand<T>* to, Floats value) {
   if constexpr (std::is_same_v<T, Operand<T>>) write16(to, value);
   else write16(to, rounded<T>(value));
@@ -447,7 +443,6 @@ void attend_all(const void* q, const float* sinks, void* out, int64_t sequences,
 constexpr uint16_t E2M1_BFLOAT16[16] = {0,      0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0,
                                         0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0};
 constexpr float E2M1_FLOAT[16] = {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0f, -0.5, -1, -1.5, -2, -3, -4, -6};
-constexpr int64_t EXPAND_ROWS = 24;  // rows from which MXFP4 tiles are expanded once instead of for every 8 rows
 constexpr int MAX_TOKENS = 8;  // tokens that go through a pair of tiles at a time
 
 // Each `multiply`: sums[r][n] += tile r of the pair times x[n], over `columns`.
@@ -926,6 +921,8 @@ inline Floats swiglu(Floats gates, Floats ups, float limit) {
 }
 
 #if defined(__AVX512F__)
+constexpr int64_t EXPAND_ROWS = 24;  // rows from which MXFP4 tiles are expanded once instead of for every 8 rows
+
 // A pair of MXFP4 tiles as the plain kernels read them; exact.
 inline void expand_pair(const uint8_t* pair, const uint8_t* scales, int64_t columns, BFloat16* to) {
   for (int64_t k = 0; k < 2 * columns; k += MX_BLOCK) {
