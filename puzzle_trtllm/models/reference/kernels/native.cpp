@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <omp.h>
@@ -167,36 +168,25 @@ inline float max_lane(Part v) {
 }
 
 // Lane i of the result is the sum of the lanes of v[i].
+inline Part sum_each(Part v[PART]) {
 #if defined(__AVX512F__)
-inline Floats sum_each(Floats v[LANES]) {
-  constexpr Ints LOW[4] = {{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30},
-                           {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
-                           {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27},
-                           {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}};
-#pragma GCC unroll 4
-  for (int level = 0; level < 4; ++level) {
-#pragma GCC unroll 8
-    for (int i = 0; i < (8 >> level); ++i) {
-      const Floats a = v[2 * i], b = v[2 * i + 1];
-      v[i] = __builtin_shuffle(a, b, LOW[level]) + __builtin_shuffle(a, b, LOW[level] + (1 << level));
-    }
-  }
-  return v[0];
-}
+  constexpr PartInts LOW[] = {{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30},
+                              {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
+                              {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27},
+                              {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}};
 #else
-inline Floats8 sum_each(Floats8 v[LANES / 2]) {
-  constexpr Ints8 LOW[3] = {{0, 8, 2, 10, 4, 12, 6, 14}, {0, 1, 8, 9, 4, 5, 12, 13}, {0, 1, 2, 3, 8, 9, 10, 11}};
-#pragma GCC unroll 3
-  for (int level = 0; level < 3; ++level) {
+  constexpr PartInts LOW[] = {{0, 8, 2, 10, 4, 12, 6, 14}, {0, 1, 8, 9, 4, 5, 12, 13}, {0, 1, 2, 3, 8, 9, 10, 11}};
+#endif
 #pragma GCC unroll 4
-    for (int i = 0; i < (4 >> level); ++i) {
-      const Floats8 a = v[2 * i], b = v[2 * i + 1];
+  for (int level = 0; level < int(std::size(LOW)); ++level) {
+#pragma GCC unroll 8
+    for (int i = 0; i < (PART / 2 >> level); ++i) {
+      const Part a = v[2 * i], b = v[2 * i + 1];
       v[i] = __builtin_shuffle(a, b, LOW[level]) + __builtin_shuffle(a, b, LOW[level] + (1 << level));
     }
   }
   return v[0];
 }
-#endif
 
 // -- norm, rotary embedding, cache, router ---------------------------------------------------------------------------
 
@@ -316,27 +306,17 @@ template <class To> ReadRows<To> reader_of(int dtype) {
 
 // The products of a query and 16 keys, rows of `padded` values.
 __attribute__((always_inline)) inline Floats score_keys(const float* query, const float* keys, int64_t padded) {
-#if defined(__AVX512F__)
-  Floats products[LANES] = {};
-  for (int64_t d = 0; d < padded; d += LANES) {
-    const Floats own = load<Floats>(query + d);
-#pragma GCC unroll 16
-    for (int j = 0; j < LANES; ++j) products[j] += own * load<Floats>(keys + j * padded + d);
-  }
-  return sum_each(products);
-#else
   Floats scores;
-  for (int64_t half = 0; half < 2; ++half, keys += LANES / 2 * padded) {
-    Floats8 products[LANES / 2] = {};
-    for (int64_t d = 0; d < padded; d += LANES / 2) {
-      const Floats8 own = load<Floats8>(query + d);
-#pragma GCC unroll 8
-      for (int j = 0; j < LANES / 2; ++j) products[j] += own * load<Floats8>(keys + j * padded + d);
+  for (int64_t part = 0; part < LANES / PART; ++part, keys += PART * padded) {
+    Part products[PART] = {};
+    for (int64_t d = 0; d < padded; d += PART) {
+      const Part own = load<Part>(query + d);
+#pragma GCC unroll 16
+      for (int j = 0; j < PART; ++j) products[j] += own * load<Part>(keys + j * padded + d);
     }
-    part_of(scores, half) = sum_each(products);
+    part_of(scores, part) = sum_each(products);
   }
   return scores;
-#endif
 }
 
 // sums = sums * keep + weights times `count` values, rows of `padded`.
